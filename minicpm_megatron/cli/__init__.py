@@ -1,0 +1,1 @@
+"""Argument parsing and the exit-code contract shared by tools/ and examples/."""

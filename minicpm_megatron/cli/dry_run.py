@@ -1,0 +1,125 @@
+"""The report of `--dry-run`: everything a recipe decides, laid out to be read before a single process is started."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import fields
+
+from minicpm_megatron.errors import UserError
+from minicpm_megatron.methods.schedules import Schedule, build_schedule
+from minicpm_megatron.recipe import BatchPlan, Layout, Recipe, count_parameters, dump_recipe, recipe_hash
+from minicpm_megatron.recipe.memory import MemoryEstimate, estimate_memory
+
+WIDTH = 100
+GIB = 2**30
+MIB = 2**20
+
+
+def format_dry_run(recipe: Recipe, world_size: int) -> str:
+    """The resolved recipe, layout, parameters, schedule and memory of `recipe` on `world_size` ranks, as text.
+
+    Raises:
+        UserError: the recipe does not fit `world_size` ranks, or names a decay shape that does not work.
+    """
+    layout = recipe.check_world_size(world_size)
+    schedule = build_schedule(recipe.schedule)
+    sections = (
+        ("recipe", dump_recipe(recipe).rstrip("\n").splitlines()),
+        ("layout", _layout(recipe, layout)),
+        ("parameters", _parameters(recipe)),
+        ("batches", _batches(recipe, layout)),
+        ("schedule", _schedule(recipe, schedule)),
+        ("memory per rank (estimate)", _memory(estimate_memory(recipe, layout))),
+        ("verdict", _verdict(recipe)),
+    )
+    return "\n".join(line for title, body in sections for line in (_heading(title), *body, ""))
+
+
+def _heading(title: str) -> str:
+    return f"-- {title} ".ljust(WIDTH, "-")
+
+
+def _table(rows: Iterable[Sequence[str]]) -> list[str]:
+    """Columns two spaces apart, numbers to the right and words of the first column to the left."""
+    cells = [list(row) for row in rows]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
+    return ["  " + "  ".join(_align(cell, widths[column], column) for column, cell in enumerate(row)) for row in cells]
+
+
+def _align(cell: str, width: int, column: int) -> str:
+    return cell.ljust(width) if column == 0 and not cell[:1].isdigit() else cell.rjust(width)
+
+
+def _layout(recipe: Recipe, layout: Layout) -> list[str]:
+    sequence = "on" if recipe.parallel.sequence_parallel else "off"
+    return _table(
+        [
+            ("ranks", str(layout.world_size)),
+            ("data parallel", str(layout.data_parallel_size)),
+            ("tensor parallel", str(layout.tensor_model_parallel_size)),
+            ("sequence parallel", sequence),
+            ("pipeline parallel", str(layout.pipeline_model_parallel_size)),
+            ("context parallel", str(layout.context_parallel_size)),
+            ("expert parallel", str(layout.expert_model_parallel_size)),
+            ("ZeRO stage", str(recipe.deepspeed.zero_stage)),
+        ]
+    )
+
+
+def _parameters(recipe: Recipe) -> list[str]:
+    counts = count_parameters(recipe.model)
+    rows = [("embedding", counts.embedding), ("head", counts.head), ("non-embedding", counts.non_embedding)]
+    if recipe.model.num_moe_experts is not None:
+        rows.append(("non-embedding, active", counts.active_non_embedding))
+    lines = _table([(name, f"{count:,}") for name, count in (*rows, ("total", counts.total))])
+    return lines if counts.head else [*lines, "  (the head is the embedding)"]
+
+
+def _batches(recipe: Recipe, layout: Layout) -> list[str]:
+    plan = BatchPlan(recipe)
+    rows = [("from step", "samples", "tokens", "micro-batches a rank")]
+    accumulation = {
+        size: steps
+        for size, steps in zip(
+            (recipe.training.global_batch_size, *(g.global_batch_size for g in recipe.training.batch_growth)),
+            layout.gradient_accumulation_steps,
+            strict=True,
+        )
+    }
+    for phase in plan.phases:
+        size = phase.global_batch_size
+        rows.append((f"{phase.first_step:,}", f"{size:,}", f"{size * plan.sequence_length:,}", str(accumulation[size])))
+    steps = plan.total_steps()
+    lines = [*_table(rows), f"  {steps:,} steps, {plan.samples(steps):,} samples, {plan.tokens(steps):,} tokens"]
+    if recipe.training.stop_after is not None:
+        lines.append(f"  stops after step {min(recipe.training.stop_after, steps):,} (training.stop_after)")
+    return lines
+
+
+def _schedule(recipe: Recipe, schedule: Schedule) -> list[str]:
+    lr = recipe.optimizer.lr
+    rows: list[tuple[str, str, str, str]] = [(recipe.schedule.unit, "factor", "base rate", "")]
+    for event, position in (("first update", BatchPlan(recipe).position(0)), *schedule.landmarks()):
+        factor = schedule.factor(position)
+        rows.append((f"{round(position):,}", f"{factor:.4g}", f"{lr * factor:.4g}", event))
+    numbers = _table([row[:3] for row in rows])
+    events = [f"  {row[3]}".rstrip() for row in rows]
+    return ["  " + schedule.describe(lr), *(line + event for line, event in zip(numbers, events, strict=True))]
+
+
+def _memory(estimate: MemoryEstimate) -> list[str]:
+    parts = [(part.name, getattr(estimate, part.name)) for part in fields(estimate)]
+    return _table([(name, _bytes(size)) for name, size in (*parts, ("total", estimate.total))])
+
+
+def _bytes(size: int) -> str:
+    return f"{size / GIB:,.2f} GiB" if size >= GIB else f"{size / MIB:,.1f} MiB"
+
+
+def _verdict(recipe: Recipe) -> list[str]:
+    lines = [f"  run folder   {recipe.run_directory}", f"  recipe hash  {recipe_hash(recipe)}"]
+    try:
+        recipe.check_trainable()
+    except UserError as error:
+        return [*lines, f"  not trainable: {error}"]
+    return [*lines, "  the recipe is valid; data and devices were not looked at"]

@@ -1,0 +1,207 @@
+"""What a published format is: a name table, a way to write its configuration and a way to read one.
+
+The shared half of every Llama-like config.json is here, with the refusals that keep a folder from being imported as
+something it is not. A format adds its own multipliers in its own file under `formats/`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from minicpm_megatron.convert.mapping import EMBEDDING, HEAD, Group, Row, expand
+from minicpm_megatron.convert.multipliers import NOTE_KEY, read_note, same_multipliers, write_note
+from minicpm_megatron.errors import UserError
+from minicpm_megatron.recipe import ModelRecipe, build_section
+
+Fields = dict[str, Any]
+CONFIG = "config.json"
+
+
+@dataclass(frozen=True)
+class SpecialTokens:
+    """Ids of the begin and end tokens; the defaults are those of every released MiniCPM."""
+
+    bos: int = 1
+    eos: int | tuple[int, ...] = 2
+
+
+@dataclass(frozen=True)
+class Format:
+    """A published format.
+
+    Attributes:
+        name: what `--to` takes.
+        model_type, architecture: how its config.json identifies it.
+        rows: the name table.
+        write: the configuration fields that say the model's multipliers, merged over the common ones.
+        read: config.json -> the `ModelRecipe` fields that the common ones leave open (multipliers).
+        check: raises UserError for a model that the format cannot hold.
+        tied_by_default: meaning of a config.json without tie_word_embeddings.
+        always_untied: writes a tied model's head out as a tensor of its own.
+    """
+
+    name: str
+    model_type: str
+    architecture: str
+    rows: Sequence[Row]
+    write: Callable[[ModelRecipe], Fields]
+    read: Callable[[Mapping[str, Any], ModelRecipe], Fields]
+    check: Callable[[ModelRecipe], None]
+    tied_by_default: bool = False
+    always_untied: bool = False
+
+    @property
+    def folds(self) -> bool:
+        """Whether multipliers live inside the weights."""
+        return any(row.fold for row in self.rows)
+
+    def export_groups(self, model: ModelRecipe) -> list[Group]:
+        """The tensors to write for `model`."""
+        if model.untie_embeddings_and_output_weights:
+            return expand(self.rows, model)
+        if not self.always_untied:
+            return self.import_groups(model)
+        return expand([dataclasses.replace(r, kind=EMBEDDING) if r.kind == HEAD else r for r in self.rows], model)
+
+    def import_groups(self, model: ModelRecipe) -> list[Group]:
+        """The tensors that make up `model`; the head of a tied one is its embedding and no tensor."""
+        tied = not model.untie_embeddings_and_output_weights
+        return expand([row for row in self.rows if not (tied and row.kind == HEAD)], model)
+
+    def write_config(self, model: ModelRecipe, tokens: SpecialTokens, dtype: str) -> Fields:
+        """config.json of `model`.
+
+        Raises:
+            UserError: the format cannot hold this model.
+        """
+        if model.num_moe_experts is not None:
+            raise UserError("this format holds dense models only", where=f"--to {self.name}")
+        self.check(model)
+        return {
+            "architectures": [self.architecture],
+            "model_type": self.model_type,
+            "vocab_size": model.vocab_size,
+            "hidden_size": model.hidden_size,
+            "intermediate_size": model.ffn_hidden_size,
+            "num_hidden_layers": model.num_layers,
+            "num_attention_heads": model.num_attention_heads,
+            "num_key_value_heads": model.num_query_groups,
+            "hidden_act": "silu",
+            "max_position_embeddings": model.max_position_embeddings,
+            "initializer_range": model.init_method_std,
+            "rms_norm_eps": model.norm_epsilon,
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "use_cache": True,
+            "bos_token_id": tokens.bos,
+            "eos_token_id": tokens.eos if isinstance(tokens.eos, int) else list(tokens.eos),
+            # transformers 5 reads rope_parameters, everything older the two top-level keys; a reader that finds
+            # neither of its own falls back to a base of its own choosing without a word
+            "rope_parameters": {"rope_type": "default", "rope_theta": model.rotary_base},
+            "rope_theta": model.rotary_base,
+            "rope_scaling": None,
+            # only an explicit value is read alike by every program
+            "tie_word_embeddings": not (self.always_untied or model.untie_embeddings_and_output_weights),
+            # the older and the newer name of the same thing
+            "torch_dtype": dtype,
+            "dtype": dtype,
+            NOTE_KEY: write_note(model),
+        } | self.write(model)
+
+    def read_config(self, config: Mapping[str, Any], where: str) -> ModelRecipe:
+        """The model that a config.json describes; whether it is tied may still be corrected by its tensors.
+
+        Raises:
+            UserError: something in it is not a MiniCPM-shaped dense model, or missing, or of another type.
+        """
+        native = build_section(ModelRecipe, _common_fields(config, where, self.tied_by_default), where=where)
+        try:
+            native = build_section(ModelRecipe, native.model_dump() | self.read(config, native), where=where)
+        except UserError as error:
+            raise error if error.where else UserError(error.what, where=where, fix=error.fix) from None
+        if self.folds and not native.untie_embeddings_and_output_weights:
+            # one tensor cannot hold two folds: whoever tied it again made a plain model of it
+            return native
+        note = {k: v for k, v in read_note(config).items() if k != "untie_embeddings_and_output_weights"}
+        noted = build_section(ModelRecipe, native.model_dump() | note, where=f"{where}: {NOTE_KEY}")
+        # a configuration edited by hand is right against a note that was not
+        return noted if self.folds or same_multipliers(native, noted) else native
+
+    def noted_tied(self, config: Mapping[str, Any]) -> bool:
+        """Whether the note says that the exported model was tied."""
+        return read_note(config).get("untie_embeddings_and_output_weights") is False
+
+
+def number(config: Mapping[str, Any], key: str, default: float | None = None) -> float:
+    """A numeric field of config.json as float.
+
+    Raises:
+        UserError: absent without a default, or not a number.
+    """
+    value = config.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise UserError(f"{key} must be a number, not {value!r}" if key in config else f"{key} is missing")
+    return float(value)
+
+
+def refuse_uneven_heads(model: ModelRecipe, format_name: str) -> None:
+    """Refuse a head width that a format without a field for it would take for hidden_size / heads."""
+    if model.kv_channels * model.num_attention_heads != model.hidden_size:
+        raise UserError(
+            f"{model.num_attention_heads} heads of {model.kv_channels} channels do not make up hidden_size "
+            f"{model.hidden_size}, and this format has no field for the head width",
+            where=f"--to {format_name}",
+        )
+
+
+def _rotary_base(config: Mapping[str, Any], where: str) -> float:
+    nested = config.get("rope_parameters") or {}
+    scaling = config.get("rope_scaling") or {}
+    for key, value in (("rope_parameters", nested), ("rope_scaling", scaling)):
+        kind = value.get("rope_type", value.get("type", "default")) if isinstance(value, dict) else value
+        if kind != "default" or value.get("partial_rotary_factor", 1.0) != 1.0:
+            raise UserError(f"{key} {value!r} is not supported", where=where, fix="only unscaled RoPE can be imported")
+    bases = {number(place, "rope_theta") for place in (nested, scaling, config) if "rope_theta" in place}
+    if len(bases) > 1:
+        raise UserError(f"two different values of rope_theta: {sorted(bases)}", where=where)
+    return bases.pop() if bases else ModelRecipe.model_fields["rotary_base"].default
+
+
+def _common_fields(config: Mapping[str, Any], where: str, tied_by_default: bool) -> Fields:
+    try:
+        return _dense_fields(config, where, tied_by_default)
+    except UserError as error:
+        raise error if error.where else UserError(error.what, where=where, fix=error.fix) from None
+
+
+def _dense_fields(config: Mapping[str, Any], where: str, tied_by_default: bool) -> Fields:
+    for key, wanted in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False)):
+        if config.get(key, wanted) != wanted:
+            raise UserError(f"{key} {config[key]!r} is not supported", fix=f"only {wanted!r} can be imported")
+    for key in ("quantization_config", "num_experts", "num_local_experts"):
+        if config.get(key):
+            raise UserError(f"{key} is set", fix="only dense models with plain weights can be imported")
+    required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    if missing := [key for key in required if key not in config]:
+        raise UserError(f"{', '.join(missing)} missing")
+    # defaults below are those of the published configuration classes, for folders that leave a key out
+    tied = config.get("tie_word_embeddings", tied_by_default)
+    if not isinstance(tied, bool):
+        raise UserError(f"tie_word_embeddings must be true or false, not {tied!r}")
+    return {
+        "vocab_size": config["vocab_size"],
+        "hidden_size": config["hidden_size"],
+        "ffn_hidden_size": config["intermediate_size"],
+        "num_layers": config["num_hidden_layers"],
+        "num_attention_heads": config["num_attention_heads"],
+        "num_query_groups": config.get("num_key_value_heads"),
+        "kv_channels": config.get("head_dim"),
+        "max_position_embeddings": config.get("max_position_embeddings", 2048),
+        "rotary_base": _rotary_base(config, where),
+        "norm_epsilon": number(config, "rms_norm_eps", 1e-6),
+        "init_method_std": number(config, "initializer_range", 0.02),
+        "untie_embeddings_and_output_weights": not tied,
+    }

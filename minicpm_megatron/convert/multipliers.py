@@ -1,0 +1,60 @@
+"""The three multipliers of a MiniCPM forward pass, and what keeps them across formats that cannot hold them.
+
+A format either has fields for them (minicpm, granite) or folds them into the weights (llama). What it has no field
+for travels as a *note*: one object in config.json under `NOTE_KEY`, which other programs keep and ignore.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from minicpm_megatron.recipe import ModelRecipe
+
+NOTE_KEY = "minicpm_megatron"
+NOTE_FIELDS = (
+    "scale_emb",
+    "scale_depth",
+    "dim_model_base",
+    "init_method_std",
+    "parametrization",
+    "embedding_role",
+    "untie_embeddings_and_output_weights",
+)
+# a multiplier that went through decimal text and a square root comes back to within a few units in the last place
+AGREEMENT = 1e-9
+
+
+def embedding_multiplier(model: ModelRecipe) -> float:
+    """Factor on the embedding output: scale_emb (arXiv 2404.06395, Table 7)."""
+    return model.scale_emb
+
+
+def residual_multiplier(model: ModelRecipe) -> float:
+    """Factor on each block's output before it is added: scale_depth / sqrt(num_layers) (Table 7)."""
+    return model.scale_depth / math.sqrt(model.num_layers)
+
+
+def logits_multiplier(model: ModelRecipe) -> float:
+    """Factor on the logits: dim_model_base / hidden_size under muP (Table 7), 1 under standard parametrization."""
+    return model.dim_model_base / model.hidden_size if model.parametrization == "mup" else 1.0
+
+
+MULTIPLIERS = (embedding_multiplier, residual_multiplier, logits_multiplier)
+
+
+def same_multipliers(first: ModelRecipe, second: ModelRecipe) -> bool:
+    """Whether both compute the same function of the same weights."""
+    return all(math.isclose(f(first), f(second), rel_tol=AGREEMENT) for f in MULTIPLIERS)
+
+
+def write_note(model: ModelRecipe) -> dict[str, Any]:
+    """What a published configuration cannot say about `model`."""
+    return {field: getattr(model, field) for field in NOTE_FIELDS}
+
+
+def read_note(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The note in a config.json, restricted to known fields; empty when there is none."""
+    note = config.get(NOTE_KEY)
+    return {field: note[field] for field in NOTE_FIELDS if field in note} if isinstance(note, dict) else {}

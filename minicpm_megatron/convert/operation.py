@@ -1,0 +1,235 @@
+"""Any recognised folder to any format: open the source, check everything, write the target, or leave nothing."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from minicpm_megatron.convert.format import CONFIG, Format, SpecialTokens
+from minicpm_megatron.convert.formats import FORMATS
+from minicpm_megatron.convert.fused import Shape
+from minicpm_megatron.convert.mapping import Group
+from minicpm_megatron.convert.our_checkpoint import MANIFEST, MEGATRON, open_checkpoint, write_checkpoint
+from minicpm_megatron.convert.output_folder import atomic_folder, check_output, check_space
+from minicpm_megatron.convert.source import Source, open_published
+from minicpm_megatron.convert.tokenizer_folder import (
+    TokenizerFolder,
+    check_vocabulary,
+    copy_tokenizer,
+    open_tokenizer,
+)
+from minicpm_megatron.convert.weight_files import (
+    DTYPE_NAMES,
+    DTYPES,
+    bytes_needed,
+    read_json,
+    write_weights,
+)
+from minicpm_megatron.errors import UserError
+from minicpm_megatron.storage.atomic import write_json
+
+TARGETS = (*FORMATS, MEGATRON)
+DEFAULT_DTYPE = "bf16"  # what every MiniCPM is published in
+DEFAULT_SHARD = "5GB"
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What was done.
+
+    Attributes:
+        source_format, target_format: megatron, or the name of a published format.
+        output: the folder that was made.
+        parameters: elements of the model, a tied head not counted twice.
+        notes: things worth knowing that are no errors, one line each.
+    """
+
+    source_format: str
+    target_format: str
+    output: Path
+    parameters: int
+    notes: tuple[str, ...]
+
+
+def recognise(folder: Path) -> str:
+    """The format of a folder: megatron (ours, by manifest.json) or a published one (by config.json).
+
+    Nothing in the folder is executed to find out; auto_map, which names code, is ignored.
+
+    Raises:
+        UserError: not a folder, or none of the formats.
+    """
+    where = str(folder)
+    if not folder.is_dir():
+        raise UserError("no such folder", where=where)
+    if (folder / MANIFEST).is_file():
+        return MEGATRON
+    if not (folder / CONFIG).is_file():
+        inside = folder / "checkpoints"
+        fix = f"give one of the checkpoints in {inside}" if inside.is_dir() else ""
+        raise UserError(f"neither {MANIFEST} nor {CONFIG}, so not a model", where=where, fix=fix)
+    config = read_json(folder / CONFIG)
+    kind, architectures = config.get("model_type"), config.get("architectures")
+    for layout in FORMATS.values():
+        if kind == layout.model_type and architectures in (None, [layout.architecture]):
+            return layout.name
+    known = ", ".join(f"{f.model_type} ({f.architecture})" for f in FORMATS.values())
+    code = ", known only to code inside the folder, which is never run" if "auto_map" in config else ""
+    raise UserError(
+        f"model_type {kind!r} with architectures {architectures!r} is no known format{code}",
+        where=str(folder / CONFIG),
+        fix=f"known are {known}",
+    )
+
+
+def open_source(folder: Path) -> Source:
+    """The model in `folder`, whatever format it is in; tensors are read later, one at a time.
+
+    Raises:
+        UserError: see `recognise` and the format's own checks.
+    """
+    name = recognise(folder)
+    return open_checkpoint(folder) if name == MEGATRON else open_published(folder, FORMATS[name])
+
+
+def parse_size(text: str) -> int:
+    """Bytes in "5GB", "500MiB", "1_000_000".
+
+    Raises:
+        UserError: not a positive size.
+    """
+    match = re.fullmatch(r"([\d_]+(?:\.\d+)?) ?([KMG]i?B)?", text.strip(), flags=re.IGNORECASE)
+    size = int(float(match[1].replace("_", "") or 0) * _UNITS[(match[2] or "").upper()]) if match else 0
+    if size < 1:
+        raise UserError(f"{text!r} is not a size", where="--max-shard-size", fix="for example 5GB or 500MB")
+    return size
+
+
+def convert(
+    source_folder: Path,
+    output: Path,
+    target: str,
+    *,
+    dtype: str | None = None,
+    max_shard_size: str = DEFAULT_SHARD,
+    tokenizer: Path | None = None,
+    overwrite: bool = False,
+    progress: bool = False,
+) -> Conversion:
+    """Convert the model in `source_folder` and write it to `output`, whole or not at all.
+
+    Args:
+        target: one of `TARGETS`.
+        dtype: fp32, bf16 (default) or fp16 of a published target; our checkpoints are always fp32.
+        max_shard_size: data bytes of one file of a published target; memory in use is about this much.
+        tokenizer: folder of tokenizer files; default is the one the source has or records.
+        overwrite: replace a model that is already at `output`.
+        progress: show bytes, rate and remaining time on standard error.
+    Raises:
+        UserError: anything wrong with the input, the options or the place; `output` is then as it was.
+    """
+    if target not in TARGETS:
+        raise UserError(f"unknown format {target!r}", where="--to", fix=f"use one of {', '.join(TARGETS)}")
+    if dtype is not None and target == MEGATRON:
+        raise UserError("checkpoints always hold fp32", where="--dtype", fix="leave it out")
+    if dtype not in (None, *DTYPES):
+        raise UserError(f"unknown type {dtype!r}", where="--dtype", fix=f"use one of {', '.join(DTYPES)}")
+    shard_bytes = parse_size(max_shard_size)
+    source = open_source(source_folder)
+    check_output(output, source=source_folder, overwrite=overwrite)
+    pieces, notes = _tokenizer(tokenizer or source.tokenizer, source.model.vocab_size, to_publish=target != MEGATRON)
+    if target == MEGATRON:
+        write_checkpoint(output, source, tokenizer=pieces.folder if pieces else None, progress=progress)
+    else:
+        _publish(source, output, FORMATS[target], dtype or DEFAULT_DTYPE, shard_bytes, pieces, progress)
+    return Conversion(source.format, target, output, _parameters(source), tuple(notes))
+
+
+def _tokenizer(folder: Path | None, vocab_size: int, *, to_publish: bool) -> tuple[TokenizerFolder | None, list[str]]:
+    if folder is None:
+        return None, ["no tokenizer is known for this model: give --tokenizer DIR to add its files"]
+    if not folder.is_dir():
+        raise UserError("no such tokenizer folder", where=str(folder), fix="give --tokenizer DIR")
+    pieces = open_tokenizer(folder, to_publish=to_publish)
+    notes = [note for note in (check_vocabulary(pieces, vocab_size),) if note]
+    if not pieces.has_sentencepiece:
+        notes.append("no tokenizer.model: llama.cpp's MiniCPM converter needs it")
+    return pieces, notes
+
+
+def _publish(
+    source: Source,
+    output: Path,
+    layout: Format,
+    dtype: str,
+    shard_bytes: int,
+    pieces: TokenizerFolder | None,
+    progress: bool,
+) -> None:
+    tokens = (pieces.special_tokens if pieces else None) or source.special_tokens
+    config = layout.write_config(source.model, tokens, DTYPE_NAMES[dtype])
+    groups = layout.export_groups(source.model)
+    _check_complete(source, groups)
+    shapes = {name: shape for group in groups for name, shape in group.published_shapes(source.model).items()}
+    needed = bytes_needed(shapes, DTYPES[dtype].itemsize)
+    check_space(output, needed)
+    with atomic_folder(output, needed=needed) as folder:
+        write_weights(folder, _stream(source, groups, shapes, dtype, progress), shapes, dtype, shard_bytes)
+        write_json(folder / CONFIG, config)
+        write_json(folder / "generation_config.json", _generation_config(tokens))
+        if pieces:
+            copy_tokenizer(pieces, folder)
+
+
+def _check_complete(source: Source, groups: list[Group]) -> None:
+    expected = {name for group in groups for name in group.canonical}
+    present = set(source.tensors.names())
+    for what, names in (("missing", expected - present), ("unexpected", present - expected)):
+        if names:
+            raise UserError(f"tensor {min(names)} {what}", where=str(source.folder))
+
+
+def _stream(
+    source: Source, groups: list[Group], shapes: dict[str, Shape], dtype: str, progress: bool
+) -> Iterator[tuple[str, torch.Tensor]]:
+    itemsize = DTYPES[dtype].itemsize
+    total = itemsize * sum(torch.Size(shape).numel() for shape in shapes.values())
+    with tqdm(total=total, unit="B", unit_scale=True, desc="writing", disable=not progress) as bar:
+        for group in groups:
+            tensors = [_read(source, name, group.row.kind.shape(source.model)) for name in group.canonical]
+            for name, tensor in group.to_published(tensors, source.model).items():
+                yield name, tensor
+                bar.update(itemsize * tensor.numel())
+
+
+def _read(source: Source, name: str, shape: Shape) -> torch.Tensor:
+    tensor = source.tensors.read(name)
+    if tuple(tensor.shape) != shape:
+        raise UserError(
+            f"tensor {name} has shape {list(tensor.shape)}, the model says {list(shape)}", where=str(source.folder)
+        )
+    return tensor
+
+
+def _generation_config(tokens: SpecialTokens) -> dict[str, Any]:
+    # sampling settings of every released MiniCPM
+    return {
+        "do_sample": True,
+        "top_p": 0.8,
+        "temperature": 0.8,
+        "bos_token_id": tokens.bos,
+        "eos_token_id": tokens.eos if isinstance(tokens.eos, int) else list(tokens.eos),
+    }
+
+
+def _parameters(source: Source) -> int:
+    # every dense format has the same canonical tensors, so any table counts them
+    groups = next(iter(FORMATS.values())).import_groups(source.model)
+    return sum(torch.Size(group.row.kind.shape(source.model)).numel() for group in groups)

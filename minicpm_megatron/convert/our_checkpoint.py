@@ -1,0 +1,61 @@
+"""Our own checkpoints as a source and as a target."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from minicpm_megatron.convert.source import Source
+from minicpm_megatron.recipe import ModelRecipe, build_section
+from minicpm_megatron.storage.sharded import CheckpointReader, write_single
+
+MANIFEST = "manifest.json"
+MEGATRON = "megatron"
+
+
+def open_checkpoint(folder: Path) -> Source:
+    """A checkpoint folder; its tokenizer is the one its recipe, or the conversion that made it, names.
+
+    Raises:
+        UserError: the manifest or a file is malformed.
+    """
+    reader = CheckpointReader(folder)
+    manifest = reader.manifest
+    model = build_section(ModelRecipe, manifest["model"], where=str(folder / MANIFEST))
+    tokenizer = _recorded_tokenizer(manifest)
+    return Source(
+        format=MEGATRON,
+        folder=folder,
+        model=model,
+        tensors=reader,
+        tokenizer=Path(tokenizer) if tokenizer else None,
+    )
+
+
+def _recorded_tokenizer(manifest: dict[str, Any]) -> str | None:
+    for section in (manifest.get("recipe"), manifest.get("state")):
+        data = section.get("data") if isinstance(section, dict) else None
+        if isinstance(data, dict) and isinstance(data.get("tokenizer"), str):
+            return data["tokenizer"]
+    return None
+
+
+def write_checkpoint(output: Path, source: Source, *, tokenizer: Path | None, progress: bool) -> None:
+    """A weights-only checkpoint at step 0, in fp32."""
+    state = {
+        "step": 0,
+        "tokens": 0,
+        "data": {"tokenizer": str(tokenizer.resolve()) if tokenizer else None},
+        "origin": dict(source.origin),
+    }
+    write_single(output, _tensors(source, progress), source.model.model_dump(mode="json"), state)
+
+
+def _tensors(source: Source, progress: bool) -> Iterator[tuple[str, torch.Tensor]]:
+    with tqdm(source.tensors.names(), unit="tensor", desc="writing", disable=not progress) as names:
+        for name in names:
+            yield name, source.tensors.read(name)

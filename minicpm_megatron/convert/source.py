@@ -1,0 +1,159 @@
+"""Where tensors come from: anything that lists canonical names and reads one whole tensor at a time.
+
+Our checkpoint and every published folder look the same from here, so each target is written from any source.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from minicpm_megatron.convert.format import CONFIG, Format, SpecialTokens
+from minicpm_megatron.convert.mapping import EMBEDDING, HEAD, Group
+from minicpm_megatron.convert.weight_files import WeightFolder, read_json
+from minicpm_megatron.errors import UserError
+from minicpm_megatron.recipe import ModelRecipe
+
+# rows compared at a time when deciding whether head and embedding are one tensor: a few MB, not two vocabularies
+_BLOCK_ROWS = 1024
+
+
+class TensorSource(Protocol):
+    """Un-sharded tensors under our canonical (Megatron-Core's) names."""
+
+    def names(self) -> list[str]:
+        """All tensors."""
+
+    def read(self, name: str) -> torch.Tensor:
+        """One whole tensor in fp32."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model that was found in a folder.
+
+    Attributes:
+        format: megatron, or the name of a published format.
+        tokenizer: the folder of tokenizer files that belongs to it, None when unknown.
+        special_tokens: as its configuration says; the tokenizer has precedence.
+        origin: facts worth keeping about where it came from, JSON values.
+    """
+
+    format: str
+    folder: Path
+    model: ModelRecipe
+    tensors: TensorSource
+    tokenizer: Path | None = None
+    special_tokens: SpecialTokens = SpecialTokens()
+    origin: Mapping[str, Any] = field(default_factory=dict)
+
+
+class PublishedTensors:
+    """A published folder read as canonical tensors, one group at a time."""
+
+    def __init__(self, weights: WeightFolder, groups: list[Group], model: ModelRecipe) -> None:
+        self._weights, self._model = weights, model
+        self._groups = {name: group for group in groups for name in group.canonical}
+
+    def names(self) -> list[str]:
+        """Canonical names, in reading order."""
+        return list(self._groups)
+
+    def read(self, name: str) -> torch.Tensor:
+        """One canonical tensor in fp32."""
+        group = self._groups[name]
+        parts = [self._weights.read(part).float() for part in group.published]
+        return group.to_canonical(parts, self._model)[name]
+
+
+def open_published(folder: Path, layout: Format) -> Source:
+    """A folder in a published format, every tensor's presence, shape and type checked from the headers.
+
+    Raises:
+        UserError: the configuration or the weights are not what the format says they are.
+    """
+    where = str(folder / CONFIG)
+    config = read_json(folder / CONFIG)
+    declared = layout.read_config(config, where)
+    weights = WeightFolder(folder)
+    model = _with_true_tie(declared, layout, weights, noted=layout.noted_tied(config))
+    groups = layout.import_groups(model)
+    _check_tensors(weights, groups, model, head=_head_and_embedding(layout)[0])
+    return Source(
+        format=layout.name,
+        folder=folder,
+        model=model,
+        tensors=PublishedTensors(weights, groups, model),
+        tokenizer=folder if any((folder / name).exists() for name in ("tokenizer.model", "tokenizer.json")) else None,
+        special_tokens=_special_tokens(config),
+        origin={"format": layout.name, "folder": str(folder.resolve())},
+    )
+
+
+def _special_tokens(config: Mapping[str, Any]) -> SpecialTokens:
+    released = SpecialTokens()
+    bos, eos = config.get("bos_token_id", released.bos), config.get("eos_token_id", released.eos)
+    eos = tuple(eos) if isinstance(eos, list) else eos
+    many = eos if isinstance(eos, tuple) else (eos,)
+    if not many or not all(isinstance(token, int) and not isinstance(token, bool) for token in (bos, *many)):
+        return released
+    return SpecialTokens(bos, eos)
+
+
+def _head_and_embedding(layout: Format) -> tuple[str, str]:
+    names = {row.kind: row.published[0] for row in layout.rows}
+    return names[HEAD], names[EMBEDDING]
+
+
+def _with_true_tie(model: ModelRecipe, layout: Format, weights: WeightFolder, *, noted: bool) -> ModelRecipe:
+    """Decide from the tensors whether head and embedding are one: the flag alone is written in too many ways."""
+    head, embedding = _head_and_embedding(layout)
+    names = set(weights.names())
+    declared_tied = not model.untie_embeddings_and_output_weights
+    # a head that merely starts as a copy of the embedding (the 128K model's) stays a head unless the note says more
+    if not {head, embedding} <= names or not (declared_tied or noted):
+        return model
+    equal = _same_up_to_folds(model, layout, weights)
+    if declared_tied and not equal:
+        raise UserError(
+            f"tie_word_embeddings is true, and {head} differs from {embedding}",
+            where=str(weights.folder / CONFIG),
+            fix="set tie_word_embeddings to false to import both",
+        )
+    return model.model_copy(update={"untie_embeddings_and_output_weights": not equal})
+
+
+def _same_up_to_folds(model: ModelRecipe, layout: Format, weights: WeightFolder) -> bool:
+    head, embedding = _head_and_embedding(layout)
+    if weights.shape(head) != weights.shape(embedding):
+        return False
+    folds = {row.published[0]: row.fold(model) for row in layout.rows if row.fold}
+    ratio = folds.get(head, 1.0) / folds.get(embedding, 1.0)
+    # folded and stored, each side was rounded twice
+    tolerance = 4 * torch.finfo(weights.dtype(head)).eps if layout.folds else 0.0
+    blocks = zip(weights.row_blocks(head, _BLOCK_ROWS), weights.row_blocks(embedding, _BLOCK_ROWS), strict=True)
+    return all(torch.allclose(ours.float(), other.float() * ratio, rtol=tolerance, atol=0.0) for ours, other in blocks)
+
+
+def _check_tensors(weights: WeightFolder, groups: list[Group], model: ModelRecipe, head: str) -> None:
+    expected = {name: shape for group in groups for name, shape in group.published_shapes(model).items()}
+    present = set(weights.names())
+    if absent := [name for name in expected if name not in present]:
+        more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
+        raise UserError(f"tensor {absent[0]}{more} missing", where=str(weights.folder))
+    tied_head = set() if model.untie_embeddings_and_output_weights else {head}
+    for name in sorted(present - set(expected) - tied_head):
+        # old exports carry the rotary table, which follows from rope_theta
+        if not name.endswith(".rotary_emb.inv_freq"):
+            raise UserError(f"unexpected tensor {name}", where=str(weights.path(name)))
+    for name, shape in expected.items():
+        if weights.shape(name) != shape:
+            raise UserError(
+                f"tensor {name} has shape {list(weights.shape(name))}, the configuration says {list(shape)}",
+                where=str(weights.path(name)),
+            )
+        weights.dtype(name)

@@ -1,0 +1,1 @@
+"""DeepSpeed and nothing else; the only room that imports it."""

@@ -1,0 +1,138 @@
+"""Recipe -> DeepSpeed's JSON, and a user's own JSON laid over it.
+
+DeepSpeed leaves "auto" in place and lets a scheduler block overwrite muP's rates, so both are decided here: "auto"
+takes our value, and whatever contradicts the recipe is refused by name.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from minicpm_megatron.errors import UserError
+from minicpm_megatron.recipe import Layout, Recipe
+
+# what a run is, is said by the recipe alone: key of DeepSpeed's JSON -> key of the recipe
+OWNED = {
+    "train_batch_size": "training.global_batch_size",
+    "train_micro_batch_size_per_gpu": "training.micro_batch_size",
+    "gradient_accumulation_steps": "training.global_batch_size",
+    "gradient_clipping": "training.gradient_clipping",
+    "bf16.enabled": "training.precision",
+    "fp16.enabled": "training.precision",
+    "zero_optimization.stage": "deepspeed.zero_stage",
+    "data_types.grad_accum_dtype": "training.precision",
+}
+REFUSED = {
+    "scheduler": "DeepSpeed's schedulers set one rate for all muP groups; use the recipe's schedule section",
+    "optimizer": "DeepSpeed would build groups without muP's rates; use the recipe's optimizer section",
+    "amp": "use training.precision of the recipe",
+}
+NO_REPORT = 1_000_000_000  # steps between DeepSpeed's own progress lines: ours say more
+
+
+def clips_itself(recipe: Recipe) -> bool:
+    """Whether gradients are clipped by `engine.step`, not by DeepSpeed.
+
+    At ZeRO 0 in fp32 DeepSpeed steps before anyone can see that a gradient is not finite, and reports no norm.
+    """
+    return recipe.deepspeed.zero_stage == 0 and recipe.training.precision == "fp32"
+
+
+def deepspeed_config(recipe: Recipe, layout: Layout) -> dict[str, Any]:
+    """The resolved DeepSpeed JSON of a run, nothing in it left to "auto".
+
+    Raises:
+        UserError: the user's JSON cannot be read, or contradicts the recipe.
+    """
+    ours = _from_recipe(recipe, layout)
+    path = recipe.deepspeed.config
+    return ours if path is None else _overlay(ours, _read(Path(path)), path)
+
+
+def _from_recipe(recipe: Recipe, layout: Layout) -> dict[str, Any]:
+    stage, training = recipe.deepspeed.zero_stage, recipe.training
+    config: dict[str, Any] = {
+        "train_batch_size": training.global_batch_size,
+        "train_micro_batch_size_per_gpu": training.micro_batch_size,
+        "gradient_accumulation_steps": layout.gradient_accumulation_steps[0],
+        "gradient_clipping": 0.0 if clips_itself(recipe) else training.gradient_clipping,
+        "bf16": {"enabled": training.precision == "bf16"},
+        "fp16": {"enabled": False},
+        # torch's AdamW takes exactly the groups it is given; overlapping needs streams, which CPU does not have
+        "zero_optimization": {"stage": stage, "overlap_comm": False},
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": NO_REPORT,
+    }
+    if stage > 0 and training.precision == "bf16":
+        # sums of many bf16 gradients lose the small ones
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
+    return config
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_no_duplicates)
+    except OSError as error:
+        raise UserError(
+            f"cannot read the DeepSpeed JSON: {error.strerror}", where=str(path), fix="check deepspeed.config"
+        ) from None
+    except ValueError as error:
+        raise UserError(f"not valid JSON: {error}", where=str(path), fix="correct the file") from None
+    if not isinstance(content, dict):
+        raise UserError("the DeepSpeed JSON is not an object", where=str(path), fix="put its keys in braces")
+    return content
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = [key for key, _ in pairs]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise ValueError(f"key {key!r} is given twice")
+    return dict(pairs)
+
+
+def _overlay(ours: dict[str, Any], theirs: dict[str, Any], path: str) -> dict[str, Any]:
+    for key, reason in REFUSED.items():
+        if key in theirs:
+            raise UserError(f"a {key!r} block is not accepted", where=path, fix=reason)
+    merged = copy.deepcopy(ours)
+    for dotted, value in _leaves(theirs):
+        mine = _get(ours, dotted)
+        if value == "auto":
+            if mine is None:
+                raise UserError(f'{dotted} is "auto", for which there is no value', where=path, fix="give a value")
+            continue
+        if dotted in OWNED and value != (mine if mine is not None else value):
+            raise UserError(
+                f"{dotted} is {value!r}, but {OWNED[dotted]} of the recipe makes it {mine!r}",
+                where=path,
+                fix=f"remove it, or change {OWNED[dotted]}",
+            )
+        _set(merged, dotted, value)
+    return merged
+
+
+def _leaves(value: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, inner in value.items():
+        if isinstance(inner, dict):
+            yield from _leaves(inner, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", inner
+
+
+def _get(config: dict[str, Any], dotted: str) -> Any:
+    value: Any = config
+    for key in dotted.split("."):
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
+
+
+def _set(config: dict[str, Any], dotted: str, value: Any) -> None:
+    *parents, last = dotted.split(".")
+    for key in parents:
+        config = config.setdefault(key, {})
+    config[last] = value

@@ -1,0 +1,156 @@
+"""One training engine over DeepSpeed: forward, backward and an update that never uses a gradient that is not finite."""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from minicpm_megatron.engine.config import clips_itself, deepspeed_config
+from minicpm_megatron.methods.mup import RateLedger, mup_param_groups
+from minicpm_megatron.model.config import MiniCPMConfig
+from minicpm_megatron.parallel import device
+from minicpm_megatron.parallel.groups import MegatronMPU
+from minicpm_megatron.recipe import Layout, Recipe
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one optimizer step did.
+
+    Attributes:
+        gradient_norm: 2-norm over all parameters of all ranks before clipping; inf or nan where a gradient was.
+        applied: False when a gradient was not finite and the weights were left as they were.
+    """
+
+    gradient_norm: float
+    applied: bool
+
+
+class Engine:
+    """The model of one rank with its optimizer under DeepSpeed.
+
+    Args:
+        model: a MiniCPMModel with its initial weights, on this rank's device.
+        config: the model's config.
+        recipe, layout: what is run, and on how many ranks.
+    """
+
+    def __init__(self, model: torch.nn.Module, config: MiniCPMConfig, recipe: Recipe, layout: Layout) -> None:
+        import deepspeed
+
+        _quiet()
+        self.recipe, self.layout, self.config = recipe, layout, config
+        self.deepspeed_config = deepspeed_config(recipe, layout)
+        # names are taken before ZeRO-3 replaces the parameters' storage
+        self.names = {parameter: name for name, parameter in model.named_parameters()}
+        self.ledger = RateLedger(config, recipe.optimizer.lr)
+        groups = mup_param_groups(
+            model,
+            config,
+            lr=recipe.optimizer.lr,
+            weight_decay=recipe.optimizer.weight_decay,
+            weight_decay_mode=recipe.optimizer.weight_decay_mode,
+        )
+        optimizer = torch.optim.AdamW(
+            groups, lr=recipe.optimizer.lr, betas=recipe.optimizer.betas, eps=recipe.optimizer.eps, fused=True
+        )
+        self.deepspeed, _, _, _ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=self.deepspeed_config, mpu=MegatronMPU(), dist_init_required=False
+        )
+        self._clips_itself = clips_itself(recipe)
+        self.check_rates(1.0)
+
+    @property
+    def optimizer(self) -> Any:
+        """DeepSpeed's wrapper of the optimizer."""
+        return self.deepspeed.optimizer
+
+    @property
+    def module(self) -> torch.nn.Module:
+        """The model."""
+        return self.deepspeed.module
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The muP groups, as the optimizer steps them."""
+        return self.optimizer.param_groups
+
+    def check_rates(self, factor: float) -> None:
+        """Refuse to go on with rates that are not the muP table's; see `RateLedger.check`."""
+        self.ledger.check(self.param_groups, factor)
+
+    def set_rates(self, factor: float) -> None:
+        """Give every group its rate where the schedule stands at `factor`."""
+        self.ledger.apply(self.param_groups, factor)
+
+    def set_global_batch_size(self, samples: int) -> int:
+        """Accumulate over as many micro-batches as `samples` needs; returns that number."""
+        if self.deepspeed.train_batch_size() != samples:
+            self.deepspeed.set_train_batch_size(samples)
+        return self.deepspeed.gradient_accumulation_steps()
+
+    def losses(self, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Cross-entropy in nats of every token: int64 [b, s] and [b, s] -> fp32 [b, s]."""
+        return self.deepspeed(tokens, labels=labels)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Backward of one micro-batch's mean loss (averaged over accumulation and data-parallel ranks)."""
+        self.deepspeed.backward(loss)
+
+    def advance(self) -> None:
+        """End a micro-batch that is not the last of its step."""
+        self.deepspeed.step()
+
+    def step(self) -> Update:
+        """End the last micro-batch of a step: clip, and update unless a gradient is not finite."""
+        if self._clips_itself:
+            return self._step_unwrapped()
+        skipped = self.deepspeed.skipped_steps
+        self.deepspeed.step()
+        applied = self.deepspeed.skipped_steps == skipped
+        norm = self.deepspeed.get_global_grad_norm()
+        value = float("nan") if norm is None else float(norm)
+        return Update(value, applied and math.isfinite(value))
+
+    def _step_unwrapped(self) -> Update:
+        parameters = [parameter for parameter in self.module.parameters() if parameter.grad is not None]
+        norm = _gradient_norm(parameters)
+        if not math.isfinite(norm):
+            # the optimizer must not see it: empty gradients make its step a no-op
+            self.deepspeed.zero_grad()
+            return Update(norm, applied=False)
+        limit = self.recipe.training.gradient_clipping
+        if limit and norm > limit:
+            torch._foreach_mul_([parameter.grad for parameter in parameters], limit / norm)
+        self.deepspeed.step()
+        return Update(norm, applied=True)
+
+    def train(self) -> None:
+        """Training mode."""
+        self.deepspeed.train()
+
+    def eval(self) -> None:
+        """Evaluation mode."""
+        self.deepspeed.eval()
+
+
+def _gradient_norm(parameters: list[torch.nn.Parameter]) -> float:
+    """2-norm over tensor-parallel ranks; a parameter that every rank holds is counted once."""
+    rank = parallel_state.get_tensor_model_parallel_rank()
+    mine = [p.grad for p in parameters if rank == 0 or getattr(p, "tensor_model_parallel", False)]
+    square = torch.zeros((), dtype=torch.float32, device=device.device())
+    if mine:
+        square = torch.stack(torch._foreach_norm(mine)).square().sum()
+    dist.all_reduce(square, group=parallel_state.get_tensor_model_parallel_group())
+    return float(square.sqrt())
+
+
+def _quiet() -> None:
+    """DeepSpeed tells every rank's story at INFO; warnings stay."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)

@@ -1,0 +1,182 @@
+"""The paper's Tensor Program operations as one table: a parameter's role decides its init, rate and weight decay.
+
+Everything else reads `mup_table`: initial weights (`model.initialize`), optimizer groups (`mup_param_groups`) and
+the `RateLedger` that refuses to train with rates the table does not know. With m = hidden_size / dim_model_base
+(Table 7 of arXiv 2404.06395):
+
+    role        what it is                           init std              rate
+    embedding   word embedding (tied: also the head) init_std              1
+    hidden      matrices of attention and MLP        init_std / sqrt(m)    1 / m
+    vector      norm weights                         all ones              1
+    router      expert routers                       init_std / sqrt(m)    1 / m
+    head        untied LM head                       init_std              1
+
+The paper says "each two-dimensional tensor" and does not say whether embedding and head count. As vectors (the
+default, also the reading of Tensor Programs V) the logits keep their size over width; the literal reading,
+`embedding_role="matrix"`, lets them fall with width. Forward multipliers complete the table: embeddings times
+scale_emb, block outputs times scale_depth / sqrt(num_layers), the hidden state before the head times 1 / m.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from minicpm_megatron.errors import UserError
+
+ROLES = ("embedding", "hidden", "vector", "router", "head")
+RATE_TOLERANCE = 1e-9  # relative; rates are products of three doubles
+
+
+class Shape(Protocol):
+    """What the table needs to know of a model; `ModelRecipe` and `MiniCPMConfig` both have it."""
+
+    hidden_size: int
+    dim_model_base: int
+    init_method_std: float
+    parametrization: Literal["mup", "standard"]
+    embedding_role: Literal["vector", "matrix"]
+
+
+@dataclass(frozen=True)
+class RoleRule:
+    """One row of the table.
+
+    Attributes:
+        init_std: standard deviation of the initial weights; None: all ones.
+        lr_multiplier: the group's rate relative to the base rate.
+        decays: whether weight decay applies.
+    """
+
+    init_std: float | None
+    lr_multiplier: float
+    decays: bool
+
+
+def width_multiplier(shape: Shape) -> float:
+    """m = d_model / d_base, or 1 in standard parametrisation."""
+    return shape.hidden_size / shape.dim_model_base if shape.parametrization == "mup" else 1.0
+
+
+def residual_multiplier(scale_depth: float, num_layers: int) -> float:
+    """Factor on the output of every attention and MLP block: scale_depth / sqrt(num_layers) (Table 7)."""
+    return scale_depth / math.sqrt(num_layers)
+
+
+def mup_table(shape: Shape) -> dict[str, RoleRule]:
+    """Role -> init, rate multiplier and weight decay for a model of this shape (Table 7; see the module)."""
+    m = width_multiplier(shape)
+    matrix = RoleRule(shape.init_method_std / math.sqrt(m), 1.0 / m, decays=True)
+    ends = matrix if shape.embedding_role == "matrix" else RoleRule(shape.init_method_std, 1.0, decays=True)
+    return {
+        "embedding": RoleRule(ends.init_std, ends.lr_multiplier, decays=False),
+        "hidden": matrix,
+        "vector": RoleRule(None, 1.0, decays=False),
+        "router": matrix,
+        "head": ends,
+    }
+
+
+def role_of(name: str, dimensions: int) -> str:
+    """Role of the parameter `name` (Megatron-Core's names) with that many dimensions."""
+    if dimensions < 2:
+        return "vector"
+    if "word_embeddings" in name:
+        return "embedding"
+    if "output_layer" in name:
+        return "head"
+    return "router" if ".router." in name else "hidden"
+
+
+def mup_param_groups(
+    model: Any,
+    shape: Shape,
+    *,
+    lr: float,
+    weight_decay: float = 0.0,
+    weight_decay_mode: Literal["tied", "independent"] = "tied",
+    role: Callable[[str, int], str] = role_of,
+) -> list[dict[str, Any]]:
+    """Optimizer groups of `model`, one a role, for torch.optim, DeepSpeed's optimizers and apex's alike.
+
+    Args:
+        model: anything with `named_parameters()`; frozen parameters are left out, tied ones appear once.
+        shape: width and reading of the table.
+        lr: base rate; each group's `lr` is lr x multiplier.
+        weight_decay: tied: an AdamW step shrinks a weight by (group's rate) x weight_decay. Independent: by
+            weight_decay x f(t), whatever the rate, which AdamW does when the group's own weight_decay is divided
+            by its rate at f = 1.
+        role: parameter name and number of dimensions -> role, for models with other names.
+
+    Returns:
+        Groups with `name` (the role), `params`, `lr`, `lr_multiplier` and `weight_decay`; empty roles are left out.
+    """
+    table = mup_table(shape)
+    members: dict[str, list[Any]] = {name: [] for name in ROLES}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            # ZeRO-3 leaves an empty placeholder behind; the full shape is then in ds_shape
+            members[role(name, len(getattr(parameter, "ds_shape", parameter.shape)))].append(parameter)
+    groups = []
+    for name, parameters in members.items():
+        if parameters:
+            rule = table[name]
+            rate = lr * rule.lr_multiplier
+            decay = weight_decay if rule.decays else 0.0
+            groups.append(
+                {
+                    "name": name,
+                    "params": parameters,
+                    "lr": rate,
+                    "lr_multiplier": rule.lr_multiplier,
+                    "weight_decay": decay / rate if weight_decay_mode == "independent" else decay,
+                }
+            )
+    return groups
+
+
+class RateLedger:
+    """The rates a run may use: base x multiplier of the table x f(t), for every group, at any time.
+
+    Rates are never trusted from an optimizer or a checkpoint, they are recomputed; and before the first step after
+    any start, load, branch or conversion what the optimizer holds is compared with the table.
+    """
+
+    def __init__(self, shape: Shape, base_lr: float) -> None:
+        self.base_lr = base_lr
+        self.multipliers = {name: rule.lr_multiplier for name, rule in mup_table(shape).items()}
+
+    def rate(self, group: str, factor: float) -> float:
+        """Rate of the group `group` where the schedule stands at `factor`."""
+        return self.base_lr * self.multipliers[group] * factor
+
+    def apply(self, param_groups: Iterable[dict[str, Any]], factor: float) -> None:
+        """Set every group's `lr` to its rate at `factor`."""
+        for group in param_groups:
+            group["lr"] = self.rate(group["name"], factor)
+
+    def check(self, param_groups: Iterable[dict[str, Any]], factor: float) -> None:
+        """Compare every group's `lr` and multiplier with the table.
+
+        Raises:
+            UserError: naming the first group whose name, multiplier or rate is not the table's.
+        """
+        for index, group in enumerate(param_groups):
+            name = group.get("name")
+            if name not in self.multipliers:
+                raise UserError(
+                    f"optimizer group {index} is called {name!r}, which no role of muP is",
+                    where="learning rates",
+                    fix=f"build the groups with mup_param_groups (roles: {', '.join(ROLES)})",
+                )
+            expected = self.rate(name, factor)
+            wrong_multiplier = group.get("lr_multiplier") != self.multipliers[name]
+            if wrong_multiplier or not math.isclose(group["lr"], expected, rel_tol=RATE_TOLERANCE, abs_tol=1e-30):
+                raise UserError(
+                    f"group {name!r} has rate {group['lr']:.6g} (multiplier {group.get('lr_multiplier')}), the muP "
+                    f"table gives {expected:.6g} (multiplier {self.multipliers[name]:.6g})",
+                    where="learning rates",
+                    fix="leave the rates to the recipe: remove optimizer and scheduler settings made elsewhere",
+                )

@@ -1,0 +1,1 @@
+"""What is trained: MiniCPM out of Megatron-Core's own modules, registered through its specs."""

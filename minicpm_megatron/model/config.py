@@ -1,0 +1,145 @@
+"""MiniCPMConfig: Megatron-Core's TransformerConfig plus the constants that make it MiniCPM."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from minicpm_megatron.errors import UserError
+from minicpm_megatron.methods.mup import mup_table, residual_multiplier, width_multiplier
+from minicpm_megatron.recipe import ModelRecipe, ParallelRecipe
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass
+class MiniCPMConfig(TransformerConfig):
+    """A TransformerConfig that knows MiniCPM's multipliers (Table 7 of arXiv 2404.06395).
+
+    Build it with `from_recipe`; the extra fields have the meaning and the units of `recipe.ModelRecipe`.
+    """
+
+    vocab_size: int = 0
+    max_position_embeddings: int = 4096
+    rotary_base: float = 10_000.0
+    untie_embeddings_and_output_weights: bool = False
+    scale_emb: float = 1.0
+    scale_depth: float = 1.0
+    dim_model_base: int = 256
+    parametrization: Literal["mup", "standard"] = "mup"
+    embedding_role: Literal["vector", "matrix"] = "vector"
+    make_vocab_size_divisible_by: int = 128
+    """Rows of the embedding a rank holds are padded to a multiple of this (Megatron-LM's name and default). Padding
+    is all zero, gets no probability and never leaves the model, so that results do not depend on it."""
+
+    def __post_init__(self) -> None:
+        if getattr(self, "use_mup", False):
+            raise UserError(
+                "Megatron-Core's own use_mup is on, which would scale widths twice",
+                where="MiniCPMConfig.use_mup",
+                fix="leave it False; MiniCPM's scaling is in scale_emb, scale_depth and dim_model_base",
+            )
+        super().__post_init__()
+
+    @property
+    def width_multiplier(self) -> float:
+        """m = hidden_size / dim_model_base; the hidden state is divided by it before the LM head."""
+        return width_multiplier(self)
+
+    @property
+    def residual_multiplier(self) -> float:
+        """Factor on each block's output before the residual addition."""
+        return residual_multiplier(self.scale_depth, self.num_layers)
+
+    def padded_vocab_size(self, tensor_model_parallel_size: int | None = None) -> int:
+        """Rows of the embedding over all tensor-parallel ranks, padding included."""
+        ranks = tensor_model_parallel_size or self.tensor_model_parallel_size
+        unit = self.make_vocab_size_divisible_by * ranks
+        return -(-self.vocab_size // unit) * unit
+
+    @classmethod
+    def from_recipe(
+        cls,
+        model: ModelRecipe,
+        parallel: ParallelRecipe | None = None,
+        *,
+        precision: Literal["fp32", "bf16"] = "fp32",
+        recompute: Literal["none", "selective", "full"] = "none",
+        **overrides: Any,
+    ) -> MiniCPMConfig:
+        """The config of a model shape under a layout.
+
+        Args:
+            model: shape and muP constants, for instance `minicpm_megatron.presets["minicpm-2.4b"]`.
+            parallel: sizes of the model-parallel groups; default: none.
+            precision: dtype of parameters and activations.
+            recompute: activations computed again in backward.
+            overrides: any other TransformerConfig field.
+        """
+        parallel = parallel or ParallelRecipe()
+        stds = {role: rule.init_std for role, rule in mup_table(model).items()}
+        fields: dict[str, Any] = dict(
+            num_layers=model.num_layers,
+            hidden_size=model.hidden_size,
+            ffn_hidden_size=model.ffn_hidden_size,
+            num_attention_heads=model.num_attention_heads,
+            num_query_groups=model.num_query_groups,
+            kv_channels=model.kv_channels,
+            layernorm_epsilon=model.norm_epsilon,
+            normalization="RMSNorm",
+            gated_linear_unit=True,
+            activation_func=F.silu,
+            add_bias_linear=False,
+            hidden_dropout=0.0,
+            attention_dropout=0.0,
+            # as Megatron-Core would initialise by itself; `initialize_parameters` does it independently of the layout
+            init_method_std=model.init_method_std,
+            init_method=_normal(stds["hidden"]),
+            output_layer_init_method=_normal(stds["hidden"]),
+            embedding_init_method=_normal(stds["embedding"]),
+            params_dtype=PRECISIONS[precision],
+            bf16=precision == "bf16",
+            pipeline_dtype=PRECISIONS[precision],
+            tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+            pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+            context_parallel_size=parallel.context_parallel_size,
+            expert_model_parallel_size=parallel.expert_model_parallel_size,
+            sequence_parallel=parallel.sequence_parallel,
+            use_cpu_initialization=not torch.cuda.is_available(),
+            # fusions here are CUDA extensions of apex or Transformer Engine, which the spec does not use
+            bias_dropout_fusion=False,
+            bias_activation_fusion=False,
+            masked_softmax_fusion=False,
+            gradient_accumulation_fusion=False,
+            apply_rope_fusion=False,
+            **_recompute_fields(recompute),
+            vocab_size=model.vocab_size,
+            max_position_embeddings=model.max_position_embeddings,
+            rotary_base=model.rotary_base,
+            untie_embeddings_and_output_weights=model.untie_embeddings_and_output_weights,
+            scale_emb=model.scale_emb,
+            scale_depth=model.scale_depth,
+            dim_model_base=model.dim_model_base,
+            parametrization=model.parametrization,
+            embedding_role=model.embedding_role,
+        )
+        return cls(**{**fields, **overrides})
+
+
+def _normal(std: float | None) -> Any:
+    def initialize(tensor: torch.Tensor) -> torch.Tensor:
+        return torch.nn.init.normal_(tensor, mean=0.0, std=std)
+
+    return initialize
+
+
+def _recompute_fields(recompute: str) -> dict[str, Any]:
+    if recompute == "full":
+        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    if recompute == "selective":
+        return {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
+    return {}

@@ -1,0 +1,68 @@
+"""MiniCPMModel: Megatron-Core's GPTModel with MiniCPM's block and a loss that ignores vocabulary padding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.models.gpt import GPTModel
+from torch import Tensor
+
+from minicpm_megatron.model.config import MiniCPMConfig
+from minicpm_megatron.model.layer_spec import get_minicpm_block_spec
+
+
+class MiniCPMModel(GPTModel):
+    """MiniCPM on Megatron-Core.
+
+    Usable without the trainer: any rank of an initialised `parallel_state` builds its part with
+    `MiniCPMModel(config)`; `initialize_parameters` then sets weights that are the same whatever the layout.
+
+    Args:
+        config: shape, multipliers and layout.
+        keywords: passed on to GPTModel (pre_process, post_process, parallel_output ...).
+    """
+
+    config: MiniCPMConfig
+
+    def __init__(self, config: MiniCPMConfig, **keywords: Any) -> None:
+        super().__init__(
+            config=config,
+            transformer_layer_spec=get_minicpm_block_spec(config, keywords.get("vp_stage")),
+            vocab_size=config.padded_vocab_size(),
+            max_sequence_length=config.max_position_embeddings,
+            share_embeddings_and_output_weights=not config.untie_embeddings_and_output_weights,
+            position_embedding_type="rope",
+            rotary_base=config.rotary_base,
+            **keywords,
+        )
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor | None = None, attention_mask: Tensor | None = None,
+                **keywords: Any) -> Tensor:
+        """Loss per token, or logits without labels.
+
+        Args:
+            input_ids: int64 [b, s].
+            position_ids, attention_mask: unused by rotary, causal attention; GPTModel's signature.
+            keywords: `labels` int64 [b, s] and whatever else GPTModel.forward takes.
+
+        Returns:
+            With labels: fp32 [b, s], the cross-entropy in nats of every token. Without: logits [b, s, padded
+            vocabulary over the tensor-parallel ranks] in the model's dtype.
+        """
+        return super().forward(input_ids, position_ids, attention_mask, **keywords)
+
+    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
+        """Cross-entropy of [s, b, local vocabulary] logits against [b, s] labels: fp32 [b, s] in nats."""
+        logits = logits.float()
+        padding = self._padding_columns(logits.size(-1))
+        if padding:
+            logits[..., -padding:] = torch.finfo(logits.dtype).min
+        losses = tensor_parallel.vocab_parallel_cross_entropy(logits, labels.transpose(0, 1).contiguous())
+        return losses.transpose(0, 1).contiguous()
+
+    def _padding_columns(self, local_columns: int) -> int:
+        """How many of this rank's last vocabulary columns stand for no token."""
+        first = parallel_state.get_tensor_model_parallel_rank() * local_columns
+        return local_columns - min(local_columns, max(0, self.config.vocab_size - first))

@@ -1,0 +1,108 @@
+"""Everything that lets Megatron-Core run without CUDA, and nothing else that knows about devices.
+
+Written for megatron-core 0.16 to 0.19. Megatron-Core asks `torch.cuda.current_device()` where it allocates buffers
+and keeps CUDA generators for dropout. Without CUDA the first must answer the CPU, and the second must do nothing:
+MiniCPM has no dropout, so no generator is ever drawn from.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+
+class _NoRngTracker:
+    """Stands where Megatron-Core keeps CUDA generators; every fork leaves the random state alone."""
+
+    @contextlib.contextmanager
+    def fork(self, name: str = "") -> Iterator[None]:
+        yield
+
+    def get_states(self) -> dict[str, Any]:
+        return {}
+
+    def set_states(self, states: dict[str, Any]) -> None:
+        return None
+
+    def is_initialized(self) -> bool:
+        return True
+
+    def is_inference_rng_tracker(self) -> bool:
+        return False
+
+
+def on_cpu() -> bool:
+    """Whether this machine has no CUDA device."""
+    return not torch.cuda.is_available()
+
+
+def device() -> torch.device:
+    """This rank's device."""
+    return torch.device("cpu") if on_cpu() else torch.device("cuda", torch.cuda.current_device())
+
+
+def backend() -> str:
+    """torch.distributed's backend for this device."""
+    return "gloo" if on_cpu() else "nccl"
+
+
+def prepare() -> torch.device:
+    """Choose this rank's device and make Megatron-Core run on it; safe to call more than once.
+
+    On CUDA the rank takes the device of LOCAL_RANK. On CPU the cores are shared out between the ranks of the machine
+    (unless OMP_NUM_THREADS is set) and the patches above are laid.
+    """
+    if not on_cpu():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        return device()
+    if "OMP_NUM_THREADS" not in os.environ:
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
+    _patch_megatron_for_cpu()
+    return device()
+
+
+def _patch_megatron_for_cpu() -> None:
+    from megatron.core.tensor_parallel import random as megatron_random
+
+    # an object, not an index: torch.empty(device=0) would mean CUDA device 0
+    torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment]
+    megatron_random._CUDA_RNG_STATE_TRACKER = _NoRngTracker()
+    megatron_random._CUDA_RNG_STATE_TRACKER_INITIALIZED = True
+    # activation recompute saves and restores the generators around the second forward pass
+    megatron_random._get_cuda_rng_state = lambda *args, **kwargs: torch.empty(0)
+    megatron_random._set_cuda_rng_state = lambda *args, **kwargs: None
+
+
+def rng_state() -> dict[str, torch.Tensor]:
+    """torch's generators on this rank, as uint8 tensors."""
+    states = {"torch": torch.get_rng_state()}
+    if not on_cpu():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def set_rng_state(states: dict[str, torch.Tensor]) -> None:
+    """Restore what `rng_state` returned; a generator that this machine lacks is left out."""
+    torch.set_rng_state(states["torch"])
+    if not on_cpu() and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+def peak_memory_bytes() -> int:
+    """Largest memory this rank has held: of the CUDA allocator, or of the process on CPU."""
+    if not on_cpu():
+        return torch.cuda.max_memory_allocated()
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+
+
+def synchronize() -> None:
+    """Wait until the device has done what was asked, so that a clock reading means something."""
+    if not on_cpu():
+        torch.cuda.synchronize()

@@ -1,0 +1,79 @@
+"""Process groups: Megatron-Core's `parallel_state`, and the same groups as DeepSpeed wants to see them."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from minicpm_megatron.parallel import device
+from minicpm_megatron.recipe import Layout
+
+DEFAULT_TIMEOUT = datetime.timedelta(minutes=10)
+
+
+class MegatronMPU:
+    """Megatron-Core's `parallel_state` as DeepSpeed's `mpu`.
+
+    DeepSpeed asks for three names that `parallel_state` no longer has (get_model_parallel_group, _world_size, _rank);
+    here they are tensor parallelism, over which DeepSpeed reduces norms. Every other name is Megatron-Core's own.
+    """
+
+    def get_model_parallel_group(self) -> dist.ProcessGroup:
+        return parallel_state.get_tensor_model_parallel_group()
+
+    def get_model_parallel_world_size(self) -> int:
+        return parallel_state.get_tensor_model_parallel_world_size()
+
+    def get_model_parallel_rank(self) -> int:
+        return parallel_state.get_tensor_model_parallel_rank()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(parallel_state, name)
+
+
+def world_size() -> int:
+    """Number of ranks the launcher started, known before any process group exists."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank() -> int:
+    """This process's rank, known before any process group exists."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def initialize(layout: Layout, *, init_method: str | None = None, timeout: datetime.timedelta = DEFAULT_TIMEOUT) -> None:
+    """Join the job and build Megatron-Core's groups for `layout`.
+
+    Args:
+        layout: sizes of every kind of parallelism.
+        init_method: torch.distributed's rendezvous; None: the launcher's environment variables, or, when this is the
+            only process and no launcher set them, a port of the machine's choosing.
+        timeout: how long a collective may wait before the job is given up.
+    """
+    device.prepare()
+    if not dist.is_initialized():
+        if init_method is None and "MASTER_ADDR" not in os.environ and layout.world_size == 1:
+            store = dist.HashStore()
+            dist.init_process_group(device.backend(), store=store, rank=0, world_size=1, timeout=timeout)
+        else:
+            dist.init_process_group(
+                device.backend(), init_method=init_method, rank=rank(), world_size=layout.world_size, timeout=timeout
+            )
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tensor_model_parallel_size,
+        pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
+        context_parallel_size=layout.context_parallel_size,
+        expert_model_parallel_size=layout.expert_model_parallel_size,
+        create_gloo_process_groups=False,
+    )
+
+
+def destroy() -> None:
+    """Leave the groups and the job."""
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,260 @@
+"""Rules that join several fields of a recipe. Each is refused by the field to change and how to change it.
+
+Kept apart from the schema so that a rule reads as a rule: `check_recipe` holds for every recipe that exists,
+`layout` needs the number of ranks, `check_trainable` says what the trainer cannot do yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from minicpm_megatron.errors import UserError
+from minicpm_megatron.recipe.registry import DECAY_SHAPES
+
+if TYPE_CHECKING:
+    from minicpm_megatron.recipe.schema import ModelRecipe, Recipe, ScheduleRecipe
+
+# these say nothing with a half-life: their curve is fixed by the decay length alone
+SHAPES_WITHOUT_HALF_LIFE = ("linear", "cosine", "1-sqrt", "megatron-exponential")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the ranks of one run are divided.
+
+    Attributes:
+        gradient_accumulation_steps: micro-batches a rank runs in one step, one entry for the first batch size and
+            one for each entry of training.batch_growth.
+    """
+
+    world_size: int
+    tensor_model_parallel_size: int
+    pipeline_model_parallel_size: int
+    context_parallel_size: int
+    expert_model_parallel_size: int
+    data_parallel_size: int
+    gradient_accumulation_steps: tuple[int, ...]
+
+
+def refuse_unless(holds: bool, where: str, what: str, fix: str) -> None:
+    """Raise the `UserError` for `where` unless the rule `holds`."""
+    if not holds:
+        raise UserError(what, where=where, fix=fix)
+
+
+def check_model(model: ModelRecipe) -> None:
+    """Rules of the model alone.
+
+    Raises:
+        UserError: query heads do not divide into groups, rotary channels are odd, or a token wants more experts than
+            there are.
+    """
+    refuse_unless(
+        model.num_attention_heads % model.num_query_groups == 0,
+        "model.num_query_groups",
+        f"{model.num_attention_heads} attention heads do not divide into {model.num_query_groups} query groups",
+        "give a divisor of model.num_attention_heads",
+    )
+    refuse_unless(
+        model.kv_channels % 2 == 0,
+        "model.kv_channels",
+        f"rotary embedding turns channels in pairs, and {model.kv_channels} is odd or zero",
+        "give an even number of channels a head",
+    )
+    if model.num_moe_experts is not None:
+        refuse_unless(
+            model.moe_router_topk <= model.num_moe_experts,
+            "model.moe_router_topk",
+            f"{model.moe_router_topk} experts a token of only {model.num_moe_experts}",
+            "give at most model.num_moe_experts",
+        )
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Every rule that does not need the number of ranks.
+
+    Raises:
+        UserError: naming the dotted field at fault and what to do.
+    """
+    _check_tensor_parallel(recipe)
+    refuse_unless(
+        recipe.data.sequence_length <= recipe.model.max_position_embeddings,
+        "data.sequence_length",
+        f"{recipe.data.sequence_length} tokens exceed model.max_position_embeddings"
+        f" {recipe.model.max_position_embeddings}",
+        "shorten the samples or raise model.max_position_embeddings",
+    )
+    _check_batches(recipe)
+    check_schedule(recipe.schedule)
+
+
+def _check_tensor_parallel(recipe: Recipe) -> None:
+    model, size = recipe.model, recipe.parallel.tensor_model_parallel_size
+    for field, count in (
+        ("model.num_attention_heads", model.num_attention_heads),
+        ("model.num_query_groups", model.num_query_groups),
+        ("model.ffn_hidden_size", model.ffn_hidden_size),
+    ):
+        refuse_unless(
+            count % size == 0,
+            "parallel.tensor_model_parallel_size",
+            f"{size} does not divide {field} {count}",
+            f"give a divisor of {count}",
+        )
+    if recipe.parallel.sequence_parallel:
+        refuse_unless(
+            size > 1,
+            "parallel.sequence_parallel",
+            "it splits the sequence over the tensor-parallel ranks, of which there is one",
+            "set parallel.sequence_parallel=false or parallel.tensor_model_parallel_size above 1",
+        )
+        refuse_unless(
+            recipe.data.sequence_length % size == 0,
+            "data.sequence_length",
+            f"{recipe.data.sequence_length} tokens do not divide over {size} tensor-parallel ranks,"
+            " as parallel.sequence_parallel wants",
+            f"give a multiple of {size}",
+        )
+
+
+def batch_sizes(recipe: Recipe) -> Iterator[tuple[str, int]]:
+    """(dotted field, samples) of every batch size of the run, in order."""
+    yield "training.global_batch_size", recipe.training.global_batch_size
+    for index, growth in enumerate(recipe.training.batch_growth):
+        yield f"training.batch_growth.{index}.global_batch_size", growth.global_batch_size
+
+
+def _check_batches(recipe: Recipe) -> None:
+    micro = recipe.training.micro_batch_size
+    before = 0
+    for field, samples in batch_sizes(recipe):
+        refuse_unless(
+            samples % micro == 0,
+            field,
+            f"{samples} samples are not a multiple of training.micro_batch_size {micro}",
+            "change either",
+        )
+        refuse_unless(
+            samples > before, field, f"{samples} samples do not exceed the {before} before", "let the batch only grow"
+        )
+        before = samples
+    before = 0
+    for index, growth in enumerate(recipe.training.batch_growth):
+        refuse_unless(
+            growth.after_tokens > before,
+            f"training.batch_growth.{index}.after_tokens",
+            f"{growth.after_tokens:,} does not come after {before:,}",
+            "list the growths in the order they happen",
+        )
+        before = growth.after_tokens
+
+
+def check_schedule(schedule: ScheduleRecipe) -> None:
+    """Lengths that fit into each other, and only settings that the shape uses.
+
+    Raises:
+        UserError: naming the dotted field at fault and what to do.
+    """
+    wsd = schedule.shape == "wsd"
+    for field, setting, used in (
+        ("decay", schedule.decay, wsd),
+        ("half_life", schedule.half_life, wsd and schedule.decay_shape not in SHAPES_WITHOUT_HALF_LIFE),
+        ("period", schedule.period, schedule.shape in ("cosine", "cosine_loop")),
+        ("min_lr_ratio", schedule.min_lr_ratio, schedule.shape != "constant"),
+    ):
+        shape = f"wsd with {schedule.decay_shape} decay" if wsd else schedule.shape
+        refuse_unless(
+            used or setting is None,
+            f"schedule.{field}",
+            f"{setting} is given but the schedule {shape} has no use for it",
+            f"set schedule.{field}=null",
+        )
+    if wsd:
+        _check_decay(schedule)
+    refuse_unless(
+        schedule.warmup + (schedule.decay or 0) <= schedule.total,
+        "schedule.total",
+        f"warmup {schedule.warmup:,} and decay {schedule.decay or 0:,} do not fit into {schedule.total:,}"
+        f" {schedule.unit}",
+        "lengthen the run or shorten them",
+    )
+
+
+def _check_decay(schedule: ScheduleRecipe) -> None:
+    DECAY_SHAPES.check(schedule.decay_shape, where="schedule.decay_shape")
+    refuse_unless(
+        schedule.decay is not None,
+        "schedule.decay",
+        "the schedule wsd needs the length of its decay",
+        f"give about 10 % of the run ({schedule.total // 10:,} {schedule.unit}), or 0 for a trunk that only branches",
+    )
+    refuse_unless(
+        schedule.decay_shape != "exponential" or schedule.decay == 0 or schedule.half_life is not None,
+        "schedule.half_life",
+        "exponential decay needs its half-life",
+        f"give the {schedule.unit} in which the rate halves",
+    )
+
+
+def check_trainable(recipe: Recipe) -> None:
+    """Refuse what a recipe can describe, and a dry run can count, but the trainer cannot run yet.
+
+    Raises:
+        UserError: pipeline, context or expert parallelism, or a mixture of experts, is asked for.
+    """
+    for field, size in (
+        ("parallel.pipeline_model_parallel_size", recipe.parallel.pipeline_model_parallel_size),
+        ("parallel.context_parallel_size", recipe.parallel.context_parallel_size),
+        ("parallel.expert_model_parallel_size", recipe.parallel.expert_model_parallel_size),
+    ):
+        refuse_unless(size == 1, field, f"{size} is not yet supported in training", "set it to 1")
+    refuse_unless(
+        recipe.model.num_moe_experts is None,
+        "model.num_moe_experts",
+        "a mixture of experts is not yet supported in training",
+        "use a dense model (null)",
+    )
+
+
+def layout(recipe: Recipe, world_size: int) -> Layout:
+    """How `world_size` ranks are divided, with data parallelism taking what the model leaves.
+
+    Raises:
+        UserError: one copy of the model does not fit the ranks, or a batch does not divide over the copies.
+    """
+    parallel, micro = recipe.parallel, recipe.training.micro_batch_size
+    copy = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size
+    refuse_unless(
+        world_size > 0 and world_size % copy == 0,
+        "parallel",
+        f"{world_size} ranks do not divide into copies of the model on {copy}"
+        " (tensor x pipeline x context parallel sizes)",
+        f"start a multiple of {copy} ranks or change the sizes",
+    )
+    data_parallel = world_size // copy
+    refuse_unless(
+        data_parallel % parallel.expert_model_parallel_size == 0,
+        "parallel.expert_model_parallel_size",
+        f"{parallel.expert_model_parallel_size} does not divide the {data_parallel} data-parallel ranks",
+        "give a divisor of them",
+    )
+    steps = []
+    for field, samples in batch_sizes(recipe):
+        refuse_unless(
+            samples % (micro * data_parallel) == 0,
+            field,
+            f"{samples} samples do not divide over {data_parallel} data-parallel ranks in micro-batches of {micro}",
+            f"give a multiple of {micro * data_parallel}",
+        )
+        steps.append(samples // (micro * data_parallel))
+    return Layout(
+        world_size=world_size,
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
+        data_parallel_size=data_parallel,
+        gradient_accumulation_steps=tuple(steps),
+    )

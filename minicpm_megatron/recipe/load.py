@@ -1,0 +1,218 @@
+"""From text to a `Recipe`: file, then preset below it, then key=value overrides above it, then validation.
+
+Everything that can be wrong with a recipe ends as one `UserError` line with the dotted key, where that key was
+written (file:line or the override), what was given and what is allowed.
+"""
+
+from __future__ import annotations
+
+import difflib
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from minicpm_megatron.errors import UserError
+from minicpm_megatron.recipe import yaml_text
+from minicpm_megatron.recipe.presets import get_preset
+from minicpm_megatron.recipe.schema import Recipe, Section
+
+S = TypeVar("S", bound=Section)
+SHOWN_VALUE = 60  # characters of a refused value that an error line repeats
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe file.
+
+    Args:
+        path: YAML file; its name without suffix is the run's name where the recipe gives none.
+        overrides: `section.key=value` with YAML values, applied in order; list entries by index
+            (`data.train.0.prefix=x`).
+
+    Raises:
+        UserError: the file cannot be read, or is not a valid recipe.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"not UTF-8 text (byte {error.start})", where=str(path)) from None
+    except OSError as error:
+        raise UserError(f"cannot read the recipe: {error.strerror}", where=str(path)) from None
+    document = yaml_text.parse(text, source=str(path))
+    if not isinstance(document.value, dict):
+        raise UserError("not a mapping of sections", where=str(path), fix="see docs/recipes.md for the keys")
+    origins = {dotted: f"{path}:{line}" for dotted, line in document.lines.items()}
+    fields = document.value
+    for override in overrides:
+        dotted = apply_override(fields, override)
+        origins = {known: place for known, place in origins.items() if not _is_below(known, dotted)}
+        while dotted and dotted not in origins:  # sections that only the override mentions came from it too
+            origins[dotted] = f"override {override!r}"
+            dotted = dotted.rpartition(".")[0]
+    fields.setdefault("name", path.stem)
+    return build(fields, origins=origins | {"": str(path)})
+
+
+def build(fields: Mapping[str, Any], *, origins: Mapping[str, str] | None = None) -> Recipe:
+    """A `Recipe` from plain nested values, the preset merged below `model`.
+
+    Args:
+        fields: as a YAML file would give them; a section that is None counts as empty.
+        origins: dotted key -> where it was written, for error lines.
+
+    Raises:
+        UserError: as `load_recipe`.
+    """
+    origins = origins or {}
+    merged = {key: value for key, value in fields.items() if value is not None or _section_of(Recipe, key) is None}
+    try:
+        _refuse_unknown_keys(Recipe, merged, "")
+        preset = merged.get("preset")
+        if isinstance(preset, str):
+            model = merged.get("model", {})
+            if isinstance(model, dict):
+                merged["model"] = get_preset(preset).model_dump() | model
+        return _validate(Recipe, merged)
+    except UserError as error:
+        raise _located(error, origins) from error
+
+
+def build_section(section: type[S], fields: Mapping[str, Any], *, where: str) -> S:
+    """One part of a recipe from plain values, for example the ModelRecipe of a checkpoint's manifest.
+
+    Raises:
+        UserError: unknown, missing, mistyped or contradicting fields; `where` leads the line.
+    """
+    try:
+        _refuse_unknown_keys(section, fields, "")
+        return _validate(section, dict(fields))
+    except UserError as error:
+        raise _located(error, {"": where}) from error
+
+
+def apply_override(fields: dict[str, Any], override: str) -> str:
+    """Set one `dotted.key=value` in nested dicts and lists, in place; returns the dotted key.
+
+    Raises:
+        UserError: no `=`, a value that is not YAML, or a list entry that does not exist.
+    """
+    dotted, equals, text = override.partition("=")
+    dotted = dotted.strip()
+    where = f"override {override!r}"
+    if not equals or not all(dotted.split(".")):
+        raise UserError("not of the form section.key=value", where=where, fix="for example training.seed=7")
+    value = yaml_text.parse(text, source=where).value
+    *parents, last = dotted.split(".")
+    target: Any = fields
+    for depth, key in enumerate((*parents, last), start=1):
+        final = depth > len(parents)
+        if isinstance(target, list):
+            if not key.isdecimal() or int(key) >= len(target):
+                raise UserError(
+                    f"{'.'.join(dotted.split('.')[: depth - 1])} is a list of {len(target)}, without an entry {key}",
+                    where=where,
+                    fix="count from 0, or give the whole list",
+                )
+            index: Any = int(key)
+        elif isinstance(target, dict):
+            index = key
+            if not final and target.get(key) is None:
+                target[key] = {}
+        else:
+            raise UserError(f"{'.'.join(dotted.split('.')[: depth - 1])} is a single value", where=where)
+        if final:
+            target[index] = value
+        else:
+            target = target[index]
+    return dotted
+
+
+def known_keys(section: type[Section] = Recipe, prefix: str = "") -> Iterator[str]:
+    """Every dotted key that a recipe can have, list entries as `*`."""
+    for name in section.model_fields:
+        dotted = f"{prefix}{name}"
+        yield dotted
+        inner = _section_of(section, name)
+        if inner is not None:
+            yield from known_keys(inner, f"{dotted}.*." if _is_list(section, name) else f"{dotted}.")
+
+
+def _section_of(section: type[BaseModel], name: str) -> type[Section] | None:
+    """The Section class below a field, directly or as the entry of a list."""
+    if name not in section.model_fields:
+        return None
+    annotation = section.model_fields[name].annotation
+    candidates = (annotation, *typing.get_args(annotation))
+    return next((each for each in candidates if isinstance(each, type) and issubclass(each, Section)), None)
+
+
+def _is_list(section: type[BaseModel], name: str) -> bool:
+    return typing.get_origin(section.model_fields[name].annotation) is tuple
+
+
+def _refuse_unknown_keys(section: type[Section], fields: Mapping[str, Any], prefix: str) -> None:
+    for key, value in fields.items():
+        if key not in section.model_fields:
+            raise UserError(f"unknown key {prefix}{key}", where=f"{prefix}{key}", fix=_suggestion(section, key, prefix))
+        inner = _section_of(section, key)
+        if inner is None:
+            continue
+        if isinstance(value, dict):
+            _refuse_unknown_keys(inner, value, f"{prefix}{key}.")
+        elif isinstance(value, (list, tuple)):
+            for index, item in enumerate(value):
+                if isinstance(item, dict):
+                    _refuse_unknown_keys(inner, item, f"{prefix}{key}.{index}.")
+
+
+def _suggestion(section: type[Section], key: str, prefix: str) -> str:
+    near = difflib.get_close_matches(key, section.model_fields, n=1, cutoff=0.5)  # "rl" must still find "lr"
+    if near:
+        return f"did you mean {prefix}{near[0]}?"
+    leaves: dict[str, str] = {}
+    for dotted in known_keys():
+        leaves.setdefault(dotted.rpartition(".")[2], dotted)
+    elsewhere = difflib.get_close_matches(key.rpartition(".")[2], leaves, n=1, cutoff=0.8)
+    if elsewhere:
+        return f"did you mean {leaves[elsewhere[0]]}?"
+    return f"known here are {', '.join(section.model_fields)}"
+
+
+def _validate(section: type[S], fields: dict[str, Any]) -> S:
+    try:
+        return section.model_validate(fields)
+    except ValidationError as error:
+        raise _first_error(section, error.errors(include_url=False)) from None
+
+
+def _first_error(section: type[Section], errors: list[ErrorDetails]) -> UserError:
+    error = errors[0]
+    dotted = ".".join(str(part) for part in error["loc"])
+    more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+    if error["type"] == "missing":
+        fix = "give it, or a preset" if dotted == "model" or dotted.startswith("model.") else "give it"
+        return UserError(f"missing{more}", where=dotted, fix=fix)
+    message = error["msg"].replace("Input should", "must").replace("Value error, ", "")
+    shown = repr(error["input"])
+    shown = shown if len(shown) <= SHOWN_VALUE else shown[:SHOWN_VALUE] + "..."
+    return UserError(f"{shown} is refused, it {message[:1].lower()}{message[1:]}{more}", where=dotted)
+
+
+def _is_below(dotted: str, ancestor: str) -> bool:
+    return dotted == ancestor or dotted.startswith(ancestor + ".")
+
+
+def _located(error: UserError, origins: Mapping[str, str]) -> UserError:
+    """The same error with the place where its key, or the nearest section around it, was written."""
+    key = error.where
+    while key and key not in origins:
+        key = key.rpartition(".")[0]
+    place = origins.get(key, "")
+    if place == error.where:
+        return error
+    dotted = "" if error.what.endswith(f" {error.where}") else error.where
+    return UserError(error.what, where=": ".join(part for part in (place, dotted) if part), fix=error.fix)

@@ -1,0 +1,116 @@
+"""Every model size by name. Adding one is one row here, or one entry point in another package.
+
+Rows hold sizes only: what all MiniCPM models share (scale_emb, scale_depth, dim_model_base, init_method_std,
+RoPE base, norm epsilon) is the default of `ModelRecipe`. Sources are sections and tables of arXiv 2404.06395.
+
+A plugin declares an entry point in the group `minicpm_megatron.presets` whose object is a `ModelRecipe` or a
+function without arguments that returns one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from minicpm_megatron.errors import UserError
+from minicpm_megatron.recipe.registry import PRESET_GROUP, Registry
+from minicpm_megatron.recipe.schema import ModelRecipe
+
+HEAD = 64  # d_head of every published size (Table 2, Table 8)
+VOCABULARY = 122_753  # section 6.1, the tokenizer of 2.4B and of its descendants
+VOCABULARY_SMALL = 73_440  # section 6.1, the tokenizer of 1.2B
+
+
+def _model_recipe(entry: Any) -> ModelRecipe:
+    model = entry() if callable(entry) else entry
+    if not isinstance(model, ModelRecipe):
+        raise TypeError(f"a preset must be a ModelRecipe, not {type(model).__name__}")
+    return model
+
+
+_REGISTRY: Registry[ModelRecipe] = Registry("preset", PRESET_GROUP, validate=_model_recipe)
+
+
+class _Presets(Mapping[str, ModelRecipe]):
+    """The registry as a read-only mapping; entries of other packages are loaded when they are read."""
+
+    def __getitem__(self, name: str) -> ModelRecipe:
+        if name not in _REGISTRY.names():
+            raise KeyError(name)
+        return _REGISTRY.get(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in _REGISTRY.names()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(_REGISTRY.names())
+
+    def __len__(self) -> int:
+        return len(_REGISTRY.names())
+
+
+PRESETS: Mapping[str, ModelRecipe] = _Presets()
+add_preset = _REGISTRY.add
+
+
+def get_preset(name: str) -> ModelRecipe:
+    """The model called `name`.
+
+    Raises:
+        UserError: nobody declares the name (the line names the nearest one), or the plugin that does is broken.
+    """
+    try:
+        return _REGISTRY.get(name)
+    except UserError as error:
+        raise UserError(error.what, where=error.where or "preset", fix=error.fix) from error
+
+
+def _row(hidden: int, heads: int, layers: int, *, groups: int | None = None, **other: Any) -> ModelRecipe:
+    """A size by the family's rule d_ff = 2.5 d_model; every head has its own key and value unless `groups` is given."""
+    fields: dict[str, Any] = {
+        "num_layers": layers,
+        "hidden_size": hidden,
+        "ffn_hidden_size": hidden * 5 // 2,
+        "num_attention_heads": heads,
+        "num_query_groups": groups or heads,
+        "kv_channels": HEAD,
+        "vocab_size": VOCABULARY,
+    }
+    return ModelRecipe(**(fields | other))
+
+
+# Table 2: d_model, n_q, layers
+add_preset("minicpm-1.2b", _row(1536, 24, 52, groups=8, vocab_size=VOCABULARY_SMALL))
+add_preset("minicpm-2.4b", _row(2304, 36, 40))
+# Section 7.2: head untied. 65,536 positions at base 1e6 are the released configuration, whose factor-4 dynamic
+# scaling acts beyond those positions only.
+add_preset(
+    "minicpm-2.4b-128k",
+    _row(
+        2304,
+        36,
+        40,
+        untie_embeddings_and_output_weights=True,
+        max_position_embeddings=65_536,
+        rotary_base=1_000_000.0,
+    ),
+)
+# Section 7.3: 8 experts, 2 a token
+add_preset("minicpm-moe-8x2b", _row(2304, 36, 40, num_moe_experts=8, moe_router_topk=2))
+
+# Table 8 (appendix A.1): d_model, heads, layers. The vocabulary is not given there: that of 2.4B.
+add_preset("windtunnel-9m", _row(320, 5, 8))
+add_preset("windtunnel-30m", _row(512, 8, 12))
+add_preset("windtunnel-70m", _row(640, 10, 14))
+add_preset("windtunnel-0.1b", _row(768, 12, 16))
+add_preset("windtunnel-0.17b", _row(896, 14, 18))
+add_preset("windtunnel-0.2b", _row(1024, 16, 20))
+add_preset("windtunnel-0.5b", _row(1344, 21, 24))
+# Used in figures 3 and 10 without published shapes: these follow the same rule and are nobody's numbers but ours.
+add_preset("interpolated-0.3b", _row(1152, 18, 20))
+add_preset("interpolated-0.85b", _row(1600, 25, 29))
+
+# Sizes that a CPU trains: the family's proportions, none of them published.
+add_preset("minicpm-tiny", _row(256, 4, 4, vocab_size=8192, max_position_embeddings=512))
+add_preset("minicpm-micro", _row(128, 2, 3, vocab_size=2048, max_position_embeddings=512))
+add_preset("minicpm-nano", _row(64, 4, 2, groups=2, kv_channels=16, vocab_size=512, max_position_embeddings=256))

@@ -1,0 +1,300 @@
+"""What a run is, as one frozen and validated value.
+
+A `Recipe` holds everything that decides a run and nothing that a run finds out. Types are strict: a quoted
+number, a fraction where a count is meant or an unknown key is refused here, long before a process group exists.
+Rules that join several fields are in `checks`; merging of presets, files and overrides is in `load`.
+Defaults that come from the paper (arXiv 2404.06395) carry their place in it; where the paper is silent the
+description says "common practice, not published".
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from minicpm_megatron.recipe import checks
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Count = Annotated[int, Field(gt=0)]
+# the name becomes a folder under run.directory, a validation name becomes part of a metric's name
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+MetricName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,99}$")]
+PathText = Annotated[str, Field(min_length=1)]
+
+
+def _whole(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Length = Annotated[int, BeforeValidator(_whole), Field(ge=0)]  # 20e9 is how people write tokens
+
+
+class Section(BaseModel):
+    """Common ground of all parts: immutable, no unknown keys, no conversion of types."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+
+class ModelRecipe(Section):
+    """The shape of the model and its muP constants; `presets` holds the published ones."""
+
+    num_layers: Count
+    """Transformer layers."""
+    hidden_size: Count
+    """d_model."""
+    ffn_hidden_size: Count
+    """d_ff, the width of each of SwiGLU's two branches (2.5 d_model in every published size)."""
+    num_attention_heads: Count
+    """Query heads n_q."""
+    num_query_groups: Count = Field(default=0)
+    """Key/value heads n_kv; defaults to num_attention_heads (no grouping)."""
+    kv_channels: Count = Field(default=0)
+    """d_head, channels a head; defaults to hidden_size / num_attention_heads (64 in every published size)."""
+    vocab_size: Annotated[int, Field(ge=2)]
+    """Rows of the embedding before any padding; never fewer than the tokenizer's pieces."""
+    max_position_embeddings: Count = 4096
+    """Longest sequence in tokens the model is meant for (released configurations)."""
+    rotary_base: Positive = 10_000.0
+    """RoPE base (released configurations)."""
+    norm_epsilon: Positive = 1e-5
+    """RMSNorm epsilon (released configurations)."""
+    untie_embeddings_and_output_weights: bool = False
+    """False: the LM head is the input embedding (section 6.1: tied)."""
+    scale_emb: Positive = 12.0
+    """Factor on the embedding output (Table 7 and appendix A.1)."""
+    scale_depth: Positive = 1.4
+    """Each block's output is multiplied by scale_depth / sqrt(num_layers) (Table 7 and appendix A.1)."""
+    dim_model_base: Count = 256
+    """d_base: widths count relative to it in muP (all released configurations)."""
+    init_method_std: Positive = 0.1
+    """Initial standard deviation at width dim_model_base (appendix A.1)."""
+    num_moe_experts: Annotated[int, Field(ge=2)] | None = None
+    """Experts a layer; null is a dense model."""
+    moe_router_topk: Count = 2
+    """Experts that serve a token (section 7.3); without effect in a dense model."""
+    parametrization: Literal["mup", "standard"] = "mup"
+    """mup: rates, inits and logits scaled with width as in Table 7; standard: none of them."""
+    embedding_role: Literal["vector", "matrix"] = "vector"
+    """Whether muP takes the embedding for a vector or for one of Table 7's two-dimensional tensors. The paper leaves
+    it open; vector is what keeps the logits independent of width."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_head_shape(cls, fields: Any) -> Any:
+        # here rather than by defaults, so that a resolved recipe is explicit and the 0 of the fields never survives
+        if not isinstance(fields, dict):
+            return fields
+        fields = dict(fields)
+        heads, hidden = fields.get("num_attention_heads"), fields.get("hidden_size")
+        if fields.get("num_query_groups") is None and heads is not None:
+            fields["num_query_groups"] = heads
+        if fields.get("kv_channels") is None and isinstance(heads, int) and isinstance(hidden, int) and heads > 0:
+            fields["kv_channels"] = hidden // heads
+        return fields
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelRecipe:
+        checks.check_model(self)
+        return self
+
+
+class DataSource(Section):
+    """One tokenised corpus and its share of the training tokens."""
+
+    prefix: PathText
+    """PREFIX.bin and PREFIX.idx as tools/preprocess_data.py writes them; relative to the working directory."""
+    weight: Positive = 1.0
+    """Share of the samples relative to the other sources' weights."""
+
+
+class DataRecipe(Section):
+    """What is read. All paths are relative to the directory the command is started in."""
+
+    train: Annotated[tuple[DataSource, ...], Field(strict=False, min_length=1)]
+    """Training corpora."""
+    validation: dict[MetricName, PathText] = Field(default_factory=dict)
+    """Held-out corpora: name in the logs -> prefix."""
+    tokenizer: PathText | None = None
+    """Tokenizer directory; checked against the data's, and copied into exports."""
+    sequence_length: Count
+    """Tokens a sample."""
+
+
+class ParallelRecipe(Section):
+    """How one copy of the model is spread; what remains of the world size is data parallelism."""
+
+    tensor_model_parallel_size: Count = 1
+    """Ranks that share each matrix and the vocabulary."""
+    pipeline_model_parallel_size: Count = 1
+    """Ranks that share the layers in order (more than 1 not yet supported in training)."""
+    context_parallel_size: Count = 1
+    """Ranks that share each sequence (more than 1 not yet supported in training)."""
+    expert_model_parallel_size: Count = 1
+    """Ranks that share the experts (more than 1 not yet supported in training)."""
+    sequence_parallel: bool = False
+    """Split the activations between the tensor-parallel regions along the sequence."""
+
+
+class BatchGrowth(Section):
+    """One enlargement of the batch in mid-run (section 6.2: 1.2B goes from 2M to 4M tokens)."""
+
+    after_tokens: Annotated[Length, Field(gt=0)]
+    """Tokens consumed before the first step of the new size."""
+    global_batch_size: Count
+    """New size in samples."""
+
+
+class TrainingRecipe(Section):
+    """The steps themselves."""
+
+    global_batch_size: Count
+    """Samples a step over all ranks."""
+    micro_batch_size: Count
+    """Samples a forward pass on one rank."""
+    batch_growth: Annotated[tuple[BatchGrowth, ...], Field(strict=False)] = ()
+    """Later batch sizes, in order."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """Arithmetic of forward and backward; the optimizer always keeps fp32 weights."""
+    gradient_clipping: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+    """Largest global gradient norm, 0 for none (common practice, not published)."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 1234
+    """Decides initial weights and sample order."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activations computed again in backward: none, the attention core, or whole layers."""
+    stop_after: Count | None = None
+    """End after this many steps, the schedule unchanged."""
+
+
+class OptimizerRecipe(Section):
+    """AdamW. The rates of the muP groups are multiples of `lr`."""
+
+    lr: Positive = 0.01
+    """Base learning rate (section 3.3, appendix A.1: best on every size tried)."""
+    betas: Annotated[tuple[Fraction, Fraction], Field(strict=False)] = (0.9, 0.95)
+    """Adam's decay rates (common practice, not published)."""
+    eps: Positive = 1e-8
+    """Adam's epsilon (common practice, not published)."""
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.1
+    """Decoupled weight decay of the hidden matrices (common practice, not published)."""
+    weight_decay_mode: Literal["tied", "independent"] = "tied"
+    """tied: a step shrinks weights by rate x weight_decay (AdamW); independent: by weight_decay times the
+    schedule's factor, whatever the rate (tried in appendix A.1 and not adopted)."""
+
+
+class ScheduleRecipe(Section):
+    """The learning rate over the run as a multiple of `optimizer.lr`; formulas in `methods.schedules`."""
+
+    shape: Literal["wsd", "cosine", "cosine_loop", "constant"] = "wsd"
+    """Section 4 and appendix B.1."""
+    unit: Literal["steps", "tokens"] = "steps"
+    """What warmup, total, decay, half_life and period count. In tokens the curve does not move when the batch
+    grows."""
+    warmup: Length = 0
+    """Length of the linear rise (not published)."""
+    total: Annotated[Length, Field(gt=0)]
+    """Length of the whole run, warmup and decay included."""
+    decay: Length | None = None
+    """WSD: length of the final decay, 0 for a trunk that only ever branches. About 10 % of the run is enough, 2.5 %
+    is not (section 4.3)."""
+    decay_shape: str = "exponential"
+    """WSD: exponential, linear, cosine, 1-sqrt, megatron-exponential or one that another package registered."""
+    half_life: Positive | None = None
+    """Exponential decay: the rate halves once each this long (section 6.2: 5,000 steps, which is 20B tokens)."""
+    min_lr_ratio: Fraction | None = None
+    """Floor relative to `optimizer.lr`; null is the shape's own: none for exponential, otherwise 0.1 (appendix B.1
+    for cosine, the authors' posted code for linear)."""
+    period: Annotated[Length, Field(gt=0)] | None = None
+    """Cosine and CosineLoop: T of appendix B.1, the position of the first minimum; null is `total`."""
+
+
+class DeepSpeedRecipe(Section):
+    """What DeepSpeed is told beyond the rest of the recipe."""
+
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
+    """0 none, 1 optimizer state, 2 and gradients, 3 and weights divided over the data-parallel ranks."""
+    config: PathText | None = None
+    """A DeepSpeed JSON laid over ours; contradictions with the recipe are refused."""
+
+
+class EvaluationRecipe(Section):
+    """Loss on `data.validation`."""
+
+    interval: Count | None = None
+    """Steps between evaluations; null for none."""
+    batches: Count = 8
+    """Global batches read from each validation set."""
+
+
+class CheckpointRecipe(Section):
+    """What survives."""
+
+    interval: Count | None = None
+    """Steps between saves; null saves at the end only."""
+    keep_last: Count = 2
+    """Newest checkpoints kept."""
+    keep_every: Count | None = None
+    """Checkpoints whose step is a multiple of this are kept for ever."""
+    on_corrupt: Literal["stop", "previous"] = "stop"
+    """When the newest checkpoint fails verification: stop, or resume from the one before."""
+
+
+class LoggingRecipe(Section):
+    """What is seen."""
+
+    interval: Count = 10
+    """Steps between lines."""
+    tensorboard: bool = True
+    """Write TensorBoard's event files into the run's folder."""
+
+
+class RunRecipe(Section):
+    """Where things go."""
+
+    directory: PathText = "runs"
+    """A run writes below directory/name; relative to the working directory."""
+
+
+class Recipe(Section):
+    """Everything that decides a run.
+
+    Raises:
+        pydantic.ValidationError: a field is missing, unknown, of another type or out of its range.
+        UserError: the fields contradict each other.
+    `load.load_recipe` and `load.build` turn the first into the second as well."""
+
+    name: Name
+    """Folder of the run below run.directory."""
+    preset: str | None = None
+    """Where `model` came from; for the reader, the resolved values are in `model`."""
+    model: ModelRecipe
+    data: DataRecipe
+    parallel: ParallelRecipe = Field(default_factory=ParallelRecipe)
+    training: TrainingRecipe
+    optimizer: OptimizerRecipe = Field(default_factory=OptimizerRecipe)
+    schedule: ScheduleRecipe
+    deepspeed: DeepSpeedRecipe = Field(default_factory=DeepSpeedRecipe)
+    evaluation: EvaluationRecipe = Field(default_factory=EvaluationRecipe)
+    checkpoint: CheckpointRecipe = Field(default_factory=CheckpointRecipe)
+    logging: LoggingRecipe = Field(default_factory=LoggingRecipe)
+    run: RunRecipe = Field(default_factory=RunRecipe)
+
+    @model_validator(mode="after")
+    def _check(self) -> Recipe:
+        checks.check_recipe(self)
+        return self
+
+    @property
+    def run_directory(self) -> Path:
+        """Folder of everything this run writes."""
+        return Path(self.run.directory) / self.name
+
+    def check_world_size(self, world_size: int) -> checks.Layout:
+        """The layout on `world_size` ranks; see `checks.layout`."""
+        return checks.layout(self, world_size)
+
+    def check_trainable(self) -> None:
+        """Refuse what can be described but not yet trained; see `checks.check_trainable`."""
+        checks.check_trainable(self)

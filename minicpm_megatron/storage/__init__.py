@@ -1,0 +1,1 @@
+"""Bytes on disk: whole-or-absent files, checksum manifests and sharded tensors. Needs no process group."""

@@ -1,0 +1,123 @@
+"""Contradictions between fields: each is refused by the field to change, with what to do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from minicpm_megatron.errors import UserError
+from minicpm_megatron.recipe import build
+from tests.recipe.fields import minimal_fields
+
+GROWTH = [{"after_tokens": 10_000, "global_batch_size": 16}, {"after_tokens": 20_000, "global_batch_size": 32}]
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"parallel__tensor_model_parallel_size": 3}, "parallel.tensor_model_parallel_size: 3 does not divide"),
+        (
+            {"parallel__tensor_model_parallel_size": 4},
+            "4 does not divide model.num_query_groups 2; give a divisor of 2",
+        ),
+        (
+            {"parallel__tensor_model_parallel_size": 2, "model__ffn_hidden_size": 161},
+            "2 does not divide model.ffn_hidden_size 161",
+        ),
+        ({"parallel__sequence_parallel": True}, "parallel.sequence_parallel: .*of which there is one; set"),
+        (
+            {"parallel": {"sequence_parallel": True, "tensor_model_parallel_size": 2}, "data__sequence_length": 63},
+            "data.sequence_length: 63 tokens do not divide over 2",
+        ),
+        ({"model__num_query_groups": 3}, "model.num_query_groups: 4 attention heads do not divide into 3"),
+        ({"model__kv_channels": 15}, "model.kv_channels: .*15 is odd"),
+        (
+            {"model__num_moe_experts": 2, "model__moe_router_topk": 3},
+            "model.moe_router_topk: 3 experts a token of only 2",
+        ),
+        ({"data__sequence_length": 257}, "data.sequence_length: 257 tokens exceed model.max_position_embeddings 256"),
+        ({"training__global_batch_size": 9}, "training.global_batch_size: 9 samples are not a multiple of"),
+        (
+            {"training__batch_growth": [{"after_tokens": 1, "global_batch_size": 15}]},
+            "training.batch_growth.0.global_batch_size: 15 samples are not",
+        ),
+        (
+            {"training__batch_growth": [{"after_tokens": 1, "global_batch_size": 8}]},
+            "training.batch_growth.0.global_batch_size: 8 samples do not exceed the 8 before",
+        ),
+        (
+            {"training__batch_growth": [GROWTH[0], GROWTH[1] | {"after_tokens": 10_000}]},
+            "training.batch_growth.1.after_tokens: 10,000 does not come after 10,000",
+        ),
+        ({"schedule__decay": None}, r"schedule.decay: .*give about 10 % of the run \(10 steps\)"),
+        ({"schedule__decay": 91}, "schedule.total: warmup 10 and decay 91 do not fit into 100 steps"),
+        ({"schedule__half_life": None}, "schedule.half_life: exponential decay needs its half-life"),
+        ({"schedule__decay_shape": "linear"}, "schedule.half_life: 5.* wsd with linear decay has no use for it; set"),
+        (
+            {"schedule__decay_shape": "lineal"},
+            "schedule.decay_shape: unknown decay shape 'lineal'; did you mean linear",
+        ),
+        ({"schedule__period": 50}, "schedule.period: 50 .* no use for it; set schedule.period=null"),
+        ({"schedule__shape": "cosine"}, "schedule.decay: 20 is given but the schedule cosine has no use for it"),
+        ({"schedule": {"shape": "constant", "total": 9, "min_lr_ratio": 0.1}}, "schedule.min_lr_ratio: 0.1 is given"),
+        ({"schedule": {"shape": "cosine", "total": 9, "warmup": 10}}, "schedule.total: warmup 10"),
+    ],
+)
+def test_contradictions(changes: dict[str, Any], line: str) -> None:
+    with pytest.raises(UserError, match=line):
+        build(minimal_fields(**changes))
+
+
+def test_a_recipe_cannot_be_changed() -> None:
+    recipe = build(minimal_fields())
+    with pytest.raises(ValidationError):
+        recipe.training.seed = 3
+
+
+def test_layout_gives_data_parallelism_what_is_left() -> None:
+    recipe = build(minimal_fields(parallel__tensor_model_parallel_size=2, training__batch_growth=GROWTH))
+    layout = recipe.check_world_size(8)
+    assert (layout.world_size, layout.data_parallel_size, layout.tensor_model_parallel_size) == (8, 4, 2)
+    assert layout.gradient_accumulation_steps == (1, 2, 4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "world_size", "line"),
+    [
+        ({"parallel__tensor_model_parallel_size": 2}, 3, "parallel: 3 ranks do not divide into copies .* on 2"),
+        ({"parallel__tensor_model_parallel_size": 2}, 0, "parallel: 0 ranks"),
+        ({}, 3, "training.global_batch_size: 8 samples do not divide over 3 data-parallel ranks in micro-batches of 2"),
+        (
+            {"training__batch_growth": [GROWTH[0] | {"global_batch_size": 10}]},
+            2,
+            "batch_growth.0.global_batch_size: 10",
+        ),
+        (
+            {"parallel__expert_model_parallel_size": 2},
+            1,
+            "parallel.expert_model_parallel_size: 2 does not divide the 1",
+        ),
+    ],
+)
+def test_world_sizes_that_do_not_fit(changes: dict[str, Any], world_size: int, line: str) -> None:
+    recipe = build(minimal_fields(**changes))
+    with pytest.raises(UserError, match=line):
+        recipe.check_world_size(world_size)
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"parallel__pipeline_model_parallel_size": 2}, "parallel.pipeline_model_parallel_size: 2"),
+        ({"parallel__context_parallel_size": 2}, "parallel.context_parallel_size: 2"),
+        ({"parallel__expert_model_parallel_size": 2}, "parallel.expert_model_parallel_size: 2"),
+        ({"model__num_moe_experts": 4}, "model.num_moe_experts: a mixture of experts"),
+    ],
+)
+def test_what_cannot_be_trained_yet_can_still_be_described(changes: dict[str, Any], field: str) -> None:
+    recipe = build(minimal_fields(**changes))
+    with pytest.raises(UserError, match=f"{field} is not yet supported in training"):
+        recipe.check_trainable()
+    build(minimal_fields()).check_trainable()
