@@ -128,7 +128,7 @@ def convert(
     Args:
         target: one of `TARGETS`.
         dtype: fp32, bf16 (default) or fp16 of a published target; our checkpoints are always fp32.
-        max_shard_size: data bytes of one file of a published target; memory in use is about this much.
+        max_shard_size: data bytes of one file of a published target.
         tokenizer: folder of tokenizer files; default is the one the source has or records.
         overwrite: replace a model that is already at `output`.
         progress: show bytes, rate and remaining time on standard error.
@@ -204,9 +204,12 @@ def _stream(
     with tqdm(total=total, unit="B", unit_scale=True, desc="writing", disable=not progress) as bar:
         for group in groups:
             tensors = [_read(source, name, group.row.kind.shape(source.model)) for name in group.canonical]
-            for name, tensor in group.to_published(tensors, source.model).items():
-                yield name, tensor
-                bar.update(itemsize * tensor.numel())
+            parts = group.to_published(tensors, source.model)
+            # whatever was folded or cast is a copy: the original goes before the next tensor is read
+            del tensors
+            for name in group.published:
+                yield name, parts.pop(name)
+                bar.update(itemsize * torch.Size(shapes[name]).numel())
 
 
 def _read(source: Source, name: str, shape: Shape) -> torch.Tensor:

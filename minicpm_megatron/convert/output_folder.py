@@ -79,10 +79,7 @@ def atomic_folder(target: Path, *, needed: int) -> Iterator[Path]:
     except BaseException as error:
         free = shutil.disk_usage(partial.parent).free if partial.parent.exists() else 0
         shutil.rmtree(partial, ignore_errors=True)
-        # the safetensors writer puts the system's error into the text of its own
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise _disk_full(target, needed, free) from None
-        if "os error 28" in str(error) or "os error 27" in str(error):
             raise _disk_full(target, needed, free) from None
         if isinstance(error, OSError):
             raise UserError(f"cannot be written: {error.strerror or error}", where=str(target)) from None

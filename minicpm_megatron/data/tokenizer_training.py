@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import sentencepiece
-from tqdm import tqdm
+from minicpm_megatron.data.progress import progress_bar
 
 from minicpm_megatron.data.corpus_files import find_files, read_segment, segments
 from minicpm_megatron.data.records import Document
@@ -130,7 +130,7 @@ def _survey(
     characters: Counter[str] = Counter()
     for source in inputs:
         total, rejected = 0, Counter[str]()
-        for document in tqdm(documents(source, key=key, rejected=rejected), desc=f"reading {source}", unit=" documents",
+        for document in progress_bar(iterable=documents(source, key=key, rejected=rejected), desc=f"reading {source}", unit=" documents",
                              disable=not show_progress):  # fmt: skip
             total += document.size
             characters.update(document.text)
@@ -191,7 +191,7 @@ def _measure(tokenizer: Tokenizer, source: str, stride: int, key: str, show_prog
     rejected: Counter[str] = Counter()
     count = size = tokens = 0
     found = documents(source, key=key, rejected=rejected)
-    for number, document in enumerate(tqdm(found, desc=f"measuring {source}", unit=" documents",
+    for number, document in enumerate(progress_bar(iterable=found, desc=f"measuring {source}", unit=" documents",
                                            disable=not show_progress)):  # fmt: skip
         if number % stride == 0:
             count, size, tokens = count + 1, size + document.size, tokens + len(tokenizer.encode(document.text))

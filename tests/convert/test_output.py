@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -48,18 +49,25 @@ def test_transformers_loads_many_shards(checkpoint: MakeCheckpoint, tmp_path: Pa
     assert torch.equal(model.get_input_embeddings().weight, expected)
 
 
-def test_only_one_shard_is_in_memory(tmp_path: Path) -> None:
-    """A tensor is asked for when its shard is due: before that every earlier shard is on disk."""
+def test_only_one_tensor_is_in_memory(tmp_path: Path) -> None:
+    """Each tensor is gone before the next one is asked for, within a shard and between shards."""
     shapes = {f"t{n}": (16, 16) for n in range(6)}
+    alive: list[weakref.ref[torch.Tensor]] = []
     seen: list[int] = []
 
     def tensors():
-        for name in shapes:
-            seen.append(len(list(tmp_path.glob("*.safetensors"))))
-            yield name, torch.zeros(16, 16)
+        for n, name in enumerate(shapes):
+            seen.append(sum(reference() is not None for reference in alive))
+            tensor = torch.full((16, 16), float(n))
+            alive.append(weakref.ref(tensor))
+            yield name, tensor
+            del tensor
 
     write_weights(tmp_path, tensors(), shapes, "fp32", 2 * 16 * 16 * 4)
-    assert seen == [0, 0, 1, 1, 2, 2]
+    assert seen == [0] * 6
+    content = [load_file(path) for path in sorted(tmp_path.glob("*.safetensors"))]
+    assert [sorted(tensors) for tensors in content] == [["t0", "t1"], ["t2", "t3"], ["t4", "t5"]]
+    assert all(torch.equal(t, torch.full((16, 16), float(name[1:]))) for c in content for name, t in c.items())
 
 
 def test_plan_never_exceeds_the_limit_but_for_single_tensors() -> None:

@@ -1,0 +1,135 @@
+"""PREFIX.json: what tokens were made from and with, written beside .bin and .idx as the last of the three.
+
+It ties a corpus to its tokenizer and vocabulary, holds the checksums that a resumed run is checked against, and the
+bytes of text that a loss per byte needs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from minicpm_megatron.data.indexed_format import bin_path, idx_path
+from minicpm_megatron.errors import UserError
+from minicpm_megatron.storage.atomic import write_json
+
+FORMAT = "minicpm_megatron tokens 1"
+_BLOCK = 1 << 22
+
+
+@dataclass(frozen=True)
+class TokenMetadata:
+    """Content of PREFIX.json.
+
+    Attributes:
+        vocab_size: pieces of the tokenizer.
+        max_id: largest id in .bin, -1 for none.
+        tokenizer_sha256: of its sentencepiece model.
+        bos_id, eod_id: ids put before and after each document, None for none.
+        dtype: numpy name of the ids' type.
+        documents, tokens: what .bin holds; tokens count <s> and </s>.
+        text_bytes: UTF-8 bytes of the documents' text.
+        records: records read; documents + all rejected.
+        rejected: class -> count.
+        bin_bytes, idx_bytes, bin_sha256, idx_sha256: the two files.
+        plan: hash of everything that decides the bytes: inputs, options, tokenizer.
+    """
+
+    vocab_size: int
+    max_id: int
+    tokenizer_sha256: str
+    bos_id: int | None
+    eod_id: int | None
+    dtype: str
+    documents: int
+    tokens: int
+    text_bytes: int
+    records: int
+    rejected: dict[str, int]
+    bin_bytes: int
+    idx_bytes: int
+    bin_sha256: str
+    idx_sha256: str
+    plan: str
+
+    def write(self, path: Path) -> None:
+        """Write it atomically."""
+        write_json(path, {"format": FORMAT, **asdict(self)})
+
+
+def json_path(prefix: str | Path) -> Path:
+    """PREFIX.json."""
+    return Path(f"{prefix}.json")
+
+
+def read_metadata(prefix: str | Path) -> TokenMetadata | None:
+    """PREFIX.json, or None for tokens that another program made.
+
+    Raises:
+        UserError: the file is there and is not what we write.
+    """
+    path = json_path(prefix)
+    try:
+        value: Any = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError("cannot be read as JSON", where=str(path), fix="run preprocess_data.py again") from error
+    names = {field.name for field in fields(TokenMetadata)}
+    if not isinstance(value, dict) or value.pop("format", None) != FORMAT or set(value) != names:
+        raise UserError(f"not of the form {FORMAT!r}", where=str(path), fix="run preprocess_data.py again")
+    return TokenMetadata(**value)
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, read in blocks."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as handle:
+        while block := handle.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def data_fingerprint(prefix: str | Path) -> str:
+    """A short identity of a tokenised corpus, cheap enough for every start; equal means equal bytes.
+
+    With PREFIX.json it is made of the recorded checksums, after a comparison of the files' sizes with the recorded
+    ones; without it, of a checksum of .idx and the size of .bin.
+
+    Raises:
+        UserError: a file is missing or has another size than recorded.
+    """
+    metadata = read_metadata(prefix)
+    for path in (bin_path(prefix), idx_path(prefix)):
+        if not path.is_file():
+            raise UserError("no such token file", where=str(path), fix="check the prefix or run preprocess_data.py")
+    if metadata is None:
+        parts = [file_sha256(idx_path(prefix)), str(bin_path(prefix).stat().st_size)]
+    else:
+        for path, due in ((bin_path(prefix), metadata.bin_bytes), (idx_path(prefix), metadata.idx_bytes)):
+            if path.stat().st_size != due:
+                raise UserError(f"{path.stat().st_size} bytes where {due} are recorded", where=str(path),
+                                fix="run preprocess_data.py again")  # fmt: skip
+        parts = [metadata.bin_sha256, metadata.idx_sha256]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def verify(prefix: str | Path) -> TokenMetadata:
+    """Read .bin and .idx in full and compare them with the recorded checksums.
+
+    Raises:
+        UserError: there is no record, or a file differs from it.
+    """
+    metadata = read_metadata(prefix)
+    if metadata is None:
+        raise UserError("there are no checksums to compare with", where=str(json_path(prefix)),
+                        fix="make the tokens with preprocess_data.py")  # fmt: skip
+    data_fingerprint(prefix)
+    for path, due in ((bin_path(prefix), metadata.bin_sha256), (idx_path(prefix), metadata.idx_sha256)):
+        if file_sha256(path) != due:
+            raise UserError("the checksum differs from the recorded one", where=str(path),
+                            fix="run preprocess_data.py again")  # fmt: skip
+    return metadata

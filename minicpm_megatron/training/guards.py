@@ -1,0 +1,103 @@
+"""What ends a run early: signals, a launcher that has died, and losses that are not finite.
+
+Ranks must stop at the same step, so each keeps what it noticed to itself until the exchange that every step makes.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from types import FrameType
+
+import psutil
+import torch
+import torch.distributed as dist
+
+# A launcher may pass one Ctrl-C on twice, as SIGINT and then SIGTERM; only the same signal again, later than this
+# many seconds, means that the user does not want to wait.
+REPEAT_AFTER = 1.0
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class SignalGuard:
+    """Turns SIGTERM, SIGINT and SIGUSR1 into a request to save and stop after the current step.
+
+    The same signal a second time, after a second, aborts at once with its default action. The `deepspeed` command
+    does not pass signals on when it is killed itself, so its death counts as SIGTERM, too.
+    """
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+        self._when: dict[int, float] = {}
+        self._previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        self._launchers = _ancestors(2) if "LOCAL_RANK" in os.environ else []
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if now - self._when.get(number, now) > REPEAT_AFTER:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self._when.setdefault(number, now)
+        self.received = self.received or signal.Signals(number).name
+
+    def requested(self) -> bool:
+        """Whether this rank was asked to stop."""
+        if self.received is None and any(not _alive(process) for process in self._launchers):
+            self.received = "the launcher's death"
+        return self.received is not None
+
+    def restore(self) -> None:
+        """Give the signals back to whoever had them."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+
+def _ancestors(generations: int) -> list[psutil.Process]:
+    """The processes above this one that belong to a launcher: deepspeed's per-node launcher and its front end."""
+    found = []
+    for process in psutil.Process().parents()[:generations]:
+        try:
+            words = " ".join(process.cmdline())
+        except psutil.Error:
+            break
+        if "deepspeed" not in words and "torchrun" not in words and "torch.distributed" not in words:
+            break
+        found.append(process)
+    return found
+
+
+def _alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What all ranks together know after the forward passes of a step.
+
+    Attributes:
+        loss: mean over the tokens of the global batch, in nats.
+        stop: some rank was asked to stop.
+    """
+
+    loss: float
+    stop: bool
+
+
+def exchange(loss: torch.Tensor, stop: bool) -> Verdict:
+    """Average `loss` over all ranks and learn whether any wants to stop; one small collective a step."""
+    shared = torch.stack([loss.detach().float(), torch.tensor(float(stop), device=loss.device)])
+    dist.all_reduce(shared)
+    return Verdict(loss=float(shared[0]) / dist.get_world_size(), stop=bool(shared[1] > 0))
+
+
+def announce(text: str) -> None:
+    """Say on standard error, from rank 0, why a run ends."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        print(text, file=sys.stderr, flush=True)
+

@@ -1,0 +1,183 @@
+"""What a run tells: one readable line on the console, metrics.jsonl for programs, TensorBoard for eyes.
+
+Only rank 0 writes. metrics.jsonl holds a line for every step ("kind": "train") and every evaluation ("kind":
+"evaluation"); after a resume the lines of steps that will be done again are dropped first, so each step stands once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from minicpm_megatron.recipe import Recipe
+from minicpm_megatron.storage.atomic import write_bytes
+
+METRICS = "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One optimizer step.
+
+    Attributes:
+        step: number of the step, from 1.
+        tokens: tokens consumed once it is done.
+        loss: mean cross-entropy in nats per token over the global batch.
+        lr: base rate x schedule factor (the embedding's and the norms' rate).
+        gradient_norm: before clipping.
+        seconds: wall time of the step.
+        step_tokens: tokens of the step.
+    """
+
+    step: int
+    tokens: int
+    loss: float
+    lr: float
+    gradient_norm: float
+    seconds: float
+    step_tokens: int
+
+
+class MetricsLog:
+    """Console, JSONL and TensorBoard of one run; use as a context manager.
+
+    Args:
+        folder: the run's folder, or None on ranks that do not write.
+        recipe: for intervals.
+        start, total: steps done so far and steps of the whole run.
+        flops_per_token, peak_flops: FLOPs a token needs, and FLOP/s of all ranks together.
+    """
+
+    def __init__(
+        self, folder: Path | None, recipe: Recipe, *, start: int, total: int, flops_per_token: float, peak_flops: float
+    ) -> None:
+        self.recipe, self.start, self.total = recipe, start, total
+        self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
+        self._file = self._board = None
+        self._began = time.monotonic()
+        self._tokens = self._seconds = 0.0
+        self._steps = 0
+        if folder is not None:
+            truncate_after(folder / METRICS, start)
+            self._file = open(folder / METRICS, "a", encoding="utf-8")
+            if recipe.logging.tensorboard:
+                from torch.utils.tensorboard import SummaryWriter
+
+                self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+    def step(self, record: StepRecord, memory_bytes: int) -> None:
+        """Note one step; a console line every logging.interval steps."""
+        if self._file is None:
+            return
+        rate = record.step_tokens / record.seconds
+        achieved = rate * self.flops_per_token
+        values = {
+            "loss": record.loss,
+            "lr": record.lr,
+            "gradient_norm": record.gradient_norm,
+            "tokens_per_second": rate,
+            "model_flops_per_second": achieved,
+            "utilisation": achieved / self.peak_flops,
+            "memory_bytes": memory_bytes,
+        }
+        self._write("train", record.step, {"tokens": record.tokens, "seconds": record.seconds, **values})
+        self._scalars("train", record.step, values)
+        self._tokens += record.step_tokens
+        self._seconds += record.seconds
+        self._steps += 1
+        if record.step % self.recipe.logging.interval == 0 or record.step in (self.start + 1, self.total):
+            print(self._line(record, memory_bytes), flush=True)
+            self._tokens = self._seconds = 0.0
+            self._steps = 0
+
+    def evaluation(self, step: int, tokens: int, results: dict[str, dict[str, float]]) -> None:
+        """Note the losses on every held-out set: name -> {"loss_per_token", "loss_per_byte"} in nats."""
+        if self._file is None or not results:
+            return
+        for name, values in results.items():
+            self._write("evaluation", step, {"set": name, "tokens": tokens, **values})
+            self._scalars(f"evaluation/{name}", step, values)
+        parts = [
+            f"{name} {values['loss_per_token']:.4f} ({values['loss_per_byte']:.4f}/byte)"
+            for name, values in results.items()
+        ]
+        print(f"evaluation at step {step}, nats per token: " + ", ".join(parts), flush=True)
+
+    def _line(self, record: StepRecord, memory_bytes: int) -> str:
+        rate = self._tokens / self._seconds
+        achieved = rate * self.flops_per_token
+        left = (self.total - record.step) * self._seconds / self._steps
+        return (
+            f"step {record.step:>{len(str(self.total))}}/{self.total} | loss {record.loss:.4f} | lr {record.lr:.2e} | "
+            f"grad {record.gradient_norm:.3f} | {human(record.tokens)} tokens | {rate:,.0f} tokens/s | "
+            f"{human(achieved)}FLOP/s ({achieved / self.peak_flops:.0%}) | {memory_bytes / 2**30:.2f} GiB | "
+            f"ETA {duration(left)}"
+        )
+
+    def _write(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        assert self._file is not None
+        self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        self._file.flush()
+
+    def _scalars(self, prefix: str, step: int, values: dict[str, float]) -> None:
+        if self._board is not None:
+            for name, value in values.items():
+                self._board.add_scalar(f"{prefix}/{name}", value, step)
+
+
+def read_metrics(path: Path, kind: str = "train") -> list[dict[str, Any]]:
+    """The lines of one kind in a metrics.jsonl, in order; a line cut short by a kill is left out."""
+    records = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue
+            if record["kind"] == kind:
+                records.append(record)
+    return records
+
+
+def truncate_after(path: Path, step: int) -> None:
+    """Drop the lines of steps after `step`, and a last line that a kill cut short."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except ValueError:
+            continue
+    write_bytes(path, "".join(line + "\n" for line in kept).encode())
+
+
+def human(value: float) -> str:
+    """1234567 -> '1.23 M'."""
+    for limit, unit in ((1e15, " P"), (1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if value >= limit:
+            return f"{value / limit:.3g}{unit}"
+    return f"{value:.3g} "
+
+
+def duration(seconds: float) -> str:
+    """Seconds as h:mm:ss."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}"
