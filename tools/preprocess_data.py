@@ -13,7 +13,8 @@ import argparse
 import os
 
 from minicpm_megatron.cli.entry import run
-from minicpm_megatron.data.preprocess import Options, preprocess, rejected_path
+from minicpm_megatron.data.join_units import rejected_path
+from minicpm_megatron.data.preprocess import Options, preprocess
 
 
 def main() -> None:
@@ -24,27 +25,60 @@ def main() -> None:
     parser.add_argument("--tokenizer", required=True, help="tokenizer folder, or a sentencepiece model")
     parser.add_argument("--output-prefix", required=True, help="path of the outputs without suffix")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
-    parser.add_argument("--json-key", default=default.key, help=f"member or column of the text (default: {default.key})")
-    parser.add_argument("--prepend-bos", action=argparse.BooleanOptionalAction, default=default.prepend_bos,
-                        help="put <s> before each document, as the tokenizer does before a prompt (default: yes)")  # fmt: skip
-    parser.add_argument("--append-eod", action=argparse.BooleanOptionalAction, default=default.append_eod,
-                        help="put </s> after each document (default: yes)")  # fmt: skip
-    parser.add_argument("--on-error", choices=("skip", "fail"), default="skip",
-                        help="what a record that is no document does (default: skip, counted and reported)")  # fmt: skip
-    parser.add_argument("--max-document-bytes", type=int, default=default.max_document_bytes,
-                        help=f"longer documents are rejected (default: {default.max_document_bytes})")  # fmt: skip
+    parser.add_argument(
+        "--json-key", default=default.key, help=f"member or column of the text (default: {default.key})"
+    )
+    parser.add_argument(
+        "--prepend-bos",
+        action=argparse.BooleanOptionalAction,
+        default=default.prepend_bos,
+        help="put <s> before each document, as the tokenizer does before a prompt (default: yes)",
+    )
+    parser.add_argument(
+        "--append-eod",
+        action=argparse.BooleanOptionalAction,
+        default=default.append_eod,
+        help="put </s> after each document (default: yes)",
+    )
+    parser.add_argument(
+        "--on-error",
+        choices=("skip", "fail"),
+        default="skip",
+        help="what a record that is no document does (default: skip, counted and reported)",
+    )
+    parser.add_argument(
+        "--max-document-bytes",
+        type=int,
+        default=default.max_document_bytes,
+        help=f"longer documents are rejected (default: {default.max_document_bytes})",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace another output at the same prefix")
     arguments = parser.parse_args()
-    options = Options(arguments.json_key, arguments.prepend_bos, arguments.append_eod, arguments.max_document_bytes,
-                      arguments.on_error == "fail")  # fmt: skip
-    made = preprocess(arguments.input, arguments.tokenizer, arguments.output_prefix, workers=arguments.workers,
-                      options=options, overwrite=arguments.overwrite)  # fmt: skip
-    print(f"{made.documents:,} documents, {made.tokens:,} tokens of {made.dtype}, {made.text_bytes:,} bytes of text"
-          f" ({made.text_bytes / made.tokens:.3f} bytes/token)")  # fmt: skip
+    options = Options(
+        arguments.json_key,
+        arguments.prepend_bos,
+        arguments.append_eod,
+        arguments.max_document_bytes,
+        arguments.on_error == "fail",
+    )
+    made = preprocess(
+        arguments.input,
+        arguments.tokenizer,
+        arguments.output_prefix,
+        workers=arguments.workers,
+        options=options,
+        overwrite=arguments.overwrite,
+    )
+    print(
+        f"{made.documents:,} documents, {made.tokens:,} tokens of {made.dtype}, {made.text_bytes:,} bytes of text"
+        f" ({made.text_bytes / made.tokens:.3f} bytes/token)"
+    )
     if made.rejected:
         counts = ", ".join(f"{count:,} {reason}" for reason, count in made.rejected.items())
-        print(f"rejected {made.records - made.documents:,} of {made.records:,} records: {counts}"
-              f" (see {rejected_path(arguments.output_prefix)})")  # fmt: skip
+        print(
+            f"rejected {made.records - made.documents:,} of {made.records:,} records: {counts}"
+            f" (see {rejected_path(arguments.output_prefix)})"
+        )
     print(f"written to {arguments.output_prefix}.bin and .idx")
 
 

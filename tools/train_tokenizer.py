@@ -17,16 +17,27 @@ from minicpm_megatron.data.tokenizer_training import compression_table, train_to
 def main() -> None:
     """Parse the command line and train."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input", nargs="+", required=True, metavar="CORPUS",
-                        help=f"files ({', '.join(SUFFIXES)}) or folders of them; each is one line of the report")  # fmt: skip
+    parser.add_argument(
+        "--input",
+        nargs="+",
+        required=True,
+        metavar="CORPUS",
+        help=f"files ({', '.join(SUFFIXES)}) or folders of them; each is one line of the report",
+    )
     parser.add_argument("--vocab-size", type=int, required=True, help="number of pieces, 256 bytes included")
     parser.add_argument("--output", type=Path, required=True, help="new folder")
     parser.add_argument("--json-key", default="text", help="member or column that holds the text (default: text)")
-    parser.add_argument("--max-sample-mb", type=int, default=256,
-                        help="megabytes of text taken of each input at most (default: 256)")  # fmt: skip
+    parser.add_argument(
+        "--max-sample-mb", type=int, default=256, help="megabytes of text taken of each input at most (default: 256)"
+    )
     arguments = parser.parse_args()
-    report = train_tokenizer(arguments.input, arguments.vocab_size, arguments.output, key=arguments.json_key,
-                             max_sample_bytes=arguments.max_sample_mb << 20)  # fmt: skip
+    report = train_tokenizer(
+        arguments.input,
+        arguments.vocab_size,
+        arguments.output,
+        key=arguments.json_key,
+        max_sample_bytes=arguments.max_sample_mb << 20,
+    )
     print(compression_table(report))
     print(f"tokenizer written to {arguments.output}")
 

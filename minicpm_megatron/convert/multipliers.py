@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from minicpm_megatron.methods import mup
 from minicpm_megatron.recipe import ModelRecipe
 
 NOTE_KEY = "minicpm_megatron"
@@ -32,13 +33,13 @@ def embedding_multiplier(model: ModelRecipe) -> float:
 
 
 def residual_multiplier(model: ModelRecipe) -> float:
-    """Factor on each block's output before it is added: scale_depth / sqrt(num_layers) (Table 7)."""
-    return model.scale_depth / math.sqrt(model.num_layers)
+    """Factor on each block's output before it is added (Table 7)."""
+    return mup.residual_multiplier(model.scale_depth, model.num_layers)
 
 
 def logits_multiplier(model: ModelRecipe) -> float:
-    """Factor on the logits: dim_model_base / hidden_size under muP (Table 7), 1 under standard parametrization."""
-    return model.dim_model_base / model.hidden_size if model.parametrization == "mup" else 1.0
+    """Factor on the logits: the inverse of the width multiplier (Table 7), 1 under standard parametrization."""
+    return 1.0 / mup.width_multiplier(model)
 
 
 MULTIPLIERS = (embedding_multiplier, residual_multiplier, logits_multiplier)

@@ -146,7 +146,10 @@ def convert(
     check_output(output, source=source_folder, overwrite=overwrite)
     pieces, notes = _tokenizer(tokenizer or source.tokenizer, source.model.vocab_size, to_publish=target != MEGATRON)
     if target == MEGATRON:
-        write_checkpoint(output, source, tokenizer=pieces.folder if pieces else None, progress=progress)
+        needed = DTYPES["fp32"].itemsize * _parameters(source)
+        check_space(output, needed)
+        with atomic_folder(output, needed=needed) as folder:
+            write_checkpoint(folder, source, tokenizer=pieces.folder if pieces else None, progress=progress)
     else:
         _publish(source, output, FORMATS[target], dtype or DEFAULT_DTYPE, shard_bytes, pieces, progress)
     return Conversion(source.format, target, output, _parameters(source), tuple(notes))
@@ -181,6 +184,7 @@ def _publish(
     needed = bytes_needed(shapes, DTYPES[dtype].itemsize)
     check_space(output, needed)
     with atomic_folder(output, needed=needed) as folder:
+        folder.mkdir()
         write_weights(folder, _stream(source, groups, shapes, dtype, progress), shapes, dtype, shard_bytes)
         write_json(folder / CONFIG, config)
         write_json(folder / "generation_config.json", _generation_config(tokens))

@@ -55,7 +55,7 @@ def _disk_full(target: Path, needed: int, free: int) -> UserError:
 
 @contextlib.contextmanager
 def atomic_folder(target: Path, *, needed: int) -> Iterator[Path]:
-    """Yield an empty folder beside `target` that becomes `target` when the block ends without an error.
+    """Yield a path beside `target`, for the block to make a folder at, which becomes `target` if the block succeeds.
 
     What stood at `target` is replaced then and not before; on an error it is untouched and the new folder is removed.
 
@@ -69,9 +69,8 @@ def atomic_folder(target: Path, *, needed: int) -> Iterator[Path]:
     try:
         real.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(partial, ignore_errors=True)  # of an earlier conversion that was killed
-        partial.mkdir()
         yield partial
-        for path in partial.iterdir():
+        for path in partial.rglob("*"):
             _fsync(path)
         fsync_directory(partial)
         _replace(partial, real)

@@ -133,10 +133,13 @@ def _same_up_to_folds(model: ModelRecipe, layout: Format, weights: WeightFolder)
         return False
     folds = {row.published[0]: row.fold(model) for row in layout.rows if row.fold}
     ratio = folds.get(head, 1.0) / folds.get(embedding, 1.0)
-    # folded and stored, each side was rounded twice
-    tolerance = 4 * torch.finfo(weights.dtype(head)).eps if layout.folds else 0.0
+    # folded and stored, each side was rounded twice; near zero the spacing of numbers no longer shrinks with them
+    limits = torch.finfo(weights.dtype(head))
+    relative, absolute = (4 * limits.eps, 2 * limits.smallest_normal * limits.eps) if layout.folds else (0.0, 0.0)
     blocks = zip(weights.row_blocks(head, _BLOCK_ROWS), weights.row_blocks(embedding, _BLOCK_ROWS), strict=True)
-    return all(torch.allclose(ours.float(), other.float() * ratio, rtol=tolerance, atol=0.0) for ours, other in blocks)
+    return all(
+        torch.allclose(ours.float(), other.float() * ratio, rtol=relative, atol=absolute) for ours, other in blocks
+    )
 
 
 def _check_tensors(weights: WeightFolder, groups: list[Group], model: ModelRecipe, head: str) -> None:

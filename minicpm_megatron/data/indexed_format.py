@@ -128,9 +128,7 @@ def _map(path: Path, dtype: str, offset: int, count: int) -> np.ndarray:
     return np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=(count,))
 
 
-def _check_order(
-    idx: Path, dtype: np.dtype, lengths: np.ndarray, offsets: np.ndarray, documents: np.ndarray
-) -> None:
+def _check_order(idx: Path, dtype: np.dtype, lengths: np.ndarray, offsets: np.ndarray, documents: np.ndarray) -> None:
     """Offsets must be the running sum of lengths, or reading would run into other documents or out of the file."""
     step, running = 1 << 22, 0
     for first in range(0, len(lengths), step):

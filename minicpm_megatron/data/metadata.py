@@ -111,8 +111,11 @@ def data_fingerprint(prefix: str | Path) -> str:
     else:
         for path, due in ((bin_path(prefix), metadata.bin_bytes), (idx_path(prefix), metadata.idx_bytes)):
             if path.stat().st_size != due:
-                raise UserError(f"{path.stat().st_size} bytes where {due} are recorded", where=str(path),
-                                fix="run preprocess_data.py again")  # fmt: skip
+                raise UserError(
+                    f"{path.stat().st_size} bytes where {due} are recorded",
+                    where=str(path),
+                    fix="run preprocess_data.py again",
+                )
         parts = [metadata.bin_sha256, metadata.idx_sha256]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
@@ -125,11 +128,15 @@ def verify(prefix: str | Path) -> TokenMetadata:
     """
     metadata = read_metadata(prefix)
     if metadata is None:
-        raise UserError("there are no checksums to compare with", where=str(json_path(prefix)),
-                        fix="make the tokens with preprocess_data.py")  # fmt: skip
+        raise UserError(
+            "there are no checksums to compare with",
+            where=str(json_path(prefix)),
+            fix="make the tokens with preprocess_data.py",
+        )
     data_fingerprint(prefix)
     for path, due in ((bin_path(prefix), metadata.bin_sha256), (idx_path(prefix), metadata.idx_sha256)):
         if file_sha256(path) != due:
-            raise UserError("the checksum differs from the recorded one", where=str(path),
-                            fix="run preprocess_data.py again")  # fmt: skip
+            raise UserError(
+                "the checksum differs from the recorded one", where=str(path), fix="run preprocess_data.py again"
+            )
     return metadata

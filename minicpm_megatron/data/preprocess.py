@@ -16,18 +16,16 @@ import json
 import os
 import shutil
 import sys
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
-
 from minicpm_megatron.data.corpus_files import find_files, segments
-from minicpm_megatron.data.indexed_format import bin_path, idx_path, open_index, token_dtype, write_index
-from minicpm_megatron.data.metadata import TokenMetadata, file_sha256, json_path, read_metadata
+from minicpm_megatron.data.indexed_format import bin_path, idx_path, token_dtype
+from minicpm_megatron.data.join_units import join_units
+from minicpm_megatron.data.metadata import TokenMetadata, json_path, read_metadata
 from minicpm_megatron.data.progress import progress_bar
-from minicpm_megatron.data.records import REASONS, Rejected
+from minicpm_megatron.data.records import Rejected
 from minicpm_megatron.data.tokenize_units import (
     Setup,
     Unit,
@@ -35,18 +33,15 @@ from minicpm_megatron.data.tokenize_units import (
     finished_result,
     make_units,
     remove_unit_files,
-    unit_file,
 )
 from minicpm_megatron.data.tokenizer import Tokenizer
 from minicpm_megatron.data.worker_pool import run_tasks
 from minicpm_megatron.errors import UserError
-from minicpm_megatron.storage.atomic import atomic_file, fsync_directory, write_json
+from minicpm_megatron.storage.atomic import write_json
 
 UNIT_FORMAT = 1
 """Raised when the same plan would give other bytes than before."""
-SHOWN_REJECTIONS = 3
-"""Rejected records shown on standard error for each class; all are in PREFIX.rejected.jsonl."""
-_BLOCK = 1 << 22
+_PLAN_NAME = "plan.json"
 _WORKER = "minicpm_megatron.data.tokenize_units:make_worker"
 
 
@@ -69,15 +64,16 @@ class Options:
     fail: bool = False
 
 
-def rejected_path(prefix: str | Path) -> Path:
-    """PREFIX.rejected.jsonl."""
-    return Path(f"{prefix}.rejected.jsonl")
-
-
 def preprocess(
-    inputs: list[str], tokenizer: str | Path, prefix: str | Path, *, workers: int = 1, options: Options | None = None,
-    overwrite: bool = False, show_progress: bool = True,
-) -> TokenMetadata:  # fmt: skip
+    inputs: list[str],
+    tokenizer: str | Path,
+    prefix: str | Path,
+    *,
+    workers: int = 1,
+    options: Options | None = None,
+    overwrite: bool = False,
+    show_progress: bool = True,
+) -> TokenMetadata:
     """Tokenise `inputs` into PREFIX.bin, PREFIX.idx, PREFIX.rejected.jsonl and PREFIX.json.
 
     Args:
@@ -94,11 +90,16 @@ def preprocess(
         UserError: the input, tokenizer or output cannot be used; with `options.fail`, a record was rejected.
     """
     options = options or Options()
+    if Path(prefix).is_dir():
+        raise UserError(
+            "is a folder, not a path without suffix", where=str(prefix), fix="add a name to --output-prefix"
+        )
     if workers < 1:
         raise UserError(f"{workers} workers cannot do it", where="--workers", fix="give 1 or more")
     if not 1 <= options.max_document_bytes <= 1 << 30:
-        raise UserError(f"{options.max_document_bytes} is out of range", where="--max-document-bytes",
-                        fix="give 1 to 1073741824")  # fmt: skip
+        raise UserError(
+            f"{options.max_document_bytes} is out of range", where="--max-document-bytes", fix="give 1 to 1073741824"
+        )
     model = Tokenizer(tokenizer)
     ids = {"<s>": model.bos_id if options.prepend_bos else None, "</s>": model.eos_id if options.append_eod else None}
     for name, index in ids.items():
@@ -111,27 +112,50 @@ def preprocess(
     units = make_units([segment for file in files for segment in segments(file)])
     plan = _plan(files, unread, model, options)
 
+    work = Path(f"{prefix}.work")
     existing = read_metadata(prefix) if not overwrite else None
     if existing is not None and existing.plan == plan:
+        if options.fail and existing.rejected:
+            raise UserError(
+                f"made with {sum(existing.rejected.values())} records rejected",
+                where=str(json_path(prefix)),
+                fix="mend them or give --on-error skip",
+            )
         print(f"{prefix} is complete already", file=sys.stderr)
+        shutil.rmtree(work, ignore_errors=True)
         return existing
-    if not overwrite:
+    # a run of this plan that was killed while it published its files has left some of them
+    if not overwrite and not _is_of_plan(work, plan):
         for path in (bin_path(prefix), idx_path(prefix), json_path(prefix)):
             if path.exists():
-                raise UserError("the output exists already and is of other inputs or options", where=str(path),
-                                fix="choose another --output-prefix or give --overwrite")  # fmt: skip
-    work = Path(f"{prefix}.work")
+                raise UserError(
+                    "the output exists already and is of other inputs or options",
+                    where=str(path),
+                    fix="choose another --output-prefix or give --overwrite",
+                )
     try:
         with _locked(work):
-            setup = Setup(str(model.path.resolve()), options.key, ids["<s>"], ids["</s>"],
-                          token_dtype(model.vocab_size).str, options.max_document_bytes, options.fail,
-                          str(work))  # fmt: skip
+            setup = Setup(
+                str(model.path.resolve()),
+                options.key,
+                ids["<s>"],
+                ids["</s>"],
+                token_dtype(model.vocab_size).str,
+                options.max_document_bytes,
+                options.fail,
+                str(work),
+            )
             results = _tokenize(units, setup, plan, workers, show_progress)
-            metadata = _join(units, results, unread, setup, model, plan, prefix)
+            if _plan(files, unread, model, options) != plan:
+                raise UserError("an input has changed while it was read", where=", ".join(inputs), fix="run again")
+            metadata = join_units(units, [results[unit.number] for unit in units], unread, setup, model, plan, prefix)
         shutil.rmtree(work)
     except OSError as error:
-        raise UserError(f"cannot write: {error.strerror or error}", where=str(error.filename or work),
-                        fix="free the disk or choose another --output-prefix, then run again to go on") from error  # fmt: skip
+        raise UserError(
+            f"cannot write: {error.strerror or error}",
+            where=str(error.filename or work),
+            fix="free the disk or choose another --output-prefix, then run again to go on",
+        ) from error
     return metadata
 
 
@@ -144,6 +168,13 @@ def _plan(files: list[Path], unread: list[tuple[Path, Rejected]], model: Tokeniz
     return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()
 
 
+def _is_of_plan(work: Path, plan: str) -> bool:
+    try:
+        return json.loads((work / _PLAN_NAME).read_bytes()) == {"plan": plan}
+    except (OSError, ValueError):
+        return False
+
+
 @contextlib.contextmanager
 def _locked(work: Path) -> Iterator[None]:
     """Keep a second run for the same output out of the work folder."""
@@ -153,150 +184,38 @@ def _locked(work: Path) -> Iterator[None]:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     except BlockingIOError as error:
-        raise UserError("another run is making the same output", where=str(work), fix="wait for it or end it") from error
+        raise UserError(
+            "another run is making the same output", where=str(work), fix="wait for it or end it"
+        ) from error
     finally:
         os.close(descriptor)
 
 
-def _tokenize(
-    units: list[Unit], setup: Setup, plan: str, workers: int, show_progress: bool
-) -> dict[int, UnitResult]:
+def _tokenize(units: list[Unit], setup: Setup, plan: str, workers: int, show_progress: bool) -> dict[int, UnitResult]:
     work = Path(setup.folder)
-    plan_file = work / "plan.json"
-    try:
-        same = json.loads(plan_file.read_bytes()) == {"plan": plan}
-    except (OSError, ValueError):
-        same = False
-    if not same:
+    if not _is_of_plan(work, plan):
         if any(work.glob("unit-*.json")):
             print(f"inputs, options or tokenizer have changed: starting {work} anew", file=sys.stderr)
         remove_unit_files(work)
-        write_json(plan_file, {"plan": plan})
-    results = {unit.number: found for unit in units if (found := finished_result(work, unit.number)) is not None}
+        write_json(work / _PLAN_NAME, {"plan": plan})
+    results = {unit.number: found for unit in units if (found := finished_result(setup, unit.number)) is not None}
     missing = [unit for unit in units if unit.number not in results]
     if results and missing:
         print(f"going on: {len(results)} of {len(units)} parts are done", file=sys.stderr)
     total = sum(unit.size for unit in units)
-    with progress_bar(total=total, initial=total - sum(unit.size for unit in missing), unit="B", unit_scale=True,
-                      desc="tokenising", disable=not show_progress) as bar:  # fmt: skip
+    with progress_bar(
+        total=total,
+        initial=total - sum(unit.size for unit in missing),
+        unit="B",
+        unit_scale=True,
+        desc="tokenising",
+        disable=not show_progress,
+    ) as bar:
         for number, result in run_tasks(_WORKER, setup, missing, workers, bar.update):
             results[missing[number].number] = result
-            bar.set_postfix(documents=sum(done.documents for done in results.values()),
-                            tokens=sum(done.tokens for done in results.values()), refresh=False)  # fmt: skip
+            bar.set_postfix(
+                documents=sum(done.documents for done in results.values()),
+                tokens=sum(done.tokens for done in results.values()),
+                refresh=False,
+            )
     return results
-
-
-def _join(
-    units: list[Unit], results: dict[int, UnitResult], unread: list[tuple[Path, Rejected]], setup: Setup,
-    model: Tokenizer, plan: str, prefix: str | Path,
-) -> TokenMetadata:  # fmt: skip
-    work, dtype = Path(setup.folder), np.dtype(setup.dtype)
-    ordered = [results[unit.number] for unit in units]
-    rejected = sum((Counter(result.rejected) for result in ordered), Counter(outcome.reason for _, outcome in unread))
-    documents, tokens = sum(r.documents for r in ordered), sum(r.tokens for r in ordered)
-    records = sum(result.records for result in ordered) + len(unread)
-    if documents + rejected.total() != records:
-        raise AssertionError(f"{documents} documents and {rejected.total()} rejected are not {records} records")
-    if not documents:
-        raise UserError(f"no document in {records} records ({_counts(rejected)})", where=setup.key,
-                        fix="check --input and --json-key")  # fmt: skip
-    joined = work / "joined"
-    with atomic_file(bin_path(joined)) as handle:
-        for unit, result in zip(units, ordered, strict=True):
-            _append(unit_file(work, unit.number, "bin"), handle, result.bin_sha256)
-    with atomic_file(idx_path(joined)) as handle:
-        write_index(handle, dtype, documents, _Lengths(work, units))
-    with atomic_file(rejected_path(joined)) as handle:
-        for line in _rejections(units, ordered, unread, work):
-            handle.write(line)
-    metadata = TokenMetadata(
-        vocab_size=model.vocab_size, max_id=max(result.max_id for result in ordered),
-        tokenizer_sha256=model.sha256, bos_id=setup.bos_id, eod_id=setup.eod_id, dtype=dtype.name,
-        documents=documents, tokens=tokens, text_bytes=sum(result.text_bytes for result in ordered), records=records,
-        rejected=dict(sorted(rejected.items())), bin_bytes=bin_path(joined).stat().st_size,
-        idx_bytes=idx_path(joined).stat().st_size, bin_sha256=file_sha256(bin_path(joined)),
-        idx_sha256=file_sha256(idx_path(joined)), plan=plan,
-    )  # fmt: skip
-    _read_back(joined, metadata)
-    json_path(prefix).unlink(missing_ok=True)  # from here until it is written, what stands there is not complete
-    for path in (bin_path, idx_path, rejected_path):
-        os.replace(path(joined), path(prefix))
-    fsync_directory(work.parent)
-    metadata.write(json_path(prefix))
-    return metadata
-
-
-class _Lengths:
-    """Document lengths of all units in order, to be iterated more than once."""
-
-    def __init__(self, work: Path, units: list[Unit]) -> None:
-        self.paths = [unit_file(work, unit.number, "lengths") for unit in units]
-
-    def __iter__(self) -> Iterator[np.ndarray]:
-        for path in self.paths:
-            yield np.fromfile(path, dtype="<i4")
-
-
-def _append(path: Path, handle: object, sha256: str) -> None:
-    digest = hashlib.sha256()
-    with open(path, "rb") as part:
-        while block := part.read(_BLOCK):
-            digest.update(block)
-            handle.write(block)  # type: ignore[attr-defined]
-    if digest.hexdigest() != sha256:
-        raise UserError("the part is damaged", where=str(path), fix=f"remove {path.parent} and run again")
-
-
-def _rejections(
-    units: list[Unit], results: list[UnitResult], unread: list[tuple[Path, Rejected]], work: Path
-) -> Iterator[bytes]:
-    """All rejected records with the line in the whole file instead of the segment; the first few are shown."""
-    shown: Counter[str] = Counter()
-
-    def line(entry: dict[str, object]) -> bytes:
-        reason = str(entry["reason"])
-        if shown[reason] < SHOWN_REJECTIONS:
-            place = f"{entry['file']}:{entry['line']}" if entry["line"] else str(entry["file"])
-            detail = f" ({entry['detail']})" if entry["detail"] else ""
-            print(f"rejected: {place}: {reason}: {REASONS[reason]}{detail}".encode("utf-8", "replace").decode(),
-                  file=sys.stderr)  # fmt: skip
-        shown[reason] += 1
-        return json.dumps(entry, ensure_ascii=True).encode() + b"\n"
-
-    for path, outcome in unread:
-        yield line({"file": str(path), "line": 0, **asdict(outcome)})
-    before: Counter[str] = Counter()
-    for unit, result in zip(units, results, strict=True):
-        starts = []
-        for segment, lines in zip(unit.segments, result.lines, strict=True):
-            starts.append(before[segment.path])
-            before[segment.path] += lines
-        with open(unit_file(work, unit.number, "rejected"), "rb") as handle:
-            for content in handle:
-                entry = json.loads(content)
-                start = starts[entry.pop("segment")]
-                yield line({**entry, "line": entry["line"] and start + entry["line"]})
-    hidden = sum(max(0, count - SHOWN_REJECTIONS) for count in shown.values())
-    if hidden:
-        print(f"and {hidden} more: {_counts(shown)}", file=sys.stderr)
-
-
-def _counts(rejected: Counter[str]) -> str:
-    return ", ".join(f"{count} {reason}" for reason, count in rejected.most_common()) or "none"
-
-
-def _read_back(prefix: Path, metadata: TokenMetadata) -> None:
-    """Megatron-Core must read what we are about to publish as we meant it."""
-    from megatron.core.datasets.indexed_dataset import IndexedDataset
-
-    index = open_index(prefix)
-    dataset = IndexedDataset(str(prefix))
-    faithful = (
-        len(dataset) == metadata.documents
-        and index.tokens == metadata.tokens
-        and np.array_equal(dataset.sequence_lengths[-1:], index.lengths[-1:])
-        and len(dataset[metadata.documents - 1]) == index.lengths[-1]
-        and (metadata.eod_id is None or dataset[metadata.documents - 1][-1] == metadata.eod_id)
-    )
-    if not faithful:
-        raise AssertionError(f"Megatron-Core reads {prefix} differently from what was written")

@@ -34,6 +34,7 @@ REASONS: dict[str, str] = {
 
 # a JSON escape takes up to 6 bytes for one of text (\\u0001); ordinary lines stay far under twice the text
 LINE_BYTES_PER_TEXT_BYTE = 2
+_JSON_SPACE = b" \t\r\n"
 
 
 @dataclass(frozen=True)
@@ -104,11 +105,10 @@ def check_text(text: Any, *, max_bytes: int) -> Document | Rejected:
 
 def parse_json_line(line: bytes, *, key: str, max_bytes: int) -> Document | Rejected:
     """The document in one line of JSON Lines, whose object holds the text under `key`."""
-    if not line.strip():
+    if not line.strip(_JSON_SPACE):
         return Rejected("blank_line")
     try:
-        decoded = line.decode().strip()
-        value = _DECODER.decode(decoded)
+        value = _DECODER.decode(line.strip(_JSON_SPACE).decode())
     except UnicodeDecodeError as error:
         return Rejected("bad_utf8", f"byte {error.start}: {error.reason}")
     except _Refusal as error:

@@ -29,16 +29,39 @@ VALIDATION_MODULUS = 40
 """One document in this many, chosen by its hash, is held out."""
 
 DOCSTRING_PACKAGES = (
-    "sympy", "numpy", "networkx", "torch", "transformers", "pydantic", "huggingface_hub", "tokenizers", "mpmath",
-    "pyarrow", "rich", "setuptools", "pygments", "deepspeed",
-)  # fmt: skip
+    "sympy",
+    "numpy",
+    "networkx",
+    "torch",
+    "transformers",
+    "pydantic",
+    "huggingface_hub",
+    "tokenizers",
+    "mpmath",
+    "pyarrow",
+    "rich",
+    "setuptools",
+    "pygments",
+    "deepspeed",
+)
 _CHINESE = Path(__file__).parent / "sample_texts" / "zh_classics.jsonl"
 _CHINESE_LICENCE = "public domain (transcription: MIT, chinese-poetry 2.0.1)"
 _PYTHON_LICENCE = "PSF-2.0"
 # what is left for English and code when the Chinese, which is small, is all in
 _ENGLISH_SHARE = 0.5
-_NOT_CODE = {"test", "tests", "idle_test", "encodings", "pydoc_data", "lib2to3", "site-packages", "__pycache__",
-             "ensurepip", "turtledemo", "msilib"}  # fmt: skip
+_NOT_CODE = {
+    "test",
+    "tests",
+    "idle_test",
+    "encodings",
+    "pydoc_data",
+    "lib2to3",
+    "site-packages",
+    "__pycache__",
+    "ensurepip",
+    "turtledemo",
+    "msilib",
+}
 _CODE_BYTES = (600, 120_000)
 _PROSE_CHARACTERS = 200
 
@@ -129,7 +152,8 @@ def english() -> Iterator[Text]:
     if topics_file.is_file():
         tree = ast.parse(topics_file.read_text(encoding="utf-8"))
         topics = next(
-            (node.value for node in tree.body if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict)), None
+            (node.value for node in tree.body if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict)),
+            None,
         )
         for topic in ast.literal_eval(topics).values() if topics else ():
             yield Text(new(prose_paragraphs(topic)), "python documentation", _PYTHON_LICENCE)
@@ -244,9 +268,15 @@ def _sources_table(selected: dict[str, list[Text]]) -> list[dict[str, str | int]
 
 
 def _readme(counts: dict[str, dict[str, int]], sources: list[dict[str, str | int]]) -> str:
-    lines = ["# Sample corpus", "", "Built by tools/build_sample_corpus.py from what this machine has installed.",
-             "One `{\"text\", \"source\"}` a line; `.valid` is held out by the hash of the document.", "",
-             "| file | documents | bytes of text |", "| --- | ---: | ---: |"]  # fmt: skip
+    lines = [
+        "# Sample corpus",
+        "",
+        "Built by tools/build_sample_corpus.py from what this machine has installed.",
+        'One `{"text", "source"}` a line; `.valid` is held out by the hash of the document.',
+        "",
+        "| file | documents | bytes of text |",
+        "| --- | ---: | ---: |",
+    ]
     lines += [f"| {name}.jsonl | {row['documents']:,} | {row['bytes']:,} |" for name, row in counts.items()]
     lines += ["", "| language | source | licence | documents | bytes of text |", "| --- | --- | --- | ---: | ---: |"]
     lines += [

@@ -12,13 +12,13 @@ import json
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from itertools import chain
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
-from minicpm_megatron.data.corpus_files import SEGMENT_BYTES, Segment, read_segment
+from minicpm_megatron.data.corpus_files import SEGMENT_BYTES, Segment
+from minicpm_megatron.data.read_segments import read_segment
 from minicpm_megatron.data.records import Document, Rejected
 from minicpm_megatron.data.tokenizer import Tokenizer
 from minicpm_megatron.errors import UserError
@@ -106,13 +106,17 @@ def unit_file(folder: Path, number: int, kind: str) -> Path:
     return folder / f"unit-{number:08d}.{kind}"
 
 
-def finished_result(folder: Path, number: int) -> UnitResult | None:
-    """The result of a unit that an earlier run finished, or None."""
+def finished_result(setup: Setup, number: int) -> UnitResult | None:
+    """The result of a unit that an earlier run finished, or None where there is none that can be used."""
+    folder = Path(setup.folder)
     try:
-        value = json.loads(unit_file(folder, number, "json").read_bytes())
-    except (OSError, ValueError):
+        result = UnitResult(**json.loads(unit_file(folder, number, "json").read_bytes()))
+        sizes = [unit_file(folder, number, kind).stat().st_size for kind in ("bin", "lengths")]
+    except (OSError, ValueError, TypeError):
         return None
-    return UnitResult(**value)
+    whole = sizes == [result.tokens * np.dtype(setup.dtype).itemsize, result.documents * 4]
+    # a run that skipped records leaves units that one with --on-error fail has to meet again
+    return result if whole and not (setup.fail and result.rejected) else None
 
 
 def make_worker(setup: Setup) -> Callable[[Unit, Callable[[int], None]], UnitResult]:
@@ -130,17 +134,24 @@ def tokenize_unit(unit: Unit, setup: Setup, tokenizer: Tokenizer, report: Callab
     folder = Path(setup.folder)
     try:
         with contextlib.ExitStack() as stack:
-            writer = _UnitWriter(setup, tokenizer, *(
-                stack.enter_context(atomic_file(unit_file(folder, unit.number, kind)))
-                for kind in ("bin", "lengths", "rejected")
-            ))  # fmt: skip
+            writer = _UnitWriter(
+                setup,
+                tokenizer,
+                *(
+                    stack.enter_context(atomic_file(unit_file(folder, unit.number, kind)))
+                    for kind in ("bin", "lengths", "rejected")
+                ),
+            )
             for position, segment in enumerate(unit.segments):
                 writer.read(position, segment, report)
             result = writer.result()
         write_json(unit_file(folder, unit.number, "json"), asdict(result))
     except OSError as error:
-        raise UserError(f"cannot write: {error.strerror}", where=str(folder), fix="free the disk, then run the same"
-                        " command again to go on") from error  # fmt: skip
+        raise UserError(
+            f"cannot write: {error.strerror}",
+            where=str(folder),
+            fix="free the disk, then run the same command again to go on",
+        ) from error
     return result
 
 
@@ -157,6 +168,9 @@ class _UnitWriter:
         self.lines: list[int] = []
         self.batch: list[str] = []
         self.batch_bytes = 0
+        self.before, self.after = (
+            np.array([] if token is None else [token], dtype=np.int32) for token in (setup.bos_id, setup.eod_id)
+        )
 
     def read(self, position: int, segment: Segment, report: Callable[[int], None]) -> None:
         unreported, line = 0, 0
@@ -168,8 +182,9 @@ class _UnitWriter:
                 report(unreported)
                 unreported = 0
 
-        for record in read_segment(segment, key=self.setup.key, max_bytes=self.setup.max_document_bytes,
-                                   progress=progress):  # fmt: skip
+        for record in read_segment(
+            segment, key=self.setup.key, max_bytes=self.setup.max_document_bytes, progress=progress
+        ):
             line = max(line, record.line)
             if isinstance(record.outcome, Document):
                 self._take(record.outcome)
@@ -197,13 +212,14 @@ class _UnitWriter:
         self.files["rejected"].write(json.dumps(entry, ensure_ascii=True).encode() + b"\n")
 
     def _flush(self) -> None:
-        before = [] if self.setup.bos_id is None else [self.setup.bos_id]
-        after = [] if self.setup.eod_id is None else [self.setup.eod_id]
         if not self.batch:
             return
-        sequences = [before + ids + after for ids in self.tokenizer.encode_batch(self.batch)]
-        lengths = np.fromiter(map(len, sequences), dtype="<i4", count=len(sequences))
-        flat = np.fromiter(chain.from_iterable(sequences), dtype="<i4", count=int(lengths.sum()))
+        parts: list[np.ndarray] = []
+        lengths = np.empty(len(self.batch), dtype="<i4")
+        for number, ids in enumerate(self.tokenizer.encode_batch(self.batch)):
+            parts += (self.before, ids, self.after)
+            lengths[number] = len(self.before) + len(ids) + len(self.after)
+        flat = np.concatenate(parts)
         self.max_id = max(self.max_id, int(flat.max(initial=-1)))
         self.tokens += len(flat)
         for kind, content in (("bin", flat.astype(self.setup.dtype).tobytes()), ("lengths", lengths.tobytes())):
@@ -213,11 +229,16 @@ class _UnitWriter:
 
     def result(self) -> UnitResult:
         return UnitResult(
-            documents=self.documents, tokens=self.tokens, text_bytes=self.text_bytes,
-            records=self.documents + self.counts.total(), max_id=self.max_id, rejected=dict(self.counts),
-            lines=self.lines, bin_sha256=self.hashes["bin"].hexdigest(),
+            documents=self.documents,
+            tokens=self.tokens,
+            text_bytes=self.text_bytes,
+            records=self.documents + self.counts.total(),
+            max_id=self.max_id,
+            rejected=dict(self.counts),
+            lines=self.lines,
+            bin_sha256=self.hashes["bin"].hexdigest(),
             lengths_sha256=self.hashes["lengths"].hexdigest(),
-        )  # fmt: skip
+        )
 
 
 def _lines_before(segment: Segment) -> int:

@@ -9,10 +9,11 @@ that this holds for the vocabulary at hand and then encodes long documents part 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import sentencepiece
 
 from minicpm_megatron.data.sentencepiece_model import parse_model
@@ -87,32 +88,39 @@ class Tokenizer:
         """Whether cutting before a single space is exact: no piece has the mark after another character."""
         model = self.description
         return (
-            model.is_bpe and model.identity and model.add_dummy_prefix and not model.remove_extra_whitespaces
+            model.is_bpe
+            and model.identity
+            and model.add_dummy_prefix
+            and not model.remove_extra_whitespaces
             and not any(_MARK in piece.text.lstrip(_MARK) for piece in model.pieces)
-        )  # fmt: skip
+        )
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, without <s> and </s>; special tokens' names in the text are ordinary characters."""
-        return self.encode_batch([text])[0]
+        return self.encode_batch([text])[0].tolist()
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text, the same as sentencepiece gives for the whole of it."""
-        parts: list[str] = []
-        counts: list[int] = []
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Ids of each text as int32, the same as sentencepiece gives for the whole of it."""
+        results: list[np.ndarray | None] = []
+        short: list[str] = []
         for text in texts:
-            before = len(parts)
-            parts.extend(self._cut(text) if len(text) > _PART_CHARACTERS and self.can_cut else (text,))
-            counts.append(len(parts) - before)
-        encoded = iter(self.processor.encode(parts, num_threads=1))
-        return [next(encoded) if count == 1 else [i for _ in range(count) for i in next(encoded)] for count in counts]
+            if len(text) > _PART_CHARACTERS and self.can_cut:
+                # lists of ids take ten times an array's memory, so each part is turned into one at once
+                parts = (self.processor.encode(part) for part in self._cut(text))
+                results.append(np.concatenate([np.array(part, dtype=np.int32) for part in parts]))
+            else:
+                results.append(None)
+                short.append(text)
+        encoded = iter(self.processor.encode(short, num_threads=1))
+        return [np.array(next(encoded), dtype=np.int32) if ids is None else ids for ids in results]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`; <s> and </s> give nothing."""
         return self.processor.decode(list(ids))
 
     @staticmethod
-    def _cut(text: str) -> list[str]:
-        parts, start = [], 0
+    def _cut(text: str) -> Iterator[str]:
+        start = 0
         while len(text) - start > _PART_CHARACTERS:
             cut = text.find(" ", start + _PART_CHARACTERS)
             # the space must follow something that is no space (nor the mark, which sentencepiece takes for one)
@@ -121,7 +129,6 @@ class Tokenizer:
             # after the cut-away space there must be something for the mark to stand before
             if cut < 0 or cut + 1 >= len(text):
                 break
-            parts.append(text[start:cut])
+            yield text[start:cut]
             start = cut + 1
-        parts.append(text[start:])
-        return parts
+        yield text[start:]

@@ -26,7 +26,8 @@ from minicpm_megatron.storage.atomic import write_bytes
 
 _MARK = "▁"
 CHAT_TEMPLATE = (
-    "{% for message in messages %}{% if message['role'] == 'user' %}{{ '<用户>' + message['content'].strip() + '<AI>' }}"
+    "{% for message in messages %}{% if message['role'] == 'user' %}"
+    "{{ '<用户>' + message['content'].strip() + '<AI>' }}"
     "{% else %}{{ message['content'].strip() }}{% endif %}{% endfor %}"
 )
 """The published chat form: <用户>question<AI>answer."""
@@ -75,8 +76,15 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
         "truncation": None,
         "padding": None,
         "added_tokens": [
-            {"id": i, "content": pieces[i], "single_word": False, "lstrip": False, "rstrip": False,
-             "normalized": False, "special": True}
+            {
+                "id": i,
+                "content": pieces[i],
+                "single_word": False,
+                "lstrip": False,
+                "rstrip": False,
+                "normalized": False,
+                "special": True,
+            }
             for i in control
         ],
         "normalizer": {
@@ -98,13 +106,18 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
             ],
         },
         "model": {
-            "type": "BPE", "dropout": None, "unk_token": pieces[tokenizer.processor.unk_id()],
-            "continuing_subword_prefix": None, "end_of_word_suffix": None, "fuse_unk": True, "byte_fallback": True,
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": pieces[tokenizer.processor.unk_id()],
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": True,
+            "byte_fallback": True,
             "ignore_merges": True,
             "vocab": {piece: index for index, piece in enumerate(pieces)},
             "merges": [list(pair) for pair in _merges(normal)],
         },
-    }  # fmt: skip
+    }
     _check_reachable(document, normal, where)
     return document
 
@@ -165,11 +178,13 @@ def _post_processor(bos: str, bos_id: int) -> dict[str, Any]:
         "type": "TemplateProcessing",
         "single": [{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": first}],
         "pair": [
-            {"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": first},
-            {"SpecialToken": {"id": bos, "type_id": 1}}, {"Sequence": second},
+            {"SpecialToken": {"id": bos, "type_id": 0}},
+            {"Sequence": first},
+            {"SpecialToken": {"id": bos, "type_id": 1}},
+            {"Sequence": second},
         ],
         "special_tokens": {bos: {"id": bos, "ids": [bos_id], "tokens": [bos]}},
-    }  # fmt: skip
+    }
 
 
 def _special_names(tokenizer: Tokenizer) -> dict[str, str]:

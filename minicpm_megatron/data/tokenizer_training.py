@@ -17,9 +17,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import sentencepiece
-from minicpm_megatron.data.progress import progress_bar
 
-from minicpm_megatron.data.corpus_files import find_files, read_segment, segments
+from minicpm_megatron.data.corpus_files import find_files, segments
+from minicpm_megatron.data.progress import progress_bar
+from minicpm_megatron.data.read_segments import read_segment
 from minicpm_megatron.data.records import Document
 from minicpm_megatron.data.tokenizer import BOS_ID, CHAT_SYMBOLS, EOS_ID, MODEL_NAME, UNK_ID, Tokenizer
 from minicpm_megatron.data.tokenizer_files import write_tokenizer_files
@@ -74,9 +75,14 @@ def documents(source: str, *, key: str, rejected: Counter[str] | None = None) ->
 
 
 def train_tokenizer(
-    inputs: list[str], vocab_size: int, output: Path, *, key: str = "text", max_sample_bytes: int = 256 << 20,
+    inputs: list[str],
+    vocab_size: int,
+    output: Path,
+    *,
+    key: str = "text",
+    max_sample_bytes: int = 256 << 20,
     show_progress: bool = True,
-) -> list[Compression]:  # fmt: skip
+) -> list[Compression]:
     """Train on `inputs` and write the tokenizer into the new folder `output`.
 
     Args:
@@ -96,8 +102,11 @@ def train_tokenizer(
         raise UserError("the output exists already", where=str(output), fix="choose another --output or remove it")
     specials = BYTE_PIECES + 3 + len(CHAT_SYMBOLS)
     if vocab_size <= specials:
-        raise UserError(f"{vocab_size} pieces hold no text: {specials} are bytes and special tokens",
-                        where="--vocab-size", fix="give a larger one")  # fmt: skip
+        raise UserError(
+            f"{vocab_size} pieces hold no text: {specials} are bytes and special tokens",
+            where="--vocab-size",
+            fix="give a larger one",
+        )
     strides, characters = _survey(inputs, key, max_sample_bytes, show_progress)
     model = _train(inputs, strides, vocab_size, _coverage(characters, vocab_size), key)
 
@@ -108,11 +117,14 @@ def train_tokenizer(
         tokenizer = Tokenizer(scratch)
         write_tokenizer_files(tokenizer, scratch)
         report = [_measure(tokenizer, source, strides[source], key, show_progress) for source in inputs]
-        write_json(scratch / REPORT_NAME, {
-            "vocab_size": tokenizer.vocab_size,
-            "sha256": tokenizer.sha256,
-            "inputs": [{**asdict(line), "bytes_per_token": round(line.bytes_per_token, 4)} for line in report],
-        })  # fmt: skip
+        write_json(
+            scratch / REPORT_NAME,
+            {
+                "vocab_size": tokenizer.vocab_size,
+                "sha256": tokenizer.sha256,
+                "inputs": [{**asdict(line), "bytes_per_token": round(line.bytes_per_token, 4)} for line in report],
+            },
+        )
         scratch.chmod(0o755)
         scratch.replace(output)
         fsync_directory(output.parent)
@@ -130,8 +142,12 @@ def _survey(
     characters: Counter[str] = Counter()
     for source in inputs:
         total, rejected = 0, Counter[str]()
-        for document in progress_bar(iterable=documents(source, key=key, rejected=rejected), desc=f"reading {source}", unit=" documents",
-                             disable=not show_progress):  # fmt: skip
+        for document in progress_bar(
+            iterable=documents(source, key=key, rejected=rejected),
+            desc=f"reading {source}",
+            unit=" documents",
+            disable=not show_progress,
+        ):
             total += document.size
             characters.update(document.text)
         if not total:
@@ -159,12 +175,26 @@ def _train(inputs: list[str], strides: dict[str, int], vocab_size: int, coverage
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=sentences(), model_writer=model, model_type="bpe", vocab_size=vocab_size,
-            byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
-            add_dummy_prefix=True, split_digits=True, allow_whitespace_only_pieces=True,
-            user_defined_symbols=list(CHAT_SYMBOLS), unk_id=UNK_ID, bos_id=BOS_ID, eos_id=EOS_ID, pad_id=-1,
-            character_coverage=coverage, max_sentence_length=_SENTENCE_CHARACTERS * 8, num_threads=1, minloglevel=2,
-        )  # fmt: skip
+            sentence_iterator=sentences(),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=True,
+            split_digits=True,
+            allow_whitespace_only_pieces=True,
+            user_defined_symbols=list(CHAT_SYMBOLS),
+            unk_id=UNK_ID,
+            bos_id=BOS_ID,
+            eos_id=EOS_ID,
+            pad_id=-1,
+            character_coverage=coverage,
+            max_sentence_length=_SENTENCE_CHARACTERS * 8,
+            num_threads=1,
+            minloglevel=2,
+        )
     except (RuntimeError, ValueError, OSError) as error:
         raise _explained(str(error), vocab_size) from error
     return model.getvalue()
@@ -191,8 +221,9 @@ def _measure(tokenizer: Tokenizer, source: str, stride: int, key: str, show_prog
     rejected: Counter[str] = Counter()
     count = size = tokens = 0
     found = documents(source, key=key, rejected=rejected)
-    for number, document in enumerate(progress_bar(iterable=found, desc=f"measuring {source}", unit=" documents",
-                                           disable=not show_progress)):  # fmt: skip
+    for number, document in enumerate(
+        progress_bar(iterable=found, desc=f"measuring {source}", unit=" documents", disable=not show_progress)
+    ):
         if number % stride == 0:
             count, size, tokens = count + 1, size + document.size, tokens + len(tokenizer.encode(document.text))
     return Compression(source, count, size, tokens, rejected.total())

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import multiprocessing
+import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
@@ -93,12 +94,19 @@ def _serve(connection: Connection, target: str, setup: Any) -> None:
     """A worker's life; it ends when the parent says so or is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl-C means
     module, name = target.split(":")
+
+    def report(size: int) -> None:
+        try:
+            connection.send(("progress", size))
+        except OSError:  # the parent is gone; a task must not take that for a fault of its files and carry on
+            os._exit(1)
+
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         try:
             work = getattr(importlib.import_module(module), name)(setup)
             while (task := connection.recv()) is not None:
                 index, argument = task
-                result = work(argument, lambda size: connection.send(("progress", size)))
+                result = work(argument, report)
                 connection.send(("result", (index, result)))
         except UserError as error:
             connection.send(("error", error))

@@ -124,6 +124,12 @@ def test_overwrite_replaces_a_model_and_nothing_else(checkpoint: MakeCheckpoint,
         convert(folder, out, "llama")
     convert(folder, out, "granite", overwrite=True)
     assert [path.name for path in out.glob("*.safetensors")] == ["model.safetensors"]
+    convert(out, tmp_path / "back", "megatron")
+    convert(out, tmp_path / "back", "megatron", overwrite=True)
+    assert_bit_equal(
+        read_checkpoint(tmp_path / "back"),
+        {name: tensor.bfloat16().float() for name, tensor in random_tensors(small_model()).items()},
+    )
     assert not leftovers(tmp_path)
     precious = tmp_path / "home"
     precious.mkdir()

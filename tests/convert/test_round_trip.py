@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from minicpm_megatron.convert import convert, open_source
+from minicpm_megatron.convert import FORMATS, convert, open_source
 from tests.convert.conftest import (
     MakeCheckpoint,
     assert_bit_equal,
@@ -19,11 +19,13 @@ from tests.convert.conftest import (
     small_model,
 )
 
+UNFOLDED = [name for name, layout in FORMATS.items() if not layout.folds]
+FOLDED = [name for name, layout in FORMATS.items() if layout.folds]
 TIES = pytest.mark.parametrize("untied", [False, True], ids=["tied", "untied"])
 
 
 @TIES
-@pytest.mark.parametrize("target", ["minicpm", "granite"])
+@pytest.mark.parametrize("target", UNFOLDED)
 def test_fp32_is_bit_equal_and_the_model_is_the_same(
     target: str, untied: bool, checkpoint: MakeCheckpoint, tmp_path: Path
 ) -> None:
@@ -36,7 +38,7 @@ def test_fp32_is_bit_equal_and_the_model_is_the_same(
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-@pytest.mark.parametrize("target", ["minicpm", "granite"])
+@pytest.mark.parametrize("target", UNFOLDED)
 def test_half_precision_is_bit_equal_after_the_first_rounding(
     target: str, dtype: str, checkpoint: MakeCheckpoint, tmp_path: Path
 ) -> None:
@@ -54,9 +56,10 @@ def test_half_precision_is_bit_equal_after_the_first_rounding(
 
 
 @TIES
-def test_our_own_llama_unfolds(untied: bool, checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+@pytest.mark.parametrize("target", FOLDED)
+def test_our_own_folded_export_unfolds(target: str, untied: bool, checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     model = small_model(untie_embeddings_and_output_weights=untied)
-    convert(checkpoint(**model.model_dump()), tmp_path / "out", "llama", dtype="fp32")
+    convert(checkpoint(**model.model_dump()), tmp_path / "out", target, dtype="fp32")
     convert(tmp_path / "out", tmp_path / "back", "megatron")
     assert open_source(tmp_path / "back").model == model
     back = read_checkpoint(tmp_path / "back")
@@ -64,6 +67,14 @@ def test_our_own_llama_unfolds(untied: bool, checkpoint: MakeCheckpoint, tmp_pat
     assert set(back) == set(expected)
     for name, tensor in expected.items():
         torch.testing.assert_close(back[name], tensor, rtol=4e-7, atol=0.0, msg=name)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_a_folded_export_in_half_precision_is_still_known_to_be_tied(
+    dtype: str, checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    convert(checkpoint(), tmp_path / "out", "llama", dtype=dtype)
+    assert open_source(tmp_path / "out").model == small_model()
 
 
 def test_folds_by_powers_of_two_come_back_in_every_bit(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:

@@ -12,13 +12,9 @@ from typing import Any
 
 from minicpm_megatron.convert.format import Fields, Format, number
 from minicpm_megatron.convert.formats.llama_names import DENSE_ROWS
-from minicpm_megatron.convert.multipliers import (
-    AGREEMENT,
-    embedding_multiplier,
-    logits_multiplier,
-    residual_multiplier,
-)
+from minicpm_megatron.convert.multipliers import AGREEMENT, embedding_multiplier, residual_multiplier
 from minicpm_megatron.errors import UserError
+from minicpm_megatron.methods import mup
 from minicpm_megatron.recipe import ModelRecipe
 
 
@@ -26,7 +22,7 @@ def _write(model: ModelRecipe) -> Fields:
     fields: Fields = {
         "embedding_multiplier": embedding_multiplier(model),
         "residual_multiplier": residual_multiplier(model),
-        "logits_scaling": 1.0 / logits_multiplier(model),
+        "logits_scaling": mup.width_multiplier(model),
         # the default of 1.0 would leave attention unscaled
         "attention_multiplier": model.kv_channels**-0.5,
         "mlp_bias": False,

@@ -1,0 +1,56 @@
+#!/usr/bin/env bash
+# The whole path on one machine, CPU or GPU: corpus -> tokenizer -> tokens -> distributed training -> Hugging Face
+# export -> generated text. Each line is a command of the project that can be run by itself; what is already there is
+# kept, so that an interrupted quickstart goes on where it was. `make quickstart` runs it inside the environment.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+RUN=runs/quickstart
+RANKS=${RANKS:-2}
+RECIPE=examples/recipes/quickstart.yaml
+step() { printf '\n== %s\n' "$*"; }
+
+step "1/6 a real corpus in English, Chinese and code, from what is installed here"
+[ -e $RUN/corpus/manifest.json ] || python tools/build_sample_corpus.py --output $RUN/corpus
+
+step "2/6 a tokenizer: sentencepiece BPE with byte fallback"
+[ -e $RUN/tokenizer/tokenizer.json ] || python tools/train_tokenizer.py \
+  --input $RUN/corpus/en.jsonl $RUN/corpus/zh.jsonl $RUN/corpus/code.jsonl --vocab-size 8192 --output $RUN/tokenizer
+
+step "3/6 tokens in Megatron's .bin/.idx"
+tokens() { [ -e $RUN/data/$1.json ] || { local name=$1; shift
+  python tools/preprocess_data.py --input "$@" --tokenizer $RUN/tokenizer --output-prefix $RUN/data/$name --workers 2; }; }
+mkdir -p $RUN/data
+tokens train $RUN/corpus/en.jsonl $RUN/corpus/zh.jsonl $RUN/corpus/code.jsonl
+for language in en zh code; do tokens valid-$language $RUN/corpus/$language.valid.jsonl; done
+
+step "4/6 training under the deepspeed launcher: $RANKS processes, ZeRO 1, WSD schedule"
+if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+  deepspeed --num_gpus "$(python -c 'import torch; print(torch.cuda.device_count())')" examples/train.py --recipe $RECIPE
+else
+  DS_ACCELERATOR=cpu deepspeed --num_accelerators "$RANKS" --bind_cores_to_rank examples/train.py --recipe $RECIPE
+fi
+
+step "5/6 export to Hugging Face (Llama layout: any Llama runtime loads it)"
+python tools/convert_checkpoint.py --input $RUN --to llama --output $RUN/hf-llama --overwrite
+
+step "6/6 generated text, by stock transformers"
+for prompt in "The function returns" "孟子曰：" "def __init__(self"; do
+  python tools/generate.py --checkpoint $RUN/hf-llama --prompt "$prompt" --max-new-tokens 48 --temperature 0.7 --seed 1
+done
+
+cat <<MESSAGE
+
+== made, in $RUN
+  corpus/ tokenizer/ data/     text, sentencepiece tokenizer, Megatron tokens
+  checkpoints/                 resumable training state (safetensors and a manifest with checksums)
+  loss.png metrics.jsonl       the loss curve, and every step as a line of JSON
+  hf-llama/                    AutoModelForCausalLM.from_pretrained("$RUN/hf-llama")
+
+== try next
+  tensorboard --logdir $RUN
+  deepspeed --num_accelerators $RANKS examples/train.py --recipe $RECIPE name=tp2 parallel.tensor_model_parallel_size=2
+  deepspeed --num_accelerators $RANKS examples/train.py --recipe $RECIPE --from quickstart@300 name=short-decay schedule.decay=40 schedule.half_life=8
+  python examples/train.py --recipe examples/recipes/minicpm-2.4b.yaml --dry-run
+  python tools/generate.py --checkpoint $RUN --prompt "import os"
+MESSAGE

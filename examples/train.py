@@ -1,0 +1,7 @@
+"""Train a MiniCPM model: the one script that the deepspeed launcher (or torchrun) starts. See --help."""
+
+from minicpm_megatron.cli.entry import run
+from minicpm_megatron.cli.train import main
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,96 @@
+"""The command line of examples/train.py."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import warnings
+from pathlib import Path
+
+from minicpm_megatron.cli.dry_run import format_dry_run
+from minicpm_megatron.recipe import load_recipe
+from minicpm_megatron.versions import check_versions
+
+DESCRIPTION = """Train a MiniCPM model as a recipe says.
+
+  deepspeed --num_gpus 2 examples/train.py --recipe examples/recipes/quickstart.yaml
+  deepspeed --num_gpus 2 examples/train.py --recipe R.yaml name=try optimizer.lr=0.02      (overrides)
+  deepspeed --num_gpus 2 examples/train.py --recipe R.yaml --from RUN@STEP name=decay-a schedule.decay=100
+  python examples/train.py --recipe R.yaml --dry-run                                       (nothing is started)
+
+Started again with the same recipe, a run goes on from its newest checkpoint. Ctrl-C or SIGTERM saves and stops after
+the current step. Works under torchrun, too."""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser; `--help` is its documentation."""
+    result = argparse.ArgumentParser(description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result.add_argument("--recipe", required=True, metavar="FILE", help="YAML recipe; docs/recipes.md lists its keys")
+    result.add_argument("overrides", nargs="*", metavar="section.key=value", help="change one value of the recipe")
+    result.add_argument(
+        "--from",
+        dest="reference",
+        metavar="RUN@STEP",
+        help="start a decay of schedule.decay from a stable checkpoint of another run (STEP may be 'latest')",
+    )
+    result.add_argument("--dry-run", action="store_true", help="print what would be run, and exit")
+    result.add_argument(
+        "--world-size", type=int, help="ranks to assume for --dry-run (default: as started, or the fewest that fit)"
+    )
+    # the deepspeed launcher adds it; the environment says the same
+    result.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    return result
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; returns its exit status.
+
+    Raises:
+        UserError: the recipe, its data or its checkpoints are wrong.
+    """
+    options = parser().parse_intermixed_args(arguments)
+    check_versions()
+    recipe = load_recipe(options.recipe, options.overrides)
+    branch = None
+    if options.reference is not None:
+        from minicpm_megatron.training.start import branch_recipe
+
+        recipe, folder, step = branch_recipe(recipe, options.reference)
+        branch = (folder, step, options.reference)
+    if options.dry_run:
+        parallel = recipe.parallel
+        fewest = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+        fewest *= parallel.context_parallel_size
+        started = os.environ.get("WORLD_SIZE")
+        print(format_dry_run(recipe, options.world_size or int(started or fewest)))
+        return 0
+    recipe.check_trainable()
+    return _train(recipe, branch)
+
+
+def _train(recipe, branch: tuple[Path, int, str] | None) -> int:
+    _only_our_lines()
+    # seconds of imports, after everything that can be refused without them
+    from minicpm_megatron.parallel import groups
+    from minicpm_megatron.training.report import finish
+    from minicpm_megatron.training.trainer import NonFinite, Trainer
+
+    try:
+        trainer = Trainer(recipe, branch)
+        trainer.run()
+        if groups.rank() == 0:
+            finish(trainer.folder, recipe)
+    except NonFinite as error:
+        if groups.rank() == 0:
+            print(f"stopped: {error}", flush=True)
+        return 1
+    finally:
+        groups.destroy()
+    return 0
+
+
+def _only_our_lines() -> None:
+    """Silence start-up chatter of the libraries that tells a user nothing (missing optional accelerators)."""
+    warnings.filterwarnings("ignore", module=r"(megatron|torch|deepspeed)\..*")
+    os.environ.setdefault("DS_ACCELERATOR_LOG_LEVEL", "ERROR")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")

@@ -1,0 +1,16 @@
+"""Megatron-Core's reader of .bin/.idx, loaded when it is needed: it brings torch and a second of start-up."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+
+def open_indexed_dataset(prefix: str | Path) -> Any:
+    """`megatron.core.datasets.indexed_dataset.IndexedDataset` over PREFIX, memory-mapped."""
+    with warnings.catch_warnings():
+        # megatron.core tells of each optional GPU library that is missing; none has to do with reading tokens
+        warnings.simplefilter("ignore")
+        from megatron.core.datasets.indexed_dataset import IndexedDataset
+    return IndexedDataset(str(prefix))

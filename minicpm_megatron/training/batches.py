@@ -1,0 +1,38 @@
+"""Samples of the data room as tensors on this rank's device, by position in the run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from minicpm_megatron.data.dataset import SampleSource
+from minicpm_megatron.data.sampling import batch
+from minicpm_megatron.parallel import device
+
+
+class BatchReader:
+    """The micro-batches of one data-parallel rank.
+
+    Args:
+        samples: the training order, or a held-out set.
+        micro_batch_size: samples a forward pass.
+        rank, size: of the data-parallel group.
+    """
+
+    def __init__(self, samples: SampleSource, *, micro_batch_size: int, rank: int, size: int) -> None:
+        self.samples, self.micro_batch_size = samples, micro_batch_size
+        self.rank, self.size = rank, size
+
+    def micro_batches(self, first_sample: int, global_batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """This rank's part of the global batch [first_sample, first_sample + global_batch_size).
+
+        Yields:
+            (tokens, labels), int64 [micro_batch_size, sequence_length] each, labels one token ahead.
+        """
+        mine = batch(first_sample, global_batch_size, self.rank, self.size, self.micro_batch_size)
+        for indices in mine:
+            rows = np.stack([self.samples[int(index)] for index in indices])
+            both = torch.from_numpy(rows).to(device.device())
+            yield both[:, :-1].contiguous(), both[:, 1:].contiguous()

@@ -1,0 +1,51 @@
+"""Loss on held-out sets, per token and per byte of text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from minicpm_megatron.engine.engine import Engine
+from minicpm_megatron.parallel import device
+from minicpm_megatron.training.batches import BatchReader
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """One held-out set.
+
+    Attributes:
+        reader: its samples, in a fixed order.
+        batches: global batches to read, never more than the set has.
+        global_batch_size: samples a global batch.
+        bytes_per_token: of its text, to express the loss per byte, which tokenizers share (section 4.5 of the paper).
+    """
+
+    reader: BatchReader
+    batches: int
+    global_batch_size: int
+    bytes_per_token: float
+
+
+@torch.no_grad()
+def evaluate(engine: Engine, sets: dict[str, HeldOut]) -> dict[str, dict[str, float]]:
+    """Mean cross-entropy of every set in nats: name -> {"loss_per_token", "loss_per_byte"}; the same on all ranks."""
+    engine.eval()
+    results = {}
+    for name, held_out in sets.items():
+        total = torch.zeros((), dtype=torch.float64, device=device.device())
+        count = torch.zeros_like(total)
+        for batch in range(held_out.batches):
+            first = batch * held_out.global_batch_size
+            for tokens, labels in held_out.reader.micro_batches(first, held_out.global_batch_size):
+                total += engine.losses(tokens, labels).double().sum()
+                count += tokens.numel()
+        both = torch.stack([total, count])
+        # tensor-parallel ranks hold the same tokens: numerator and denominator grow alike
+        dist.all_reduce(both)
+        per_token = float(both[0] / both[1])
+        results[name] = {"loss_per_token": per_token, "loss_per_byte": per_token / held_out.bytes_per_token}
+    engine.train()
+    return results

@@ -1,0 +1,98 @@
+"""The end of a run for people: a loss curve as a picture and what is where."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from minicpm_megatron.data.statistics import unigram_entropy
+from minicpm_megatron.methods.schedules import WSD, build_schedule
+from minicpm_megatron.recipe import BatchPlan, Recipe
+from minicpm_megatron.training.metrics import METRICS, read_metrics
+
+PICTURE = "loss.png"
+DECAY_COLOUR = "#e8eef7"
+
+
+def finish(folder: Path, recipe: Recipe) -> None:
+    """Draw the loss curve of a run and print where its results are."""
+    records = read_metrics(folder / METRICS)
+    if not records:
+        return
+    entropy = unigram_entropy_of(recipe)
+    draw_loss(folder, recipe, entropy)
+    last = [record["loss"] for record in records[-10:]]
+    loss = sum(last) / len(last)
+    print(
+        f"loss {loss:.3f} nats per token over the last {len(last)} steps; unigram entropy of the training data "
+        f"{entropy:.3f} (a model that ignores context cannot do better)"
+    )
+    print(f"metrics: {folder / METRICS}, picture: {folder / PICTURE}, TensorBoard: tensorboard --logdir {folder}")
+
+
+def unigram_entropy_of(recipe: Recipe) -> float:
+    """Unigram entropy of the training corpora in nats per token, averaged by their weights."""
+    weights = [source.weight for source in recipe.data.train]
+    values = [unigram_entropy(source.prefix) for source in recipe.data.train]
+    return sum(weight * value for weight, value in zip(weights, values, strict=True)) / sum(weights)
+
+
+def draw_loss(folder: Path, recipe: Recipe, entropy: float) -> Path:
+    """Loss and rate over steps, with the decay stage shaded; written to the run's folder."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    train = read_metrics(folder / METRICS)
+    evaluations: dict[str, list[tuple[int, float]]] = {}
+    for record in read_metrics(folder / METRICS, "evaluation"):
+        evaluations.setdefault(record["set"], []).append((record["step"], record["loss_per_token"]))
+    steps = [record["step"] for record in train]
+    losses = [record["loss"] for record in train]
+    figure, (upper, lower) = pyplot.subplots(
+        2, 1, figsize=(8, 5.5), sharex=True, height_ratios=(4, 1), layout="constrained"
+    )
+    upper.plot(steps, losses, color="#9db7d9", linewidth=0.8, label="training, every step")
+    upper.plot(steps, smooth(losses), color="#1f4e8c", linewidth=1.8, label="training, smoothed")
+    for name, points in sorted(evaluations.items()):
+        upper.plot(*zip(*points, strict=True), marker="o", markersize=3, linewidth=1, label=f"held out: {name}")
+    upper.axhline(entropy, color="#777777", linestyle="--", linewidth=1, label="unigram entropy")
+    decay_start = _decay_start(recipe)
+    for axis in (upper, lower):
+        if decay_start is not None:
+            axis.axvspan(decay_start, max(steps[-1], decay_start), color=DECAY_COLOUR, zorder=0)
+        axis.spines[["top", "right"]].set_visible(False)
+    if decay_start is not None and decay_start < steps[-1]:
+        upper.text(decay_start, upper.get_ylim()[1], " decay", va="top", fontsize=9, color="#1f4e8c")
+    upper.set_ylabel("loss (nats per token)")
+    upper.set_title(f"{recipe.name}: {recipe.preset or 'own shape'}")
+    upper.legend(frameon=False, fontsize=8)
+    lower.plot(steps, [record["lr"] for record in train], color="#1f4e8c", linewidth=1.5)
+    lower.set_ylabel("rate")
+    lower.set_xlabel("step")
+    lower.set_ylim(bottom=0)
+    path = folder / PICTURE
+    partial = path.with_suffix(".part.png")
+    figure.savefig(partial, dpi=130)
+    pyplot.close(figure)
+    partial.replace(path)
+    return path
+
+
+def smooth(values: list[float], window: int = 15) -> list[float]:
+    """Centred moving average that narrows towards the ends; nan stays out of it."""
+    result = []
+    for index in range(len(values)):
+        reach = min(window // 2, index, len(values) - 1 - index)
+        near = [value for value in values[index - reach : index + reach + 1] if math.isfinite(value)]
+        result.append(sum(near) / len(near) if near else math.nan)
+    return result
+
+
+def _decay_start(recipe: Recipe) -> int | None:
+    """The step at which the decay begins, or None where there is none."""
+    schedule, plan = build_schedule(recipe.schedule), BatchPlan(recipe)
+    if not isinstance(schedule, WSD) or not recipe.schedule.decay:
+        return None
+    return next(step for step in range(plan.total_steps()) if plan.position(step) > schedule.stable_end)

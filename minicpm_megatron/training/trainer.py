@@ -1,0 +1,243 @@
+"""The loop of one run, from its start or a checkpoint to its last step."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from minicpm_megatron.checkpoint import Checkpointer
+from minicpm_megatron.engine.engine import Engine
+from minicpm_megatron.engine.state import EngineState
+from minicpm_megatron.errors import UserError
+from minicpm_megatron.methods.schedules import build_schedule
+from minicpm_megatron.model.config import MiniCPMConfig
+from minicpm_megatron.model.initialize import initialize_parameters
+from minicpm_megatron.model.model import MiniCPMModel
+from minicpm_megatron.parallel import device, groups
+from minicpm_megatron.recipe import BatchPlan, Recipe, build, count_parameters, dump_recipe, recipe_hash
+from minicpm_megatron.storage.atomic import write_bytes, write_json
+from minicpm_megatron.training import guards
+from minicpm_megatron.training.datasets import check_unchanged, held_out_sets, open_data, train_reader
+from minicpm_megatron.training.evaluate import evaluate
+from minicpm_megatron.training.flops import flops_per_token, peak_flops
+from minicpm_megatron.training.metrics import MetricsLog, StepRecord
+from minicpm_megatron.training.start import check_same_past
+
+CHECKPOINTS = "checkpoints"
+BYTES_PER_PARAMETER = 12  # a checkpoint holds the fp32 weight and Adam's two moments
+
+
+class NonFinite(RuntimeError):
+    """A loss or a gradient was not finite; the weights before the update are saved."""
+
+
+class Trainer:
+    """One run on all ranks of the job.
+
+    Args:
+        recipe: what to run; must be trainable and fit the number of ranks.
+        branch: (checkpoint folder, step, reference) of the trunk, where this run is a decay of another.
+
+    Raises:
+        UserError: data, layout, DeepSpeed JSON or checkpoints do not fit the recipe.
+    """
+
+    def __init__(self, recipe: Recipe, branch: tuple[Path, int, str] | None = None) -> None:
+        self.recipe = recipe
+        self.layout = recipe.check_world_size(groups.world_size())
+        groups.initialize(self.layout)
+        self.folder = recipe.run_directory
+        self.data = open_data(recipe)
+        self.checkpointer = Checkpointer(
+            self.folder / CHECKPOINTS,
+            keep_last=recipe.checkpoint.keep_last,
+            keep_every=recipe.checkpoint.keep_every,
+            on_corrupt=recipe.checkpoint.on_corrupt,
+            group=dist.group.WORLD,
+        )
+        self.checkpointer.preflight(count_parameters(recipe.model).total * BYTES_PER_PARAMETER)
+        self.config = MiniCPMConfig.from_recipe(
+            recipe.model,
+            recipe.parallel,
+            precision=recipe.training.precision,
+            recompute=recipe.training.recompute,
+        )
+        model = MiniCPMModel(self.config)
+        newest = self.checkpointer.find_latest()
+        loads = newest or (branch[0] if branch else None)
+        if loads is None:
+            initialize_parameters(model, self.config, recipe.training.seed)
+        self.engine = Engine(model, self.config, recipe, self.layout)
+        self.state = EngineState(self.engine)
+        self.schedule, self.plan = build_schedule(recipe.schedule), BatchPlan(recipe)
+        self.step = 0
+        self.origin: dict[str, Any] | None = None
+        if newest is not None:
+            self._resume(newest)
+        elif branch is not None:
+            self._branch(*branch)
+        self.total = min(self.plan.total_steps(), recipe.training.stop_after or self.plan.total_steps())
+        self.engine.set_rates(self.schedule.factor(self.plan.position(self.step)))
+        self.engine.check_rates(self.schedule.factor(self.plan.position(self.step)))
+
+    def run(self) -> int:
+        """Train to the end, or until a signal asks to stop.
+
+        Returns:
+            Steps done.
+
+        Raises:
+            NonFinite: a loss or gradient was not finite.
+        """
+        main = groups.rank() == 0
+        if main:
+            self._write_run_files()
+        reader, sets = train_reader(self.recipe, self.data), held_out_sets(self.recipe, self.data)
+        log = MetricsLog(
+            self.folder if main else None,
+            self.recipe,
+            start=self.step,
+            total=self.total,
+            flops_per_token=flops_per_token(self.recipe.model, self.recipe.data.sequence_length),
+            peak_flops=peak_flops(self.recipe.training.precision) * self.layout.world_size,
+        )
+        signals = guards.SignalGuard()
+        saved = self.step
+        try:
+            with log:
+                self.engine.train()
+                while self.step < self.total:
+                    stop = self._one_step(reader, log, signals)
+                    interval = self.recipe.evaluation.interval
+                    if interval and (self.step % interval == 0 or self.step == self.total) and not stop:
+                        log.evaluation(self.step, self.plan.tokens(self.step), evaluate(self.engine, sets))
+                    interval = self.recipe.checkpoint.interval
+                    if stop or self.step == self.total or interval and self.step % interval == 0:
+                        self._save()
+                        saved = self.step
+                    if stop:
+                        guards.announce(f"stopped after step {self.step} by {signals.received or 'another rank'}; "
+                                        f"checkpoint saved, start again to go on")
+                        break
+                if saved < self.step:
+                    self._save()
+        finally:
+            signals.restore()
+        return self.step
+
+    def _one_step(self, reader: Any, log: MetricsLog, signals: guards.SignalGuard) -> bool:
+        device.synchronize()
+        began = time.perf_counter()
+        samples = self.plan.global_batch_size(self.step)
+        accumulation = self.engine.set_global_batch_size(samples)
+        factor = self.schedule.factor(self.plan.position(self.step))
+        self.engine.set_rates(factor)
+        loss = torch.zeros((), device=device.device())
+        for number, (tokens, labels) in enumerate(reader.micro_batches(self.plan.samples(self.step), samples), 1):
+            micro_loss = self.engine.losses(tokens, labels).mean()
+            loss += micro_loss.detach() / accumulation
+            self.engine.backward(micro_loss)
+            if number < accumulation:
+                self.engine.advance()
+        verdict = guards.exchange(loss, signals.requested())
+        if not math.isfinite(verdict.loss):
+            self._stop_non_finite("loss", verdict.loss, samples)
+        update = self.engine.step()
+        if not update.applied:
+            self._stop_non_finite("gradient norm", update.gradient_norm, samples)
+        self.step += 1
+        device.synchronize()
+        log.step(
+            StepRecord(
+                step=self.step,
+                tokens=self.plan.tokens(self.step),
+                loss=verdict.loss,
+                lr=self.recipe.optimizer.lr * factor,
+                gradient_norm=update.gradient_norm,
+                seconds=time.perf_counter() - began,
+                step_tokens=samples * self.recipe.data.sequence_length,
+            ),
+            device.peak_memory_bytes(),
+        )
+        return verdict.stop
+
+    def _stop_non_finite(self, what: str, value: float, samples: int) -> None:
+        """Save the weights before the update, with what happened, and end the run."""
+        first = self.plan.samples(self.step)
+        event = {
+            "what": what,
+            "value": str(value),
+            "step": self.step + 1,
+            "samples": [first, first + samples],
+            "lr": self.recipe.optimizer.lr * self.schedule.factor(self.plan.position(self.step)),
+        }
+        path = self._save(event)
+        raise NonFinite(
+            f"the {what} of step {self.step + 1} is {value} (samples {first} to {first + samples - 1}); the state "
+            f"before it is saved in {path}"
+        )
+
+    def _save(self, non_finite: dict[str, Any] | None = None) -> Path:
+        state = {
+            "step": self.step,
+            "samples": self.plan.samples(self.step),
+            "tokens": self.plan.tokens(self.step),
+            "updates": self.state.updates(),
+            "origin": self.origin,
+            "rates": {group["name"]: group["lr"] for group in self.engine.param_groups},
+            "non_finite": non_finite,
+        }
+        facts = {
+            "model": self.recipe.model.model_dump(mode="json"),
+            "recipe": self.recipe.model_dump(mode="json"),
+            "recipe_hash": recipe_hash(self.recipe),
+            "layout": {**self.recipe.parallel.model_dump(mode="json"), "world_size": self.layout.world_size,
+                       "zero_stage": self.recipe.deepspeed.zero_stage},
+            "data": self.data.fingerprint,
+        }
+        return self.checkpointer.save(
+            self.step, self.state.fragments(), rank_tensors=device.rng_state(), state=state, facts=facts
+        )
+
+    def _resume(self, folder: Path) -> None:
+        loaded = self.checkpointer.open(folder)
+        if "recipe" in loaded.manifest:
+            check_same_past(build(loaded.manifest["recipe"]), self.recipe, int(loaded.state["step"]))
+        self._load(loaded)
+        self.origin = loaded.state.get("origin")
+        if groups.rank() == 0:
+            print(f"resuming from {folder} at step {self.step}", flush=True)
+
+    def _branch(self, folder: Path, step: int, reference: str) -> None:
+        loaded = self.checkpointer.open(folder)
+        self._load(loaded)
+        self.origin = {"run": str(folder.parent.parent), "step": step}
+        if groups.rank() == 0:
+            print(f"branching from {reference} ({folder}) at step {self.step}", flush=True)
+
+    def _load(self, loaded: Any) -> None:
+        state = loaded.state
+        check_unchanged(loaded.manifest.get("data") or {}, self.data.fingerprint)
+        self.step = int(state["step"])
+        self.state.load(loaded.reader, int(state.get("updates", 0)))
+        tensors = loaded.rank_tensors(groups.rank())
+        if tensors:
+            device.set_rng_state(tensors)
+        if state.get("samples", self.plan.samples(self.step)) != self.plan.samples(self.step):
+            raise UserError(
+                f"the checkpoint has consumed {state['samples']} samples, this recipe's batches make it "
+                f"{self.plan.samples(self.step)} at step {self.step}",
+                where="training.global_batch_size",
+                fix="set the batch sizes back",
+            )
+
+    def _write_run_files(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_bytes(self.folder / "recipe.yaml", dump_recipe(self.recipe).encode())
+        write_json(self.folder / "deepspeed.json", self.engine.deepspeed_config)
+
