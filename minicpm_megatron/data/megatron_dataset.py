@@ -8,7 +8,11 @@ from typing import Any
 
 
 def open_indexed_dataset(prefix: str | Path) -> Any:
-    """`megatron.core.datasets.indexed_dataset.IndexedDataset` over PREFIX, memory-mapped."""
+    """`megatron.core.datasets.indexed_dataset.IndexedDataset` over PREFIX, memory-mapped.
+
+    What it returns are views of the map, which it closes when it is deleted: keep it, or copy, for as long as they
+    are used.
+    """
     with warnings.catch_warnings():
         # megatron.core tells of each optional GPU library that is missing; none has to do with reading tokens
         warnings.simplefilter("ignore")

@@ -78,9 +78,9 @@ def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
         elif wire in (1, 5):
             length = 8 if wire == 1 else 4
         else:
-            raise ValueError(f"wire type {wire}")
+            raise ValueError(f"not a sentencepiece model: wire type {wire}")
         if at + length > len(data):
-            raise ValueError("message cut off")
+            raise ValueError("not a sentencepiece model: cut off")
         yield number, data[at : at + length]
         at += length
 

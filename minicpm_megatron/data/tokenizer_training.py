@@ -29,10 +29,13 @@ from minicpm_megatron.storage.atomic import fsync_directory, write_bytes, write_
 
 REPORT_NAME = "tokenizer_report.json"
 BYTE_PIECES = 256
-# sentencepiece's own bounds for character_coverage, and its default for languages with many characters
-_COVERAGE_BOUNDS = (0.98, 0.9995)
-# single characters take at most this part of the vocabulary; the rare ones are left to byte fallback
+# the running characters that get a piece of their own (sentencepiece's default), in at most this part of the
+# vocabulary; the rest is left to byte fallback. sentencepiece refuses to leave out more than 2 %, which a small
+# vocabulary for Chinese needs, so they are chosen here
+_COVERAGE = 0.9995
 _CHARACTER_SHARE = 0.4
+# what sentencepiece takes for a boundary that no piece crosses; it has no piece itself
+_BOUNDARY = "\t"
 _SENTENCE_CHARACTERS = 2000
 _MAX_DOCUMENT_BYTES = 64 << 20
 
@@ -108,7 +111,7 @@ def train_tokenizer(
             fix="give a larger one",
         )
     strides, characters = _survey(inputs, key, max_sample_bytes, show_progress)
-    model = _train(inputs, strides, vocab_size, _coverage(characters, vocab_size), key)
+    model = _train(inputs, strides, vocab_size, _rare(characters, vocab_size), key)
 
     output.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".part", dir=output.parent))
@@ -157,20 +160,24 @@ def _survey(
     return strides, characters
 
 
-def _coverage(characters: Counter[str], vocab_size: int) -> float:
-    """Share of the running characters that get a piece of their own."""
+def _rare(characters: Counter[str], vocab_size: int) -> dict[int, str]:
+    """The characters without a piece of their own, as a table for str.translate."""
     room = int((vocab_size - BYTE_PIECES) * _CHARACTER_SHARE)
-    covered = sum(count for _, count in characters.most_common(room)) / max(1, characters.total())
-    low, high = _COVERAGE_BOUNDS
-    return min(high, max(low, covered))
+    ranked = sorted(characters.items(), key=lambda item: (-item[1], item[0]))
+    wanted, covered = _COVERAGE * characters.total(), 0
+    for kept, (_, count) in enumerate(ranked):
+        if kept >= room or covered >= wanted:
+            return {ord(character): _BOUNDARY for character, _ in ranked[kept:]}
+        covered += count
+    return {}
 
 
-def _train(inputs: list[str], strides: dict[str, int], vocab_size: int, coverage: float, key: str) -> bytes:
+def _train(inputs: list[str], strides: dict[str, int], vocab_size: int, rare: dict[int, str], key: str) -> bytes:
     def sentences() -> Iterator[str]:
         for source in inputs:
             for number, document in enumerate(documents(source, key=key)):
                 if number % strides[source] == 0:
-                    yield from _sentences(document.text)
+                    yield from _sentences(document.text.translate(rare))
 
     model = io.BytesIO()
     try:
@@ -190,20 +197,19 @@ def _train(inputs: list[str], strides: dict[str, int], vocab_size: int, coverage
             bos_id=BOS_ID,
             eos_id=EOS_ID,
             pad_id=-1,
-            character_coverage=coverage,
+            character_coverage=1.0,
             max_sentence_length=_SENTENCE_CHARACTERS * 8,
             num_threads=1,
             minloglevel=2,
         )
     except (RuntimeError, ValueError, OSError) as error:
-        raise _explained(str(error), vocab_size) from error
+        text = " ".join(str(error).split()).rsplit("] ", 1)[-1]
+        raise UserError(
+            f"no tokenizer of {vocab_size} pieces can be made: {text}",
+            where="--vocab-size",
+            fix="give a smaller one or more text",
+        ) from error
     return model.getvalue()
-
-
-def _explained(message: str, vocab_size: int) -> UserError:
-    text = " ".join(message.split()).rsplit("] ", 1)[-1]
-    fix = "give a larger --vocab-size" if "smaller than required_chars" in text else "give a smaller one or more text"
-    return UserError(f"no tokenizer of {vocab_size} pieces can be made: {text}", where="--vocab-size", fix=fix)
 
 
 def _sentences(text: str) -> Iterator[str]:

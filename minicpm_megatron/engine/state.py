@@ -16,9 +16,8 @@ from torch.nn import Parameter
 
 from minicpm_megatron.engine.engine import Engine
 from minicpm_megatron.model.sharding import shard_spec
-from minicpm_megatron.storage.sharded import CheckpointReader, Fragment, ShardSpec
+from minicpm_megatron.storage.sharded import WEIGHT, CheckpointReader, Fragment, ShardSpec
 
-WEIGHT = "param"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 

@@ -38,8 +38,13 @@ class MiniCPMModel(GPTModel):
             **keywords,
         )
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor | None = None, attention_mask: Tensor | None = None,
-                **keywords: Any) -> Tensor:
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        **keywords: Any,
+    ) -> Tensor:
         """Loss per token, or logits without labels.
 
         Args:

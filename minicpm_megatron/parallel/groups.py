@@ -45,7 +45,9 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def initialize(layout: Layout, *, init_method: str | None = None, timeout: datetime.timedelta = DEFAULT_TIMEOUT) -> None:
+def initialize(
+    layout: Layout, *, init_method: str | None = None, timeout: datetime.timedelta = DEFAULT_TIMEOUT
+) -> None:
     """Join the job and build Megatron-Core's groups for `layout`.
 
     Args:

@@ -89,7 +89,7 @@ def held_out_sets(recipe: Recipe, data: RunData) -> dict[str, HeldOut]:
         size = min(recipe.training.global_batch_size, dataset.samples_per_epoch // smallest * smallest)
         if size == 0:
             raise UserError(
-                f"{dataset.samples_per_epoch} samples are fewer than one micro-batch on every data-parallel rank ({smallest})",
+                f"{dataset.samples_per_epoch} samples are fewer than the {smallest} of one micro-batch on every rank",
                 where=f"data.validation.{name}",
                 fix="give a larger set, or a smaller training.micro_batch_size",
             )

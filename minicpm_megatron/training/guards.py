@@ -100,4 +100,3 @@ def announce(text: str) -> None:
     """Say on standard error, from rank 0, why a run ends."""
     if not dist.is_initialized() or dist.get_rank() == 0:
         print(text, file=sys.stderr, flush=True)
-

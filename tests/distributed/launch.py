@@ -28,8 +28,15 @@ class WorkerFailed(AssertionError):
     """A rank exited with an error or the job ran past its timeout."""
 
 
-def run_on_ranks(target: str, world_size: int, *, timeout: float = 180.0, env: dict[str, str] | None = None,
-                 expect_death: bool = False, **kwargs: Any) -> list[Any]:
+def run_on_ranks(
+    target: str,
+    world_size: int,
+    *,
+    timeout: float = 180.0,
+    env: dict[str, str] | None = None,
+    expect_death: bool = False,
+    **kwargs: Any,
+) -> list[Any]:
     """Call `module:function(**kwargs)` on `world_size` processes and return their results by rank.
 
     Args:
@@ -42,14 +49,28 @@ def run_on_ranks(target: str, world_size: int, *, timeout: float = 180.0, env: d
         (folder / "kwargs.json").write_text(json.dumps(kwargs))
         processes = []
         for rank in range(world_size):
-            environment = {**os.environ, **(env or {}), "RANK": str(rank), "LOCAL_RANK": str(rank),
-                           "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size),
-                           "MINICPM_TEST_STORE": str(folder / "store"), "OMP_NUM_THREADS": "1",
-                           "PYTHONPATH": f"{REPOSITORY}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+            environment = {
+                **os.environ,
+                **(env or {}),
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(world_size),
+                "LOCAL_WORLD_SIZE": str(world_size),
+                "MINICPM_TEST_STORE": str(folder / "store"),
+                "OMP_NUM_THREADS": "1",
+                "PYTHONPATH": f"{REPOSITORY}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
+            }
             log = open(folder / f"log-{rank}", "wb")
-            processes.append(subprocess.Popen(
-                [sys.executable, "-m", "tests.distributed.launch", target, scratch], cwd=REPOSITORY,
-                env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True))
+            processes.append(
+                subprocess.Popen(
+                    [sys.executable, "-m", "tests.distributed.launch", target, scratch],
+                    cwd=REPOSITORY,
+                    env=environment,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
+            )
         deadline = time.monotonic() + timeout
         try:
             while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
@@ -72,8 +93,10 @@ def run_on_ranks(target: str, world_size: int, *, timeout: float = 180.0, env: d
             elif expect_death and not late:
                 results.append(process.returncode)
             else:
-                logs = "\n".join(f"--- rank {r}\n" + (folder / f"log-{r}").read_text(errors="replace")[-4000:]
-                                 for r in range(world_size))
+                logs = "\n".join(
+                    f"--- rank {r}\n" + (folder / f"log-{r}").read_text(errors="replace")[-4000:]
+                    for r in range(world_size)
+                )
                 reason = f"ran past {timeout} s" if late else f"exited with {process.returncode}"
                 raise WorkerFailed(f"{target}: rank {rank} {reason}\n{logs}")
         return results
@@ -85,9 +108,13 @@ def init_gloo(timeout_seconds: float = 60.0) -> None:
 
     import torch.distributed as dist
 
-    dist.init_process_group("gloo", init_method=f"file://{os.environ['MINICPM_TEST_STORE']}",
-                            rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"]),
-                            timeout=datetime.timedelta(seconds=timeout_seconds))
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{os.environ['MINICPM_TEST_STORE']}",
+        rank=int(os.environ["RANK"]),
+        world_size=int(os.environ["WORLD_SIZE"]),
+        timeout=datetime.timedelta(seconds=timeout_seconds),
+    )
 
 
 def _child(target: str, scratch: str) -> None:

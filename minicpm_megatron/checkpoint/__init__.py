@@ -1,0 +1,5 @@
+"""What survives: publish, verify, find, retain."""
+
+from minicpm_megatron.checkpoint.checkpointer import Checkpointer, LoadedCheckpoint
+
+__all__ = ["Checkpointer", "LoadedCheckpoint"]

@@ -1,0 +1,118 @@
+"""Finding a checkpoint to go on from. Manifests and checksums are believed, the hint `latest` is not."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Literal
+
+from minicpm_megatron.checkpoint.names import (
+    CORRUPT,
+    DELETING,
+    REPLACED,
+    TEMPORARY,
+    published_steps,
+    step_folder,
+)
+from minicpm_megatron.errors import UserError
+from minicpm_megatron.storage.manifest import problems
+
+log = logging.getLogger(__name__)
+CHECKPOINTS = "checkpoints"
+
+
+def newest_valid(directory: Path, on_corrupt: Literal["stop", "previous"]) -> Path | None:
+    """The newest checkpoint whose every byte is what was written, or None where there never was one.
+
+    A checkpoint that fails is renamed to step-N.corrupt and named in the log.
+
+    Raises:
+        UserError: the newest fails and on_corrupt is "stop", or none of those that exist is valid. A run is never
+            started from scratch beside checkpoints that cannot be read.
+    """
+    steps = published_steps(directory)
+    corrupt = sorted(path.name for path in directory.glob(f"*{CORRUPT}*")) if directory.is_dir() else []
+    for step in reversed(steps):
+        folder = step_folder(directory, step)
+        found = problems(folder)
+        if not found:
+            return folder
+        aside = _set_aside(folder)
+        log.error("checkpoint %s is damaged: %s; kept as %s", folder, found[0], aside.name)
+        corrupt.append(aside.name)
+        if on_corrupt == "stop":
+            raise UserError(
+                f"the newest checkpoint is damaged ({found[0]}); kept as {aside.name}",
+                where=str(directory),
+                fix="start again to resume from the one before, or restore it from a copy",
+            )
+    if corrupt:
+        raise UserError(
+            f"no checkpoint is valid; damaged: {', '.join(corrupt)}",
+            where=str(directory),
+            fix="restore one from a copy, or start a run of another name",
+        )
+    return None
+
+
+def _set_aside(folder: Path) -> Path:
+    number = 1
+    while (aside := folder.with_name(f"{folder.name}{CORRUPT}{'' if number == 1 else f'-{number}'}")).exists():
+        number += 1
+    os.rename(folder, aside)
+    return aside
+
+
+def clean_leftovers(directory: Path) -> None:
+    """Finish what a killed process left: bring a replaced checkpoint back, remove the rest."""
+    if not directory.is_dir():
+        return
+    for path in directory.iterdir():
+        if path.name.endswith(REPLACED):
+            final = path.with_name(path.name.removesuffix(REPLACED))
+            if final.exists():
+                shutil.rmtree(path)
+            else:
+                os.rename(path, final)
+    for path in directory.iterdir():
+        if path.is_dir() and path.name.endswith((TEMPORARY, DELETING)):
+            shutil.rmtree(path)
+
+
+def resolve_reference(reference: str, runs: Path) -> Path:
+    """RUN@STEP -> the checkpoint's folder.
+
+    Args:
+        reference: RUN is a run's folder, or its name below `runs`; STEP a number or "latest".
+
+    Raises:
+        UserError: there is no such run or no such checkpoint, naming those there are.
+    """
+    run, at, step = reference.rpartition("@")
+    if not at or not run or not (step == "latest" or step.isdecimal()):
+        raise UserError("not of the form RUN@STEP", where=reference, fix="for instance quickstart@300 or RUN@latest")
+    folder = next((path for path in (Path(run), runs / run) if (path / CHECKPOINTS).is_dir()), None)
+    if folder is None:
+        raise UserError(f"no run {run!r} with checkpoints, here or in {runs}", where=reference, fix="check the name")
+    steps = published_steps(folder / CHECKPOINTS)
+    wanted = steps[-1] if step == "latest" and steps else int(step) if step.isdecimal() else -1
+    if wanted not in steps:
+        raise UserError(
+            f"{folder} has no checkpoint at step {step}",
+            where=reference,
+            fix=f"choose one of: {', '.join(map(str, steps)) or 'none yet'}",
+        )
+    return step_folder(folder / CHECKPOINTS, wanted)
+
+
+def newest_checkpoint(path: Path) -> Path:
+    """The checkpoint meant by a path: itself, or the newest of a run's folder.
+
+    Raises:
+        UserError: neither.
+    """
+    if (path / CHECKPOINTS).is_dir():
+        return resolve_reference(f"{path}@latest", path.parent)
+    return path

@@ -1,0 +1,29 @@
+"""Which checkpoints stay: the newest few, and every m-th for ever."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from minicpm_megatron.checkpoint.names import DELETING, published_steps, step_folder
+
+
+def retain(directory: Path, *, keep_last: int, keep_every: int | None, verified: int) -> list[int]:
+    """Remove what need not be kept; returns the steps removed.
+
+    A folder is renamed before anything in it is deleted, so that what has a checkpoint's name is whole. The step
+    `verified`, the newest known to be good, always stays.
+    """
+    steps = published_steps(directory)
+    newest = set(steps[-keep_last:])
+    removed = []
+    for step in steps:
+        if step in newest or step == verified or (keep_every and step % keep_every == 0):
+            continue
+        folder = step_folder(directory, step)
+        doomed = folder.with_name(folder.name + DELETING)
+        os.rename(folder, doomed)
+        shutil.rmtree(doomed)
+        removed.append(step)
+    return removed

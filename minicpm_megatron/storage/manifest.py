@@ -1,0 +1,104 @@
+"""manifest.json: what a checkpoint folder holds, with a checksum a file. A folder without one is no checkpoint."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from minicpm_megatron.errors import UserError
+from minicpm_megatron.storage.atomic import write_json
+from minicpm_megatron.storage.safetensors_file import FileRecord
+
+MANIFEST = "manifest.json"
+FORMAT = "minicpm_megatron checkpoint 1"
+LIBRARIES = ("minicpm_megatron", "torch", "deepspeed", "megatron-core", "numpy", "safetensors")
+_BLOCK = 1 << 22
+
+
+def write_manifest(folder: Path, files: list[FileRecord], *, state: dict[str, Any], facts: dict[str, Any]) -> None:
+    """Write the manifest of `folder`: its files, the state of the run and facts about it (JSON values)."""
+    content = {
+        **facts,
+        "format": FORMAT,
+        "step": state["step"],
+        "state": state,
+        "files": [asdict(record) for record in files],
+        "versions": _versions(),
+    }
+    write_json(folder / MANIFEST, content)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint folder.
+
+    Raises:
+        UserError: it is missing, not ours, or names a file outside the folder.
+    """
+    path = folder / MANIFEST
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise UserError("there is no manifest, so this is no checkpoint", where=str(path)) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"cannot be read as JSON: {error}", where=str(path)) from None
+    if not isinstance(value, dict) or value.get("format") != FORMAT:
+        raise UserError(f"not of the form {FORMAT!r}", where=str(path))
+    for entry in _records(value, path):
+        if entry.name != Path(entry.name).name or entry.name in ("", ".", ".."):
+            raise UserError(f"names {entry.name!r}, which is not a file of this folder", where=str(path))
+    return value
+
+
+def records(manifest: dict[str, Any], folder: Path) -> list[FileRecord]:
+    """The files a manifest lists."""
+    return _records(manifest, folder / MANIFEST)
+
+
+def _records(value: dict[str, Any], path: Path) -> list[FileRecord]:
+    try:
+        listed = [FileRecord(str(e["name"]), int(e["size"]), str(e["sha256"])) for e in value["files"]]
+        int(value["state"]["step"])
+        return listed
+    except (KeyError, TypeError, ValueError):
+        raise UserError("the manifest is incomplete", where=str(path)) from None
+
+
+def problems(folder: Path) -> list[str]:
+    """Everything in which `folder` differs from its manifest; every file is read in full. Empty: verified."""
+    try:
+        manifest = read_manifest(folder)
+    except UserError as error:
+        return [str(error)]
+    found = []
+    for record in records(manifest, folder):
+        path = folder / record.name
+        if not path.is_file():
+            found.append(f"{path}: missing")
+        elif path.stat().st_size != record.size:
+            found.append(f"{path}: {path.stat().st_size} bytes, {record.size} were written")
+        elif file_sha256(path) != record.sha256:
+            found.append(f"{path}: the checksum is not that of what was written")
+    return found
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file in hex, read in blocks."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as handle:
+        while block := handle.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in LIBRARIES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

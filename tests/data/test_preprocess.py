@@ -1,0 +1,373 @@
+"""The same bytes whatever happens, Megatron reads them, and every rejected record is accounted for."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from minicpm_megatron.data.join_units import rejected_path
+from minicpm_megatron.data.megatron_dataset import open_indexed_dataset
+from minicpm_megatron.data.metadata import TokenMetadata, read_metadata, verify
+from minicpm_megatron.data.preprocess import Options, preprocess
+from minicpm_megatron.data.tokenizer import Tokenizer
+from minicpm_megatron.errors import UserError
+from tests.data.conftest import texts, write_jsonl
+from tests.data.test_records import BROKEN
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+TOOL = [sys.executable, str(REPOSITORY / "tools" / "preprocess_data.py")]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+
+
+def contents(prefix: Path) -> dict[str, bytes]:
+    """The four files of an output."""
+    return {suffix: Path(f"{prefix}.{suffix}").read_bytes() for suffix in ("bin", "idx", "json", "rejected.jsonl")}
+
+
+def run(inputs: list[Path], tokenizer: Path, prefix: Path, workers: int = 1, **options: object) -> TokenMetadata:
+    return preprocess(
+        [str(path) for path in inputs],
+        tokenizer,
+        prefix,
+        workers=workers,
+        options=Options(**options),
+        show_progress=False,
+    )
+
+
+def tool(*arguments: str | Path, **options: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*TOOL, *map(str, arguments)], env=ENVIRONMENT, capture_output=True, text=True, **options)
+
+
+def test_tool_makes_what_megatron_reads(
+    corpus: Path, tokenizer_dir: Path, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    done = tool(
+        "--input", corpus, "--tokenizer", tokenizer_dir, "--output-prefix", tmp_path / "new" / "p", "--workers", "2"
+    )
+    assert done.returncode == 0, done.stderr
+    reader = open_indexed_dataset(tmp_path / "new" / "p")
+    expected = [[1, *tokenizer.processor.encode(text), 2] for text in texts()]
+    assert [reader[k].tolist() for k in range(len(reader))] == expected
+    made = verify(tmp_path / "new" / "p")
+    assert made.text_bytes == sum(len(text.encode()) for text in texts())
+    assert (made.documents, made.tokens) == (len(expected), sum(map(len, expected)))
+    assert (made.vocab_size, made.max_id, made.dtype) == (tokenizer.vocab_size, max(map(max, expected)), "uint16")
+    assert f"{made.tokens:,} tokens" in done.stdout
+    assert not (tmp_path / "new" / "p.work").exists()
+
+
+def test_formats_and_workers_agree(
+    corpus: Path, tokenizer_dir: Path, tmp_path: Path, small_units: Callable[[int], None]
+) -> None:
+    documents = texts()
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(corpus.read_bytes()))
+    pq.write_table(pa.table({"text": documents}), tmp_path / "b.parquet", row_group_size=37)
+    small_units(20_000)
+    outputs = []
+    for number, (source, workers) in enumerate(
+        [(corpus, 1), (corpus, 3), (tmp_path / "a.jsonl.gz", 2), (tmp_path / "b.parquet", 2)]
+    ):
+        run([source], tokenizer_dir, tmp_path / f"out{number}", workers)
+        outputs.append(contents(tmp_path / f"out{number}"))
+    assert len({(output["bin"], output["idx"]) for output in outputs}) == 1
+    assert outputs[0] == outputs[1]
+
+
+def test_units_of_any_size_give_the_same_tokens(
+    tokenizer_dir: Path, tmp_path: Path, small_units: Callable[[int], None]
+) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for number, text in enumerate(texts(20)):
+        (folder / f"{number:02}.txt").write_text(text, "utf-8")
+    write_jsonl(folder / "x.jsonl", texts(60))
+    made = []
+    for number, size in enumerate((300, 5000, 10**7)):
+        small_units(size)
+        run([folder], tokenizer_dir, tmp_path / f"out{number}")
+        made.append({suffix: content for suffix, content in contents(tmp_path / f"out{number}").items()})
+    assert made[0] == made[1] == made[2]
+
+
+def test_options_reach_the_tokens(tokenizer_dir: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    source = tmp_path / "a.jsonl"
+    source.write_text('{"body": "one two"}\n')
+    ids = tokenizer.encode("one two")
+    for bos, eod in ((True, True), (True, False), (False, True), (False, False)):
+        prefix = tmp_path / f"out{bos}{eod}"
+        made = run([source], tokenizer_dir, prefix, key="body", prepend_bos=bos, append_eod=eod)
+        assert (made.bos_id, made.eod_id) == (1 if bos else None, 2 if eod else None)
+        reader = open_indexed_dataset(prefix)
+        assert reader[0].tolist() == [1] * bos + ids + [2] * eod
+
+
+def test_rejected_records_are_counted_and_placed(
+    tokenizer_dir: Path, tmp_path: Path, small_units: Callable[[int], None], capfd: pytest.CaptureFixture[str]
+) -> None:
+    lines, expected = [], []
+    for number, (line, reason) in enumerate(BROKEN.items()):
+        lines += [b'{"text": "good %d"}' % number, line]
+        expected.append((2 * number + 2, reason))
+    source = tmp_path / "in" / "a.jsonl"
+    source.parent.mkdir()
+    source.write_bytes(b"\n".join(lines))
+    (source.parent / "b.jsonl").touch()
+    (source.parent / "c.jsonl").symlink_to("c.jsonl")
+    small_units(200)
+    made = run([source.parent], tokenizer_dir, tmp_path / "out", 2, max_document_bytes=100)
+    entries = [json.loads(line) for line in rejected_path(tmp_path / "out").read_text().splitlines()]
+    assert sorted((e["line"], e["reason"]) for e in entries if e["file"] == str(source)) == expected
+    assert {(Path(e["file"]).name, e["reason"]) for e in entries if e["file"] != str(source)} == {
+        ("b.jsonl", "empty_file"),
+        ("c.jsonl", "symlink_loop"),
+    }
+    assert made.documents == len(BROKEN)
+    assert made.documents + sum(made.rejected.values()) == made.records == 2 * len(BROKEN) + 2
+    shown = capfd.readouterr().err
+    assert f"{source}:2: bad_utf8" in shown
+    assert "and 1 more: " in shown  # bad_utf8 has three, not_an_object four
+
+
+@pytest.mark.parametrize(("line", "reason"), BROKEN.items(), ids=lambda value: str(value)[:40])
+def test_fatal_by_flag(
+    tokenizer_dir: Path, tmp_path: Path, small_units: Callable[[int], None], line: bytes, reason: str
+) -> None:
+    source = tmp_path / "a.jsonl"
+    source.write_bytes(b'{"text": "good"}\n' * 20 + line + b"\n")
+    small_units(100)
+    from minicpm_megatron.data.corpus_files import segments
+    from minicpm_megatron.data.tokenize_units import Setup, make_units, tokenize_unit
+
+    model = Tokenizer(tokenizer_dir)
+    setup = Setup(str(model.path), "text", 1, 2, "<u2", 100, True, str(tmp_path))
+    with pytest.raises(UserError, match=rf"a\.jsonl:21: record rejected \({reason}"):
+        for unit in make_units(segments(source)):
+            tokenize_unit(unit, setup, model, lambda _: None)
+
+
+def test_fatal_flag_in_the_tool(tokenizer_dir: Path, tmp_path: Path) -> None:
+    source = tmp_path / "a.jsonl"
+    source.write_text('{"text": "good"}\nbroken\n')
+    arguments = ("--input", source, "--tokenizer", tokenizer_dir, "--output-prefix", tmp_path / "out", "--workers", "1")
+    done = tool(*arguments, "--on-error", "fail")
+    assert done.returncode == 2
+    assert [line for line in done.stderr.splitlines() if line.startswith("error")] == [done.stderr.splitlines()[-1]]
+    assert f"{source}:2: record rejected (invalid_json" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.glob("out.[!w]*"))
+    # what was skipped once is met again when skipping is no longer allowed
+    run([source], tokenizer_dir, tmp_path / "out")
+    with pytest.raises(UserError, match="1 records rejected"):
+        run([source], tokenizer_dir, tmp_path / "out", fail=True)
+
+
+def test_nothing_but_rejected(tokenizer_dir: Path, tmp_path: Path) -> None:
+    source = tmp_path / "a.jsonl"
+    source.write_text('{"text": ""}\nnull\n')
+    with pytest.raises(UserError, match=r"a\.jsonl: no document in 2 records \(1 empty_text, 1 not_an_object\)"):
+        run([source], tokenizer_dir, tmp_path / "out")
+    assert not Path(f"{tmp_path / 'out'}.bin").exists()
+
+
+def test_a_complete_output_is_kept_and_another_is_not_overwritten(
+    corpus: Path, tokenizer_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run([corpus], tokenizer_dir, tmp_path / "out")
+    stamp = Path(f"{tmp_path / 'out'}.bin").stat().st_mtime_ns
+    run([corpus], tokenizer_dir, tmp_path / "out")
+    assert "complete already" in capfd.readouterr().err
+    assert Path(f"{tmp_path / 'out'}.bin").stat().st_mtime_ns == stamp
+    with pytest.raises(UserError, match="exists already"):
+        run([corpus], tokenizer_dir, tmp_path / "out", append_eod=False)
+    made = preprocess(
+        [str(corpus)],
+        tokenizer_dir,
+        tmp_path / "out",
+        options=Options(append_eod=False),
+        overwrite=True,
+        show_progress=False,
+    )
+    assert read_metadata(tmp_path / "out") == made
+    assert made.eod_id is None
+
+
+def start_slow_run(source: Path, tokenizer: Path, prefix: Path, workers: int) -> subprocess.Popen[bytes]:
+    """The preprocessing in a process of its own, with small units."""
+    program = prefix.parent / "slow.py"
+    program.write_text(
+        "import minicpm_megatron.data.corpus_files as f, minicpm_megatron.data.tokenize_units as u\n"
+        "from minicpm_megatron.data.preprocess import preprocess\n"
+        "if __name__ == '__main__':\n"
+        "    f.SEGMENT_BYTES = u.SEGMENT_BYTES = 20_000\n"
+        f"    preprocess([{str(source)!r}], {str(tokenizer)!r}, {str(prefix)!r}, workers={workers},"
+        " show_progress=False)\n"
+    )
+    return subprocess.Popen([sys.executable, str(program)], env=ENVIRONMENT)
+
+
+@pytest.mark.parametrize("finished", [1, 30])
+def test_killed_and_run_again_gives_the_same_bytes(
+    tokenizer_dir: Path,
+    tmp_path: Path,
+    small_units: Callable[[int], None],
+    finished: int,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", texts() * 15)
+    small_units(20_000)
+    run([source], tokenizer_dir, tmp_path / "undisturbed", 1)
+    prefix = tmp_path / "killed"
+    work = Path(f"{prefix}.work")
+    process = start_slow_run(source, tokenizer_dir, prefix, 2)
+    deadline = time.monotonic() + 60
+    while len(list(work.glob("unit-*.json"))) < finished and time.monotonic() < deadline:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    marks = {path.name: path.stat().st_mtime_ns for path in work.glob("unit-*.json")}
+    assert len(marks) >= finished
+    assert not Path(f"{prefix}.json").exists()
+    assert not Path(f"{prefix}.bin").exists()
+    run([source], tokenizer_dir, prefix, 3)
+    assert "going on: " in capfd.readouterr().err
+    assert contents(prefix) == contents(tmp_path / "undisturbed")
+    assert not work.exists()
+
+
+def test_leftovers_of_other_inputs_or_options_are_not_reused(
+    tokenizer_dir: Path, tmp_path: Path, small_units: Callable[[int], None], capfd: pytest.CaptureFixture[str]
+) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", texts(60))
+    small_units(5000)
+    run([source], tokenizer_dir, tmp_path / "right")
+    # an interrupted run with another option leaves all its units
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("minicpm_megatron.data.preprocess.join_units", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run([source], tokenizer_dir, tmp_path / "out", prepend_bos=False)
+    assert list(Path(f"{tmp_path / 'out'}.work").glob("unit-*.json"))
+    run([source], tokenizer_dir, tmp_path / "out")
+    assert "have changed" in capfd.readouterr().err
+    assert contents(tmp_path / "out") == contents(tmp_path / "right")
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_damaged_part_is_made_again(tokenizer_dir: Path, tmp_path: Path, small_units: Callable[[int], None]) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", texts(60))
+    small_units(5000)
+    run([source], tokenizer_dir, tmp_path / "right")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("minicpm_megatron.data.preprocess.join_units", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run([source], tokenizer_dir, tmp_path / "out")
+    part = Path(f"{tmp_path / 'out'}.work") / "unit-00000001.bin"
+    part.write_bytes(part.read_bytes()[:-2])
+    run([source], tokenizer_dir, tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(tmp_path / "right")
+
+
+def test_killed_while_publishing(tokenizer_dir: Path, tmp_path: Path, corpus: Path) -> None:
+    run([corpus], tokenizer_dir, tmp_path / "right")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TokenMetadata, "write", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run([corpus], tokenizer_dir, tmp_path / "out")
+    assert Path(f"{tmp_path / 'out'}.bin").exists()
+    run([corpus], tokenizer_dir, tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(tmp_path / "right")
+
+
+def test_two_runs_for_one_output(corpus: Path, tokenizer_dir: Path, tmp_path: Path) -> None:
+    import fcntl
+
+    work = tmp_path / "out.work"
+    work.mkdir()
+    descriptor = os.open(work, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    with pytest.raises(UserError, match="another run"):
+        run([corpus], tokenizer_dir, tmp_path / "out")
+    os.close(descriptor)
+
+
+def test_full_disk_is_one_line_and_nothing_is_lost(tokenizer_dir: Path, tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", texts())
+    limited = (
+        f"ulimit -f 20; exec {' '.join(TOOL)} --input {source} --tokenizer {tokenizer_dir} --workers 1"
+        f" --output-prefix {tmp_path / 'out'}"
+    )
+    done = subprocess.run(["bash", "-c", limited], env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "error: " in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.glob("out.[!w]*"))
+    assert not list(tmp_path.rglob("*.part"))
+    run([source], tokenizer_dir, tmp_path / "out")
+    verify(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--input", "missing.jsonl"], "missing.jsonl: cannot read the input"),
+        (["--tokenizer", "missing"], "missing: no such tokenizer"),
+        (["--workers", "0"], "--workers"),
+        (["--max-document-bytes", "0"], "--max-document-bytes"),
+        (["--output-prefix", "."], "is a folder"),
+    ],
+)
+def test_bad_arguments(corpus: Path, tokenizer_dir: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
+    given = {"--input": str(corpus), "--tokenizer": str(tokenizer_dir), "--output-prefix": "out"}
+    given.update({arguments[0]: arguments[1]})
+    done = tool(*[part for pair in given.items() for part in pair], cwd=tmp_path)
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
+    assert message in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_long_document_in_little_memory(tokenizer_dir: Path, tmp_path: Path) -> None:
+    """A 200 MB line and a million empty records; the process never holds the one or the list of the others."""
+    source = tmp_path / "a.jsonl"
+    with open(source, "wb") as handle:
+        handle.write(b'{"text": "')
+        for _ in range(200):
+            handle.write(b"x" * 1_000_000)
+        handle.write(b'"}\n{"text": "small"}\n')
+        handle.write(b'{"text": ""}\n' * 1_000_000)
+    program = (
+        "import resource, sys; from pathlib import Path\n"
+        "from minicpm_megatron.data.corpus_files import segments\n"
+        "from minicpm_megatron.data.tokenize_units import Setup, make_units, tokenize_unit\n"
+        "from minicpm_megatron.data.tokenizer import Tokenizer\n"
+        f"model = Tokenizer({str(tokenizer_dir)!r})\n"
+        f"setup = Setup(str(model.path), 'text', 1, 2, '<u2', 4 << 20, False, {str(tmp_path)!r})\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        f"units = make_units(segments(Path({str(source)!r})))\n"
+        "done = [tokenize_unit(unit, setup, model, lambda _: None) for unit in units]\n"
+        "print(sum(d.documents for d in done), sum(d.records for d in done),"
+        " resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], env=ENVIRONMENT, capture_output=True, text=True, check=True)
+    documents, records, kilobytes = map(int, done.stdout.split())
+    assert (documents, records) == (1, 1_000_002)
+    assert kilobytes < 40_000
+
+
+def test_numbers_are_stored_as_megatron_does(tokenizer_dir: Path, tmp_path: Path, corpus: Path) -> None:
+    run([corpus], tokenizer_dir, tmp_path / "out")
+    assert open_indexed_dataset(tmp_path / "out").index.dtype == np.uint16
