@@ -1,4 +1,7 @@
-"""Convert a model between our checkpoints and published formats; the input's format is recognised."""
+"""Convert a model between our checkpoints and published formats; the input's format is recognised.
+
+python tools/convert_checkpoint.py --input runs/quickstart --to llama --output runs/quickstart/hf-llama
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from minicpm_megatron.checkpoint.find import newest_checkpoint
 from minicpm_megatron.cli.entry import run
 from minicpm_megatron.convert import TARGETS, convert
 from minicpm_megatron.convert.operation import DEFAULT_DTYPE, DEFAULT_SHARD
@@ -14,8 +18,13 @@ from minicpm_megatron.convert.weight_files import DTYPES
 
 def main() -> int:
     """Parse the arguments and convert."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--input", type=Path, required=True, help="checkpoint folder, or a Hugging Face model folder")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--input",
+        type=Path,
+        required=True,
+        help="run (its newest checkpoint), checkpoint, or Hugging Face model folder",
+    )
     parser.add_argument("--output", type=Path, required=True, help="folder to make; appears whole or not at all")
     parser.add_argument("--to", required=True, choices=TARGETS, help="format to write; megatron is our checkpoint")
     parser.add_argument("--dtype", choices=tuple(DTYPES), help=f"type of published weights (default {DEFAULT_DTYPE})")
@@ -24,7 +33,7 @@ def main() -> int:
     parser.add_argument("--overwrite", action="store_true", help="replace a model that is already at --output")
     arguments = parser.parse_args()
     done = convert(
-        arguments.input,
+        newest_checkpoint(arguments.input),
         arguments.output,
         arguments.to,
         dtype=arguments.dtype,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import torch.distributed as dist
 from torch import Tensor
@@ -17,8 +18,11 @@ from minicpm_megatron.checkpoint.publish import SMALL_FILES, publish
 from minicpm_megatron.checkpoint.ranks import Ranks
 from minicpm_megatron.checkpoint.retention import retain
 from minicpm_megatron.errors import UserError
+from minicpm_megatron.storage import lock
 from minicpm_megatron.storage.manifest import problems
 from minicpm_megatron.storage.sharded import CheckpointReader, Fragment
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -68,20 +72,23 @@ class Checkpointer:
         self.keep_last, self.keep_every, self.on_corrupt = keep_last, keep_every, on_corrupt
         self.ranks = Ranks(group)
         self.on_phase = on_phase
+        self._lock: BinaryIO | None = None
 
     def preflight(self, bytes_needed: int) -> None:
-        """Find out before the first step whether a save can succeed.
+        """Find out before the first step whether a save can succeed, and keep other runs out of the folder.
 
         Raises:
-            UserError: the folder cannot be written, or has less room than one checkpoint needs.
+            UserError: the folder cannot be written, has less room than one checkpoint needs, or another run that is
+                still going (or still saving after its launcher was killed) writes there.
         """
-        self._on_first(lambda: self._preflight(bytes_needed))
+        self.on_first(lambda: self._preflight(bytes_needed))
 
     def _preflight(self, bytes_needed: int) -> None:
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.directory) as probe:
                 probe.write(b"x")
+            self._lock = lock.hold(self.directory)
         except OSError as error:
             raise UserError(
                 f"cannot write checkpoints: {error.strerror}",
@@ -104,7 +111,7 @@ class Checkpointer:
             found = newest_valid(self.directory, self.on_corrupt)
             return None if found is None else str(found)
 
-        found = self._on_first(find)
+        found = self.on_first(find)
         return None if found is None else Path(found)
 
     def open(self, folder: Path, *, verified: bool = True) -> LoadedCheckpoint:
@@ -117,10 +124,10 @@ class Checkpointer:
             UserError: a file is damaged, or the manifest malformed.
         """
         if not verified:
-            found = self._on_first(lambda: problems(folder))
+            found = self.on_first(lambda: problems(folder))
             if found:
                 raise UserError(f"the checkpoint is damaged: {found[0]}", where=str(folder), fix="choose another one")
-        reader = CheckpointReader(folder)
+        reader = self._on_all(lambda: CheckpointReader(folder))
         return LoadedCheckpoint(reader, reader.manifest)
 
     def save(
@@ -144,19 +151,29 @@ class Checkpointer:
             on_phase=self.on_phase,
         )
         if self.ranks.rank == 0:
-            retain(self.directory, keep_last=self.keep_last, keep_every=self.keep_every, verified=step)
+            try:
+                retain(self.directory, keep_last=self.keep_last, keep_every=self.keep_every, verified=step)
+            except OSError as error:
+                log.warning("old checkpoints in %s could not be removed: %s", self.directory, error.strerror)
         return folder
 
-    def _on_first(self, action: Callable[[], Any]) -> Any:
-        """Do `action` on rank 0 and have its value, or its UserError, on every rank."""
-        outcome: dict[str, Any] = {"value": None, "error": None}
-        if self.ranks.rank == 0:
-            try:
-                outcome["value"] = action()
-            except UserError as error:
-                outcome["error"] = [error.what, error.where, error.fix]
-        outcome = self.ranks.from_first(outcome)
-        if outcome["error"] is not None:
-            what, where, fix = outcome["error"]
+    def on_first(self, action: Callable[[], Any]) -> Any:
+        """Do `action` on rank 0 and have its (JSON) value, or its UserError, on every rank."""
+        return self.ranks.from_first(self._on_all(lambda: action() if self.ranks.rank == 0 else None))
+
+    def _on_all(self, action: Callable[[], Any]) -> Any:
+        """Do `action` on every rank; where one raises a UserError, or the disk fails it, every rank raises that.
+
+        A rank that left alone would let the others wait in their next collective.
+        """
+        value, fault = None, None
+        try:
+            value = action()
+        except UserError as error:
+            fault = [error.what, error.where, error.fix]
+        except OSError as error:
+            where = str(error.filename or self.directory)
+            fault = [error.strerror or str(error), where, "check the disk and its permissions"]
+        for what, where, fix in filter(None, self.ranks.gather(fault)):
             raise UserError(what, where=where, fix=fix)
-        return outcome["value"]
+        return value

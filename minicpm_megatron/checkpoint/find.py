@@ -11,13 +11,15 @@ from typing import Literal
 from minicpm_megatron.checkpoint.names import (
     CORRUPT,
     DELETING,
+    LATEST,
     REPLACED,
     TEMPORARY,
     published_steps,
     step_folder,
 )
 from minicpm_megatron.errors import UserError
-from minicpm_megatron.storage.manifest import problems
+from minicpm_megatron.storage.atomic import PARTIAL_SUFFIX
+from minicpm_megatron.storage.manifest import problems, read_manifest
 
 log = logging.getLogger(__name__)
 CHECKPOINTS = "checkpoints"
@@ -36,7 +38,7 @@ def newest_valid(directory: Path, on_corrupt: Literal["stop", "previous"]) -> Pa
     corrupt = sorted(path.name for path in directory.glob(f"*{CORRUPT}*")) if directory.is_dir() else []
     for step in reversed(steps):
         folder = step_folder(directory, step)
-        found = problems(folder)
+        found = problems(folder) or _misplaced(folder, step)
         if not found:
             return folder
         aside = _set_aside(folder)
@@ -57,6 +59,12 @@ def newest_valid(directory: Path, on_corrupt: Literal["stop", "previous"]) -> Pa
     return None
 
 
+def _misplaced(folder: Path, step: int) -> list[str]:
+    """A checkpoint under another step's name would make the run do steps twice, or not at all."""
+    inside = read_manifest(folder)["step"]
+    return [] if inside == step else [f"{folder} holds the checkpoint of step {inside}"]
+
+
 def _set_aside(folder: Path) -> Path:
     number = 1
     while (aside := folder.with_name(f"{folder.name}{CORRUPT}{'' if number == 1 else f'-{number}'}")).exists():
@@ -69,14 +77,15 @@ def clean_leftovers(directory: Path) -> None:
     """Finish what a killed process left: bring a replaced checkpoint back, remove the rest."""
     if not directory.is_dir():
         return
-    for path in directory.iterdir():
+    directory.joinpath(LATEST + PARTIAL_SUFFIX).unlink(missing_ok=True)
+    for path in list(directory.iterdir()):
         if path.name.endswith(REPLACED):
             final = path.with_name(path.name.removesuffix(REPLACED))
             if final.exists():
                 shutil.rmtree(path)
             else:
                 os.rename(path, final)
-    for path in directory.iterdir():
+    for path in list(directory.iterdir()):
         if path.is_dir() and path.name.endswith((TEMPORARY, DELETING)):
             shutil.rmtree(path)
 
@@ -91,7 +100,7 @@ def resolve_reference(reference: str, runs: Path) -> Path:
         UserError: there is no such run or no such checkpoint, naming those there are.
     """
     run, at, step = reference.rpartition("@")
-    if not at or not run or not (step == "latest" or step.isdecimal()):
+    if not at or not run or not (step == "latest" or step.isdecimal() and len(step) < 19):
         raise UserError("not of the form RUN@STEP", where=reference, fix="for instance quickstart@300 or RUN@latest")
     folder = next((path for path in (Path(run), runs / run) if (path / CHECKPOINTS).is_dir()), None)
     if folder is None:

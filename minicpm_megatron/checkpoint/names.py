@@ -5,6 +5,7 @@ step-N.tmp         a save under way, or one that was killed
 step-N.replaced    the checkpoint of the same step that a save is replacing
 step-N.deleting    a checkpoint that retention is removing
 step-N.corrupt     a checkpoint that failed verification, kept for the user to look at
+.lock              held by the run that writes here (`storage.lock`)
 latest             a hint for people: the name of the newest; nothing reads it
 """
 

@@ -7,6 +7,8 @@ the manifest, renames step-N.tmp to step-N, and only then replaces the hint `lat
 
 from __future__ import annotations
 
+import errno
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterable
@@ -24,6 +26,7 @@ from minicpm_megatron.storage.manifest import write_manifest
 from minicpm_megatron.storage.safetensors_file import FileRecord
 from minicpm_megatron.storage.sharded import Fragment, rank_file, write_fragments
 
+log = logging.getLogger(__name__)
 PHASES = ("prepare", "write", "written", "manifest", "rename", "latest", "done")
 SMALL_FILES = 1 << 20  # bytes of headers and manifest, generously
 
@@ -69,7 +72,7 @@ def publish(
         on_phase("rename")
         _rename(temporary, final)
         on_phase("latest")
-        write_bytes(directory / LATEST, f"{final.name}\n".encode())
+        _write_hint(directory, final)
 
     _together(ranks, finish, temporary, needed, only_first=True)
     on_phase("done")
@@ -81,8 +84,16 @@ def _prepare(directory: Path, temporary: Path, needed: int) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     free = shutil.disk_usage(directory).free
     if free < needed:
-        raise OSError(28, "the disk is too full")
+        raise OSError(errno.ENOSPC, "the disk is too full")
     temporary.mkdir()
+
+
+def _write_hint(directory: Path, final: Path) -> None:
+    try:
+        write_bytes(directory / LATEST, f"{final.name}\n".encode())
+    except OSError as error:
+        # the checkpoint is published; nothing reads the hint but people
+        log.warning("%s could not be written: %s", directory / LATEST, error.strerror)
 
 
 def _rename(temporary: Path, final: Path) -> None:
@@ -90,7 +101,12 @@ def _rename(temporary: Path, final: Path) -> None:
     if final.exists():
         shutil.rmtree(replaced, ignore_errors=True)
         os.rename(final, replaced)
-    os.rename(temporary, final)
+    try:
+        os.rename(temporary, final)
+    except OSError:
+        if replaced.exists():
+            os.rename(replaced, final)
+        raise
     fsync_directory(final.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
@@ -99,17 +115,23 @@ def _together(
     ranks: Ranks, action: Callable[[], Any], temporary: Path, needed: int, *, only_first: bool = False
 ) -> list[Any]:
     """Do `action` on every rank (or the first), and fail on all of them if it failed on one."""
-    outcome: dict[str, Any] = {"value": None, "error": None}
+    outcome: dict[str, Any] = {"value": None, "error": None, "defect": False}
     if ranks.rank == 0 or not only_first:
         try:
             outcome["value"] = action()
         except OSError as error:
             outcome["error"] = error.strerror or str(error)
+        except Exception as error:
+            # a defect of ours; the others must hear of it all the same, or they would wait for ever
+            log.exception("saving failed")
+            outcome |= {"error": f"{type(error).__name__}: {error}", "defect": True}
     outcomes = ranks.gather(outcome)
     for rank, entry in enumerate(outcomes):
         if entry["error"] is not None:
             if ranks.rank == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
+            if entry["defect"]:
+                raise RuntimeError(f"saving failed on rank {rank}: {entry['error']}")
             free = ranks.from_first(_free(temporary.parent))
             raise UserError(
                 f"saving failed on rank {rank}: {entry['error']} ({needed:,} bytes are needed, {free:,} are free)",
@@ -120,6 +142,9 @@ def _together(
 
 
 def _free(directory: Path) -> int:
-    while not directory.exists():
-        directory = directory.parent
-    return shutil.disk_usage(directory).free
+    try:
+        while not directory.exists():
+            directory = directory.parent
+        return shutil.disk_usage(directory).free
+    except OSError:
+        return 0

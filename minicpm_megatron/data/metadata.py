@@ -77,10 +77,14 @@ def read_metadata(prefix: str | Path) -> TokenMetadata | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError("cannot be read as JSON", where=str(path), fix="run preprocess_data.py again") from error
+        raise UserError(
+            "cannot be read as JSON", where=str(path), fix="run preprocess_data.py again with --overwrite"
+        ) from error
     names = {field.name for field in fields(TokenMetadata)}
     if not isinstance(value, dict) or value.pop("format", None) != FORMAT or set(value) != names:
-        raise UserError(f"not of the form {FORMAT!r}", where=str(path), fix="run preprocess_data.py again")
+        raise UserError(
+            f"not of the form {FORMAT!r}", where=str(path), fix="run preprocess_data.py again with --overwrite"
+        )
     return TokenMetadata(**value)
 
 
@@ -114,7 +118,7 @@ def data_fingerprint(prefix: str | Path) -> str:
                 raise UserError(
                     f"{path.stat().st_size} bytes where {due} are recorded",
                     where=str(path),
-                    fix="run preprocess_data.py again",
+                    fix="run preprocess_data.py again with --overwrite",
                 )
         parts = [metadata.bin_sha256, metadata.idx_sha256]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
@@ -137,6 +141,8 @@ def verify(prefix: str | Path) -> TokenMetadata:
     for path, due in ((bin_path(prefix), metadata.bin_sha256), (idx_path(prefix), metadata.idx_sha256)):
         if file_sha256(path) != due:
             raise UserError(
-                "the checksum differs from the recorded one", where=str(path), fix="run preprocess_data.py again"
+                "the checksum differs from the recorded one",
+                where=str(path),
+                fix="run preprocess_data.py again with --overwrite",
             )
     return metadata

@@ -23,7 +23,7 @@ from pathlib import Path
 from minicpm_megatron.data.corpus_files import find_files, segments
 from minicpm_megatron.data.indexed_format import bin_path, idx_path, token_dtype
 from minicpm_megatron.data.join_units import join_units
-from minicpm_megatron.data.metadata import TokenMetadata, json_path, read_metadata
+from minicpm_megatron.data.metadata import TokenMetadata, data_fingerprint, json_path, read_metadata
 from minicpm_megatron.data.progress import progress_bar
 from minicpm_megatron.data.records import Rejected
 from minicpm_megatron.data.tokenize_units import (
@@ -114,7 +114,8 @@ def preprocess(
 
     work = Path(f"{prefix}.work")
     existing = read_metadata(prefix) if not overwrite else None
-    if existing is not None and existing.plan == plan:
+    same = existing is not None and existing.plan == plan
+    if existing is not None and same and _is_whole(prefix):
         if options.fail and existing.rejected:
             raise UserError(
                 f"made with {sum(existing.rejected.values())} records rejected",
@@ -125,7 +126,7 @@ def preprocess(
         shutil.rmtree(work, ignore_errors=True)
         return existing
     # a run of this plan that was killed while it published its files has left some of them
-    if not overwrite and not _is_of_plan(work, plan):
+    if not overwrite and not same and not _is_of_plan(work, plan):
         for path in (bin_path(prefix), idx_path(prefix), json_path(prefix)):
             if path.exists():
                 raise UserError(
@@ -166,6 +167,14 @@ def _plan(files: list[Path], unread: list[tuple[Path, Rejected]], model: Tokeniz
     decisive = {**asdict(options), "fail": None}  # whether to stop changes no byte of what is finished
     content = json.dumps([UNIT_FORMAT, described, missing, model.sha256, decisive])
     return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _is_whole(prefix: str | Path) -> bool:
+    try:
+        data_fingerprint(prefix)
+    except UserError:
+        return False
+    return True
 
 
 def _is_of_plan(work: Path, plan: str) -> bool:
@@ -211,11 +220,11 @@ def _tokenize(units: list[Unit], setup: Setup, plan: str, workers: int, show_pro
         desc="tokenising",
         disable=not show_progress,
     ) as bar:
-        for number, result in run_tasks(_WORKER, setup, missing, workers, bar.update):
-            results[missing[number].number] = result
-            bar.set_postfix(
-                documents=sum(done.documents for done in results.values()),
-                tokens=sum(done.tokens for done in results.values()),
-                refresh=False,
-            )
+        documents, tokens = (sum(getattr(done, name) for done in results.values()) for name in ("documents", "tokens"))
+        # closed, so that an interrupt ends the workers before the lock is given up
+        with contextlib.closing(run_tasks(_WORKER, setup, missing, workers, bar.update)) as finished:
+            for number, result in finished:
+                results[missing[number].number] = result
+                documents, tokens = documents + result.documents, tokens + result.tokens
+                bar.set_postfix_str(f"{documents:,} documents, {tokens:,} tokens", refresh=False)
     return results

@@ -15,10 +15,10 @@ from typing import Any, BinaryIO, Protocol
 
 from minicpm_megatron.data.corpus_files import Segment
 from minicpm_megatron.data.records import (
-    LINE_BYTES_PER_TEXT_BYTE,
     Document,
     Rejected,
     check_text,
+    max_line_bytes,
     parse_json_line,
     parse_plain,
 )
@@ -92,7 +92,7 @@ def _read_plain(handle: BinaryIO, segment: Segment, max_bytes: int) -> Document 
 
 def _range_lines(handle: BinaryIO, segment: Segment, max_bytes: int, progress: Progress) -> Iterator[bytes | Rejected]:
     """Lines that begin inside [start, end); a line that begins before is the previous segment's."""
-    limit = max_bytes * LINE_BYTES_PER_TEXT_BYTE
+    limit = max_line_bytes(max_bytes)
     if segment.start:
         handle.seek(segment.start - 1)
         while (skipped := handle.readline(_READ_BYTES)) and not skipped.endswith(b"\n"):
@@ -114,7 +114,7 @@ def _range_lines(handle: BinaryIO, segment: Segment, max_bytes: int, progress: P
 
 def _stream_lines(handle: BinaryIO, kind: str, max_bytes: int, progress: Progress) -> Iterator[bytes | Rejected]:
     """Lines of a compressed file; damage ends it with a record that says so."""
-    limit = max_bytes * LINE_BYTES_PER_TEXT_BYTE
+    limit = max_line_bytes(max_bytes)
     pending: list[bytes] = []
     pending_bytes, dropped, first, seen = 0, 0, True, 0
     damage: Rejected | None = None

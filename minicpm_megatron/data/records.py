@@ -7,6 +7,7 @@ documents + rejected = records holds to the last line, and nothing is dropped wi
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,8 +33,6 @@ REASONS: dict[str, str] = {
 }
 """Class of a rejected record -> what it means."""
 
-# a JSON escape takes up to 6 bytes for one of text (\\u0001); ordinary lines stay far under twice the text
-LINE_BYTES_PER_TEXT_BYTE = 2
 _JSON_SPACE = b" \t\r\n"
 
 
@@ -69,6 +68,14 @@ class _Refusal(Exception):
         self.reason = reason
 
 
+def max_line_bytes(max_document_bytes: int) -> int:
+    """Longest line of JSON that is looked at for a document of that size.
+
+    A byte of text takes up to six in an escape, but hardly ever all of a text's do; and other members need room.
+    """
+    return 2 * max_document_bytes + (1 << 20)
+
+
 def _constant(name: str) -> Any:
     raise _Refusal("nan_literal", name)
 
@@ -76,8 +83,7 @@ def _constant(name: str) -> Any:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) != len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        [(twice, _)] = Counter(name for name, _ in pairs).most_common(1)
         raise _Refusal("duplicate_key", repr(twice)[:80])
     return value
 

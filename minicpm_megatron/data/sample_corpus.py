@@ -18,8 +18,10 @@ import tempfile
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from email.message import Message
 from importlib import metadata
 from pathlib import Path
+from typing import cast
 
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.storage.atomic import atomic_file, fsync_directory, write_bytes, write_json
@@ -99,7 +101,10 @@ def prose_paragraphs(text: str) -> list[str]:
             and letters >= 0.88 * len(paragraph)
             and paragraph[0].isupper()
             and paragraph[-1] in ".:!?"
-            and not re.search(r">>>|\\[a-z]+|[|{}<>=]|^\s*[-*+#] |:param|https?:|\.\. ", paragraph)
+            and not re.search(
+                r">>>|\\[a-z]+|[|{}<>=]|^\s*[-*+#] |--|\w : |^(Args|Parameters|Returns|Raises):|:param|https?:|\.\. ",
+                paragraph,
+            )
             and "".join(words).isascii()
         ):
             found.append(paragraph.replace("``", "`"))
@@ -130,7 +135,7 @@ def _sources(folder: Path, excluded: set[str]) -> Iterator[tuple[Path, str]]:
 
 
 def _licence(distribution: metadata.Distribution) -> str:
-    fields = distribution.metadata
+    fields = cast(Message, distribution.metadata)
     stated = fields.get("License-Expression") or next(
         (line.rsplit(" :: ", 1)[-1] for line in fields.get_all("Classifier") or () if line.startswith("License ::")), ""
     )
@@ -158,7 +163,7 @@ def english() -> Iterator[Text]:
         for topic in ast.literal_eval(topics).values() if topics else ():
             yield Text(new(prose_paragraphs(topic)), "python documentation", _PYTHON_LICENCE)
     for distribution in sorted(metadata.distributions(), key=lambda found: found.name or ""):
-        description = distribution.metadata.get_payload()
+        description = cast(Message, distribution.metadata).get_payload()
         if isinstance(description, str):
             name = f"{distribution.name} {distribution.version}"
             yield Text(new(prose_paragraphs(description)), name, _licence(distribution))
@@ -231,7 +236,8 @@ def build_sample_corpus(output: Path, size_mb: float) -> dict[str, dict[str, int
         counts: dict[str, dict[str, int]] = {}
         for language in LANGUAGES:
             held_out = [text for text in selected[language] if int(text.digest[:8], 16) % VALIDATION_MODULUS == 0]
-            training = [text for text in selected[language] if int(text.digest[:8], 16) % VALIDATION_MODULUS]
+            held_out = held_out or selected[language][:1]
+            training = [text for text in selected[language] if text not in held_out]
             for name, texts in ((language, training), (f"{language}.valid", held_out)):
                 counts[name] = _write(scratch / f"{name}.jsonl", texts)
         sources = _sources_table(selected)

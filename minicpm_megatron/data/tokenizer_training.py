@@ -110,6 +110,8 @@ def train_tokenizer(
             where="--vocab-size",
             fix="give a larger one",
         )
+    for source in inputs:
+        find_files([source])
     strides, characters = _survey(inputs, key, max_sample_bytes, show_progress)
     model = _train(inputs, strides, vocab_size, _rare(characters, vocab_size), key)
 

@@ -12,7 +12,7 @@ import importlib
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -23,7 +23,7 @@ Report = Callable[[int], None]
 
 def run_tasks(
     target: str, setup: Any, tasks: Sequence[Any], workers: int, on_progress: Callable[[int], None]
-) -> Iterator[tuple[int, Any]]:
+) -> Generator[tuple[int, Any], None, None]:
     """Do all tasks; yield (index, result) as they finish.
 
     Args:

@@ -1,4 +1,7 @@
-"""manifest.json: what a checkpoint folder holds, with a checksum a file. A folder without one is no checkpoint."""
+"""manifest.json: what a checkpoint folder holds, with a checksum a file. A folder without one is no checkpoint.
+
+The manifest carries a checksum of its own, so that a flipped bit in a step or a rate is found as one in a weight is.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from minicpm_megatron.storage.atomic import write_json
 from minicpm_megatron.storage.safetensors_file import FileRecord
 
 MANIFEST = "manifest.json"
+CHECKSUM = "checksum"
 FORMAT = "minicpm_megatron checkpoint 1"
 LIBRARIES = ("minicpm_megatron", "torch", "deepspeed", "megatron-core", "numpy", "safetensors")
 _BLOCK = 1 << 22
@@ -29,14 +33,14 @@ def write_manifest(folder: Path, files: list[FileRecord], *, state: dict[str, An
         "files": [asdict(record) for record in files],
         "versions": _versions(),
     }
-    write_json(folder / MANIFEST, content)
+    write_json(folder / MANIFEST, content | {CHECKSUM: _checksum(content)})
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a checkpoint folder.
 
     Raises:
-        UserError: it is missing, not ours, or names a file outside the folder.
+        UserError: it is missing, damaged, not ours, or names a file outside the folder.
     """
     path = folder / MANIFEST
     try:
@@ -47,6 +51,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise UserError(f"cannot be read as JSON: {error}", where=str(path)) from None
     if not isinstance(value, dict) or value.get("format") != FORMAT:
         raise UserError(f"not of the form {FORMAT!r}", where=str(path))
+    if value.get(CHECKSUM) != _checksum({key: entry for key, entry in value.items() if key != CHECKSUM}):
+        raise UserError("the checksum is not that of what was written", where=str(path))
     for entry in _records(value, path):
         if entry.name != Path(entry.name).name or entry.name in ("", ".", ".."):
             raise UserError(f"names {entry.name!r}, which is not a file of this folder", where=str(path))
@@ -61,7 +67,8 @@ def records(manifest: dict[str, Any], folder: Path) -> list[FileRecord]:
 def _records(value: dict[str, Any], path: Path) -> list[FileRecord]:
     try:
         listed = [FileRecord(str(e["name"]), int(e["size"]), str(e["sha256"])) for e in value["files"]]
-        int(value["state"]["step"])
+        if int(value["state"]["step"]) != value["step"]:
+            raise ValueError("two steps")
         return listed
     except (KeyError, TypeError, ValueError):
         raise UserError("the manifest is incomplete", where=str(path)) from None
@@ -76,12 +83,15 @@ def problems(folder: Path) -> list[str]:
     found = []
     for record in records(manifest, folder):
         path = folder / record.name
-        if not path.is_file():
-            found.append(f"{path}: missing")
-        elif path.stat().st_size != record.size:
-            found.append(f"{path}: {path.stat().st_size} bytes, {record.size} were written")
-        elif file_sha256(path) != record.sha256:
-            found.append(f"{path}: the checksum is not that of what was written")
+        try:
+            if not path.is_file():
+                found.append(f"{path}: missing")
+            elif path.stat().st_size != record.size:
+                found.append(f"{path}: {path.stat().st_size} bytes, {record.size} were written")
+            elif file_sha256(path) != record.sha256:
+                found.append(f"{path}: the checksum is not that of what was written")
+        except OSError as error:
+            found.append(f"{path}: cannot be read: {error.strerror or error}")
     return found
 
 
@@ -92,6 +102,11 @@ def file_sha256(path: Path) -> str:
         while block := handle.read(_BLOCK):
             digest.update(block)
     return digest.hexdigest()
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    """SHA-256 of the content in one spelling, whatever the spaces and the order of keys in the file."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def _versions() -> dict[str, str]:

@@ -214,20 +214,16 @@ class CheckpointReader:
         by_spec: dict[ShardSpec, list[_Stored]] = {}
         for piece in stored:
             by_spec.setdefault(piece.spec, []).append(piece)
+        _check_tiling(name, shape, list(by_spec), self.folder)
         whole: Tensor | None = None
-        covered = 0
         for spec, pieces in by_spec.items():
-            if spec.global_shape != shape:
-                raise UserError(f"{name} is stored with two shapes", where=str(pieces[0].file))
             shard = self._assemble(spec, kind, pieces)
-            if spec.dim is None and len(by_spec) == 1:
+            if spec.dim is None:
                 return shard
             if whole is None:
                 whole = shard.new_empty(shape)
             spec.put(whole, shard)
-            covered += spec.numel
-        if whole is None or covered != whole.numel():
-            raise UserError(f"{kind} of {name} is not stored whole", where=str(self.folder))
+        assert whole is not None
         return whole
 
     def read_shard(self, spec: ShardSpec, kind: str = WEIGHT, padded_shape: tuple[int, ...] | None = None) -> Tensor:
@@ -273,6 +269,20 @@ class CheckpointReader:
         handle = self._handle(path)
         keys = [key for key in handle.keys() if key.startswith(RANK_TENSOR)]  # noqa: SIM118
         return {key.removeprefix(RANK_TENSOR): handle.get_tensor(key) for key in keys}
+
+
+def _check_tiling(name: str, shape: tuple[int, ...], specs: list[ShardSpec], folder: Path) -> None:
+    """Refuse shards that do not cover the global tensor exactly once."""
+    dims = {(spec.global_shape, spec.dim) for spec in specs}
+    position, size = 0, 0
+    if len(dims) == 1 and specs[0].dim is not None:
+        size = shape[specs[0].dim]
+        for start, length in sorted(part for spec in specs for part in spec.ranges if part[1]):
+            if start != position:
+                break
+            position += length
+    if len(dims) != 1 or position != size or specs[0].dim is None and len(specs) > 1:
+        raise UserError(f"{name} is not stored whole: its shards overlap or leave a gap", where=str(folder))
 
 
 def rank_file(rank: int) -> str:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from minicpm_megatron.errors import UserError
 from minicpm_megatron.recipe import Recipe
 from minicpm_megatron.storage.atomic import write_bytes
 
@@ -50,6 +51,10 @@ class MetricsLog:
         recipe: for intervals.
         start, total: steps done so far and steps of the whole run.
         flops_per_token, peak_flops: FLOPs a token needs, and FLOP/s of all ranks together.
+
+    Attributes:
+        failure: what kept rank 0 from writing; it is raised once all ranks have stopped and saved, not in the middle
+            of a step that the other ranks go on with.
     """
 
     def __init__(
@@ -61,9 +66,11 @@ class MetricsLog:
         self._began = time.monotonic()
         self._tokens = self._seconds = 0.0
         self._steps = 0
+        self.failure: UserError | None = None
         if folder is not None:
-            truncate_after(folder / METRICS, start)
-            self._file = open(folder / METRICS, "a", encoding="utf-8")
+            self.path = folder / METRICS
+            truncate_after(self.path, start)
+            self._file = open(self.path, "a", encoding="utf-8")
             if recipe.logging.tensorboard:
                 from torch.utils.tensorboard import SummaryWriter
 
@@ -74,9 +81,12 @@ class MetricsLog:
 
     def __exit__(self, *_: object) -> None:
         if self._file is not None:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
+            try:
+                self._file.flush()
+                os.fsync(self._file.fileno())
+                self._file.close()
+            except OSError as error:
+                self._fail(error)
         if self._board is not None:
             self._board.close()
 
@@ -130,9 +140,20 @@ class MetricsLog:
         )
 
     def _write(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        assert self._file is not None
-        self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
-        self._file.flush()
+        if self._file is None or self.failure is not None:
+            return
+        try:
+            self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+            self._file.flush()
+        except OSError as error:
+            self._fail(error)
+
+    def _fail(self, error: OSError) -> None:
+        self.failure = self.failure or UserError(
+            f"cannot write metrics: {error.strerror}",
+            where=str(self.path),
+            fix="free some space and start again; the run goes on from its newest checkpoint",
+        )
 
     def _scalars(self, prefix: str, step: int, values: dict[str, float]) -> None:
         if self._board is not None:

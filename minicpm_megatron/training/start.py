@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minicpm_megatron.checkpoint.find import resolve_reference
+from minicpm_megatron.checkpoint.find import CHECKPOINTS, resolve_reference
+from minicpm_megatron.checkpoint.names import published_steps, step_folder
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.methods.schedules import build_schedule
 from minicpm_megatron.recipe import BatchPlan, Recipe, build
+from minicpm_megatron.storage.manifest import read_manifest
 
 # sections that decide what the steps already done were; everything else may change between two starts of a run
-PAST = ("model", "data.sequence_length", "data.train", "training.seed", "training.precision", "optimizer")
-
-
-@dataclass(frozen=True)
-class Start:
-    """A run's first step.
-
-    Attributes:
-        step: steps already done.
-        checkpoint: folder to load, or None for new weights.
-        origin: {"run", "step"} of the trunk where this is a branch.
-    """
-
-    step: int
-    checkpoint: Path | None
-    origin: dict[str, Any] | None = None
+PAST = (
+    "model",
+    "data.sequence_length",
+    "data.train",
+    "training.seed",
+    "training.precision",
+    "training.gradient_clipping",
+    "optimizer",
+)
 
 
 def branch_recipe(recipe: Recipe, reference: str) -> tuple[Recipe, Path, int]:
@@ -43,40 +37,79 @@ def branch_recipe(recipe: Recipe, reference: str) -> tuple[Recipe, Path, int]:
 
     Raises:
         UserError: no such checkpoint, a checkpoint that is not in the stable stage, a recipe that would have given
-            other steps so far, or the same run.
+            other steps so far, or a name under which there is another run, the trunk itself for one.
     """
-    from minicpm_megatron.storage.manifest import read_manifest
-
-    folder = resolve_reference(reference, Path(recipe.run.directory))
-    manifest = read_manifest(folder)
-    step = int(manifest["step"])
-    trunk = build(manifest["recipe"])
-    if folder.parent.parent.resolve() == recipe.run_directory.resolve():
-        raise UserError(
-            "a branch cannot write into its own trunk", where=f"--from {reference}", fix="give it a name: name=NAME"
-        )
     if recipe.schedule.shape != "wsd" or not recipe.schedule.decay:
         raise UserError("a branch needs a decay", where="schedule.decay", fix="give shape wsd and a decay length")
+    started = _started_branch(recipe, reference)
+    if started is not None:
+        return started
+    folder = resolve_reference(reference, Path(recipe.run.directory))
+    manifest = read_manifest(folder)
+    if "recipe" not in manifest:
+        raise UserError("was not saved by a run", where=f"--from {reference}", fix="choose a checkpoint of a run")
+    step, trunk = int(manifest["step"]), build(manifest["recipe"])
+    _check_stable(trunk, step, reference)
+    branch = _branch_of(recipe, trunk, step)
+    check_same_past(trunk, branch, step, changed_data=True)
+    return branch, folder, step
+
+
+def _started_branch(recipe: Recipe, reference: str) -> tuple[Recipe, Path, int] | None:
+    """The branch as its own newest checkpoint has it, or None where it has none yet.
+
+    The trunk may have gone on since: its "latest" may be another, and retention may have removed the checkpoint that
+    the branch began with.
+    """
+    directory = recipe.run_directory / CHECKPOINTS
+    run, _, asked = reference.rpartition("@")
+    for step in reversed(published_steps(directory)):
+        try:
+            manifest = read_manifest(step_folder(directory, step))
+        except UserError:  # for the verification at the start to name and set aside
+            continue
+        origin = manifest["state"].get("origin") or {}
+        if Path(origin.get("run", "")).name != Path(run).name or asked not in ("latest", str(origin.get("step"))):
+            kind = f"a branch of {origin['run']}@{origin['step']}" if origin else "a run of its own"
+            raise UserError(
+                f"has checkpoints already, and is {kind}",
+                where=str(recipe.run_directory),
+                fix="give the branch another name: name=NAME",
+            )
+        folder = step_folder(Path(origin["run"]) / CHECKPOINTS, origin["step"])
+        return _branch_of(recipe, build(manifest["recipe"]), origin["step"]), folder, origin["step"]
+    return None
+
+
+def _check_stable(trunk: Recipe, step: int, reference: str) -> None:
+    plan = BatchPlan(trunk)
+    position = step if trunk.schedule.unit == "steps" else plan.tokens(step)
+    if (
+        trunk.schedule.shape not in ("wsd", "constant")
+        or position < trunk.schedule.warmup
+        or build_schedule(trunk.schedule).factor(position) != 1.0
+    ):
+        raise UserError(
+            f"step {step} is not in the stable stage of its run",
+            where=f"--from {reference}",
+            fix="choose a checkpoint after the warmup and before the decay",
+        )
+
+
+def _branch_of(recipe: Recipe, trunk: Recipe, step: int) -> Recipe:
+    """`recipe` with its decay moved to `step`, and with the trunk's warmup and batches."""
     plan = BatchPlan(trunk)
     position = step if trunk.schedule.unit == "steps" else plan.tokens(step)
     if trunk.schedule.unit != recipe.schedule.unit:
         raise UserError(
             f"the trunk counts {trunk.schedule.unit}", where="schedule.unit", fix=f"use {trunk.schedule.unit}"
         )
-    if position < trunk.schedule.warmup or build_schedule(trunk.schedule).factor(position) != 1.0:
-        raise UserError(
-            f"step {step} is not in the stable stage of its run",
-            where=f"--from {reference}",
-            fix="choose a checkpoint after the warmup and before the decay",
-        )
     fields = recipe.model_dump(mode="json")
     fields["schedule"] |= {"total": position + recipe.schedule.decay, "warmup": trunk.schedule.warmup}
     # the trunk's batches decide which samples it has seen
     fields["training"]["batch_growth"] = trunk.model_dump(mode="json")["training"]["batch_growth"]
     fields["training"]["global_batch_size"] = trunk.training.global_batch_size
-    branch = build(fields)
-    check_same_past(trunk, branch, step, changed_data=True)
-    return branch, folder, step
+    return build(fields)
 
 
 def check_same_past(before: Recipe, now: Recipe, step: int, *, changed_data: bool = False) -> None:

@@ -23,7 +23,7 @@ from minicpm_megatron.recipe import BatchPlan, Recipe, build, count_parameters, 
 from minicpm_megatron.storage.atomic import write_bytes, write_json
 from minicpm_megatron.training import guards
 from minicpm_megatron.training.datasets import check_unchanged, held_out_sets, open_data, train_reader
-from minicpm_megatron.training.evaluate import evaluate
+from minicpm_megatron.training.evaluate import HeldOut, evaluate
 from minicpm_megatron.training.flops import flops_per_token, peak_flops
 from minicpm_megatron.training.metrics import MetricsLog, StepRecord
 from minicpm_megatron.training.start import check_same_past
@@ -77,6 +77,7 @@ class Trainer:
         self.schedule, self.plan = build_schedule(recipe.schedule), BatchPlan(recipe)
         self.step = 0
         self.origin: dict[str, Any] | None = None
+        self.evaluation_due = False
         if newest is not None:
             self._resume(newest)
         elif branch is not None:
@@ -93,10 +94,10 @@ class Trainer:
 
         Raises:
             NonFinite: a loss or gradient was not finite.
+            UserError: a checkpoint or the metrics could not be written.
         """
         main = groups.rank() == 0
-        if main:
-            self._write_run_files()
+        self.checkpointer.on_first(self._write_run_files)
         reader, sets = train_reader(self.recipe, self.data), held_out_sets(self.recipe, self.data)
         log = MetricsLog(
             self.folder if main else None,
@@ -107,30 +108,36 @@ class Trainer:
             peak_flops=peak_flops(self.recipe.training.precision) * self.layout.world_size,
         )
         signals = guards.SignalGuard()
-        saved = self.step
         try:
             with log:
                 self.engine.train()
+                if self.evaluation_due:
+                    self._evaluate(log, sets)
                 while self.step < self.total:
                     stop = self._one_step(reader, log, signals)
                     interval = self.recipe.evaluation.interval
-                    if interval and (self.step % interval == 0 or self.step == self.total) and not stop:
-                        log.evaluation(self.step, self.plan.tokens(self.step), evaluate(self.engine, sets))
+                    self.evaluation_due = bool(interval and (self.step % interval == 0 or self.step == self.total))
+                    # who asked to stop does not want to wait; a resumed run makes up for it
+                    if self.evaluation_due and not stop:
+                        self._evaluate(log, sets)
                     interval = self.recipe.checkpoint.interval
                     if stop or self.step == self.total or interval and self.step % interval == 0:
                         self._save()
-                        saved = self.step
                     if stop:
+                        cause = "a failure to write metrics" if log.failure else signals.received or "another rank"
                         guards.announce(
-                            f"stopped after step {self.step} by {signals.received or 'another rank'}; "
-                            f"checkpoint saved, start again to go on"
+                            f"stopped after step {self.step} by {cause}; checkpoint saved, start again to go on"
                         )
                         break
-                if saved < self.step:
-                    self._save()
         finally:
             signals.restore()
+        if log.failure is not None:
+            raise log.failure
         return self.step
+
+    def _evaluate(self, log: MetricsLog, sets: dict[str, HeldOut]) -> None:
+        log.evaluation(self.step, self.plan.tokens(self.step), evaluate(self.engine, sets))
+        self.evaluation_due = False
 
     def _one_step(self, reader: Any, log: MetricsLog, signals: guards.SignalGuard) -> bool:
         device.synchronize()
@@ -146,7 +153,7 @@ class Trainer:
             self.engine.backward(micro_loss)
             if number < accumulation:
                 self.engine.advance()
-        verdict = guards.exchange(loss, signals.requested())
+        verdict = guards.exchange(loss, signals.requested() or log.failure is not None)
         if not math.isfinite(verdict.loss):
             self._stop_non_finite("loss", verdict.loss, samples)
         update = self.engine.step()
@@ -192,6 +199,7 @@ class Trainer:
             "updates": self.state.updates(),
             "origin": self.origin,
             "rates": {group["name"]: group["lr"] for group in self.engine.param_groups},
+            "evaluation_due": self.evaluation_due,
             "non_finite": non_finite,
         }
         facts = {
@@ -215,6 +223,7 @@ class Trainer:
             check_same_past(build(loaded.manifest["recipe"]), self.recipe, int(loaded.state["step"]))
         self._load(loaded)
         self.origin = loaded.state.get("origin")
+        self.evaluation_due = bool(loaded.state.get("evaluation_due"))
         if groups.rank() == 0:
             print(f"resuming from {folder} at step {self.step}", flush=True)
 

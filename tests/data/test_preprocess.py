@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,36 +16,12 @@ import pytest
 
 from minicpm_megatron.data.join_units import rejected_path
 from minicpm_megatron.data.megatron_dataset import open_indexed_dataset
-from minicpm_megatron.data.metadata import TokenMetadata, read_metadata, verify
-from minicpm_megatron.data.preprocess import Options, preprocess
+from minicpm_megatron.data.metadata import verify
 from minicpm_megatron.data.tokenizer import Tokenizer
 from minicpm_megatron.errors import UserError
 from tests.data.conftest import texts, write_jsonl
+from tests.data.preprocess_helpers import ENVIRONMENT, TOOL, contents, run, tool
 from tests.data.test_records import BROKEN
-
-REPOSITORY = Path(__file__).resolve().parents[2]
-TOOL = [sys.executable, str(REPOSITORY / "tools" / "preprocess_data.py")]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-
-
-def contents(prefix: Path) -> dict[str, bytes]:
-    """The four files of an output."""
-    return {suffix: Path(f"{prefix}.{suffix}").read_bytes() for suffix in ("bin", "idx", "json", "rejected.jsonl")}
-
-
-def run(inputs: list[Path], tokenizer: Path, prefix: Path, workers: int = 1, **options: object) -> TokenMetadata:
-    return preprocess(
-        [str(path) for path in inputs],
-        tokenizer,
-        prefix,
-        workers=workers,
-        options=Options(**options),
-        show_progress=False,
-    )
-
-
-def tool(*arguments: str | Path, **options: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*TOOL, *map(str, arguments)], env=ENVIRONMENT, capture_output=True, text=True, **options)
 
 
 def test_tool_makes_what_megatron_reads(
@@ -119,14 +92,14 @@ def test_rejected_records_are_counted_and_placed(
 ) -> None:
     lines, expected = [], []
     for number, (line, reason) in enumerate(BROKEN.items()):
-        lines += [b'{"text": "good %d"}' % number, line]
+        lines += [b'{"text": "good %d"}' % number, line.rstrip(b"\n")]
         expected.append((2 * number + 2, reason))
     source = tmp_path / "in" / "a.jsonl"
     source.parent.mkdir()
     source.write_bytes(b"\n".join(lines))
     (source.parent / "b.jsonl").touch()
     (source.parent / "c.jsonl").symlink_to("c.jsonl")
-    small_units(200)
+    small_units(2000)
     made = run([source.parent], tokenizer_dir, tmp_path / "out", 2, max_document_bytes=100)
     entries = [json.loads(line) for line in rejected_path(tmp_path / "out").read_text().splitlines()]
     assert sorted((e["line"], e["reason"]) for e in entries if e["file"] == str(source)) == expected
@@ -138,7 +111,7 @@ def test_rejected_records_are_counted_and_placed(
     assert made.documents + sum(made.rejected.values()) == made.records == 2 * len(BROKEN) + 2
     shown = capfd.readouterr().err
     assert f"{source}:2: bad_utf8" in shown
-    assert "and 1 more: " in shown  # bad_utf8 has three, not_an_object four
+    assert "and 1 more: " in shown  # not_an_object has four
 
 
 @pytest.mark.parametrize(("line", "reason"), BROKEN.items(), ids=lambda value: str(value)[:40])
@@ -182,129 +155,6 @@ def test_nothing_but_rejected(tokenizer_dir: Path, tmp_path: Path) -> None:
     assert not Path(f"{tmp_path / 'out'}.bin").exists()
 
 
-def test_a_complete_output_is_kept_and_another_is_not_overwritten(
-    corpus: Path, tokenizer_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    run([corpus], tokenizer_dir, tmp_path / "out")
-    stamp = Path(f"{tmp_path / 'out'}.bin").stat().st_mtime_ns
-    run([corpus], tokenizer_dir, tmp_path / "out")
-    assert "complete already" in capfd.readouterr().err
-    assert Path(f"{tmp_path / 'out'}.bin").stat().st_mtime_ns == stamp
-    with pytest.raises(UserError, match="exists already"):
-        run([corpus], tokenizer_dir, tmp_path / "out", append_eod=False)
-    made = preprocess(
-        [str(corpus)],
-        tokenizer_dir,
-        tmp_path / "out",
-        options=Options(append_eod=False),
-        overwrite=True,
-        show_progress=False,
-    )
-    assert read_metadata(tmp_path / "out") == made
-    assert made.eod_id is None
-
-
-def start_slow_run(source: Path, tokenizer: Path, prefix: Path, workers: int) -> subprocess.Popen[bytes]:
-    """The preprocessing in a process of its own, with small units."""
-    program = prefix.parent / "slow.py"
-    program.write_text(
-        "import minicpm_megatron.data.corpus_files as f, minicpm_megatron.data.tokenize_units as u\n"
-        "from minicpm_megatron.data.preprocess import preprocess\n"
-        "if __name__ == '__main__':\n"
-        "    f.SEGMENT_BYTES = u.SEGMENT_BYTES = 20_000\n"
-        f"    preprocess([{str(source)!r}], {str(tokenizer)!r}, {str(prefix)!r}, workers={workers},"
-        " show_progress=False)\n"
-    )
-    return subprocess.Popen([sys.executable, str(program)], env=ENVIRONMENT)
-
-
-@pytest.mark.parametrize("finished", [1, 30])
-def test_killed_and_run_again_gives_the_same_bytes(
-    tokenizer_dir: Path,
-    tmp_path: Path,
-    small_units: Callable[[int], None],
-    finished: int,
-    capfd: pytest.CaptureFixture[str],
-) -> None:
-    source = write_jsonl(tmp_path / "a.jsonl", texts() * 15)
-    small_units(20_000)
-    run([source], tokenizer_dir, tmp_path / "undisturbed", 1)
-    prefix = tmp_path / "killed"
-    work = Path(f"{prefix}.work")
-    process = start_slow_run(source, tokenizer_dir, prefix, 2)
-    deadline = time.monotonic() + 60
-    while len(list(work.glob("unit-*.json"))) < finished and time.monotonic() < deadline:
-        time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    marks = {path.name: path.stat().st_mtime_ns for path in work.glob("unit-*.json")}
-    assert len(marks) >= finished
-    assert not Path(f"{prefix}.json").exists()
-    assert not Path(f"{prefix}.bin").exists()
-    run([source], tokenizer_dir, prefix, 3)
-    assert "going on: " in capfd.readouterr().err
-    assert contents(prefix) == contents(tmp_path / "undisturbed")
-    assert not work.exists()
-
-
-def test_leftovers_of_other_inputs_or_options_are_not_reused(
-    tokenizer_dir: Path, tmp_path: Path, small_units: Callable[[int], None], capfd: pytest.CaptureFixture[str]
-) -> None:
-    source = write_jsonl(tmp_path / "a.jsonl", texts(60))
-    small_units(5000)
-    run([source], tokenizer_dir, tmp_path / "right")
-    # an interrupted run with another option leaves all its units
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("minicpm_megatron.data.preprocess.join_units", _interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            run([source], tokenizer_dir, tmp_path / "out", prepend_bos=False)
-    assert list(Path(f"{tmp_path / 'out'}.work").glob("unit-*.json"))
-    run([source], tokenizer_dir, tmp_path / "out")
-    assert "have changed" in capfd.readouterr().err
-    assert contents(tmp_path / "out") == contents(tmp_path / "right")
-
-
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
-
-
-def test_a_damaged_part_is_made_again(tokenizer_dir: Path, tmp_path: Path, small_units: Callable[[int], None]) -> None:
-    source = write_jsonl(tmp_path / "a.jsonl", texts(60))
-    small_units(5000)
-    run([source], tokenizer_dir, tmp_path / "right")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("minicpm_megatron.data.preprocess.join_units", _interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            run([source], tokenizer_dir, tmp_path / "out")
-    part = Path(f"{tmp_path / 'out'}.work") / "unit-00000001.bin"
-    part.write_bytes(part.read_bytes()[:-2])
-    run([source], tokenizer_dir, tmp_path / "out")
-    assert contents(tmp_path / "out") == contents(tmp_path / "right")
-
-
-def test_killed_while_publishing(tokenizer_dir: Path, tmp_path: Path, corpus: Path) -> None:
-    run([corpus], tokenizer_dir, tmp_path / "right")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TokenMetadata, "write", _interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            run([corpus], tokenizer_dir, tmp_path / "out")
-    assert Path(f"{tmp_path / 'out'}.bin").exists()
-    run([corpus], tokenizer_dir, tmp_path / "out")
-    assert contents(tmp_path / "out") == contents(tmp_path / "right")
-
-
-def test_two_runs_for_one_output(corpus: Path, tokenizer_dir: Path, tmp_path: Path) -> None:
-    import fcntl
-
-    work = tmp_path / "out.work"
-    work.mkdir()
-    descriptor = os.open(work, os.O_RDONLY)
-    fcntl.flock(descriptor, fcntl.LOCK_EX)
-    with pytest.raises(UserError, match="another run"):
-        run([corpus], tokenizer_dir, tmp_path / "out")
-    os.close(descriptor)
-
-
 def test_full_disk_is_one_line_and_nothing_is_lost(tokenizer_dir: Path, tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "a.jsonl", texts())
     limited = (
@@ -341,14 +191,14 @@ def test_bad_arguments(corpus: Path, tokenizer_dir: Path, tmp_path: Path, argume
 
 
 def test_a_long_document_in_little_memory(tokenizer_dir: Path, tmp_path: Path) -> None:
-    """A 200 MB line and a million empty records; the process never holds the one or the list of the others."""
+    """A 200 MB line and many empty records; the process never holds the one or a list of the others."""
     source = tmp_path / "a.jsonl"
     with open(source, "wb") as handle:
         handle.write(b'{"text": "')
         for _ in range(200):
             handle.write(b"x" * 1_000_000)
         handle.write(b'"}\n{"text": "small"}\n')
-        handle.write(b'{"text": ""}\n' * 1_000_000)
+        handle.write(b'{"text": ""}\n' * 200_000)
     program = (
         "import resource, sys; from pathlib import Path\n"
         "from minicpm_megatron.data.corpus_files import segments\n"
@@ -364,7 +214,7 @@ def test_a_long_document_in_little_memory(tokenizer_dir: Path, tmp_path: Path) -
     )
     done = subprocess.run([sys.executable, "-c", program], env=ENVIRONMENT, capture_output=True, text=True, check=True)
     documents, records, kilobytes = map(int, done.stdout.split())
-    assert (documents, records) == (1, 1_000_002)
+    assert (documents, records) == (1, 200_002)
     assert kilobytes < 40_000
 
 

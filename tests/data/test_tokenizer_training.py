@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,37 @@ from minicpm_megatron.data.tokenizer import Tokenizer
 from minicpm_megatron.data.tokenizer_training import compression_table, train_tokenizer
 from minicpm_megatron.errors import UserError
 from tests.data.conftest import texts, write_jsonl
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def tool(name: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(REPOSITORY / "tools" / name), *map(str, arguments)]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+def test_tool(corpus: Path, tmp_path: Path) -> None:
+    output = tmp_path / "new" / "tok"
+    done = tool("train_tokenizer.py", "--input", corpus, "--vocab-size", "600", "--output", output)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((output / "tokenizer_report.json").read_text())
+    assert f"{report['inputs'][0]['tokens']:,}" in done.stdout
+    assert f"{report['inputs'][0]['bytes_per_token']:.3f}" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("train_tokenizer.py", ["--input", "missing.jsonl", "--vocab-size", "600", "--output", "out"]),
+        ("train_tokenizer.py", ["--input", str(Path(__file__)), "--vocab-size", "600", "--output", "out"]),
+        ("build_sample_corpus.py", ["--output", str(Path(__file__))]),
+    ],
+)
+def test_tools_refuse_in_one_line(name: str, arguments: list[str]) -> None:
+    done = tool(name, *arguments)
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
+    assert done.stderr.startswith("error: ")
 
 
 def test_report_and_determinism(tmp_path: Path) -> None:

@@ -1,0 +1,102 @@
+"""Text from any folder that can be converted: our checkpoints and every published format alike.
+
+The model is built in memory as transformers' Granite, which has exactly MiniCPM's multipliers, and transformers
+generates: cache, sampling and stopping are theirs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minicpm_megatron.convert.format import SpecialTokens
+from minicpm_megatron.convert.formats import granite
+from minicpm_megatron.convert.operation import open_source
+from minicpm_megatron.convert.source import Source
+from minicpm_megatron.errors import UserError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen.
+
+    Attributes:
+        max_new_tokens: tokens after the prompt.
+        temperature: 0 takes the likeliest token each time.
+        top_p: tokens that make up this probability are drawn from.
+        seed: of the draw.
+    """
+
+    max_new_tokens: int = 128
+    temperature: float = 0.8
+    top_p: float = 0.8
+    seed: int = 0
+
+
+class Generator:
+    """A model with its tokenizer, ready to continue prompts.
+
+    Args:
+        folder: checkpoint of ours or published folder.
+        tokenizer: folder of tokenizer files; default: the one that belongs to the model.
+
+    Raises:
+        UserError: the folder is no model, or no tokenizer is known for it.
+    """
+
+    def __init__(self, folder: Path, tokenizer: Path | None = None) -> None:
+        from transformers import AutoTokenizer
+
+        source = open_source(folder)
+        pieces = tokenizer or source.tokenizer
+        if pieces is None or not (pieces / "tokenizer.json").is_file():
+            raise UserError("no tokenizer is known for this model", where=str(folder), fix="give --tokenizer DIR")
+        self.tokenizer = AutoTokenizer.from_pretrained(str(pieces), trust_remote_code=False)
+        self.model = as_granite(source)
+        self.longest = source.model.max_position_embeddings
+
+    @torch.no_grad()
+    def continue_text(self, prompt: str, sampling: Sampling) -> str:
+        """The prompt with its continuation.
+
+        Raises:
+            UserError: the prompt alone is longer than the model's context.
+        """
+        inputs = self.tokenizer(prompt, return_tensors="pt")
+        length = inputs["input_ids"].shape[1]
+        if length >= self.longest:
+            raise UserError(
+                f"{length} tokens do not fit a context of {self.longest}", where="--prompt", fix="shorten it"
+            )
+        torch.manual_seed(sampling.seed)
+        choice: dict[str, Any] = {"do_sample": False}
+        if sampling.temperature > 0:
+            choice = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p}
+        output = self.model.generate(
+            input_ids=inputs["input_ids"].to(self.model.device),
+            attention_mask=inputs["attention_mask"].to(self.model.device),
+            max_new_tokens=min(sampling.max_new_tokens, self.longest - length),
+            pad_token_id=self.tokenizer.eos_token_id,
+            **choice,
+        )
+        return self.tokenizer.decode(output[0], skip_special_tokens=True)
+
+
+def as_granite(source: Source) -> Any:
+    """The source as transformers' GraniteForCausalLM in fp32 (bf16 on CUDA), in evaluation mode."""
+    from transformers import GraniteConfig, GraniteForCausalLM
+
+    dtype, device = (torch.bfloat16, "cuda") if torch.cuda.is_available() else (torch.float32, "cpu")
+    layout = granite.FORMAT
+    fields = layout.write_config(source.model, SpecialTokens(), "float32")
+    model = GraniteForCausalLM(GraniteConfig(**fields)).to(dtype)
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for group in layout.export_groups(source.model):
+            tensors = [source.tensors.read(name) for name in group.canonical]
+            for name, value in group.to_published(tensors, source.model).items():
+                parameters[name].copy_(value)
+    return model.to(device).eval()

@@ -1,0 +1,132 @@
+"""The muP table against the paper's Table 7, the groups built from it, and the ledger that guards their rates."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from minicpm_megatron.errors import UserError
+from minicpm_megatron.methods.mup import RateLedger, mup_param_groups, mup_table, residual_multiplier, role_of
+from minicpm_megatron.recipe import get_preset
+
+SHAPE = get_preset("minicpm-2.4b")
+M = 2304 / 256
+
+
+class Tiny(torch.nn.Module):
+    """One parameter of every role, under Megatron-Core's names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        names = {
+            "embedding.word_embeddings.weight": (8, 4),
+            "decoder.layers.0.mlp.linear_fc1.weight": (8, 4),
+            "decoder.layers.0.mlp.router.weight": (2, 4),
+            "decoder.final_layernorm.weight": (4,),
+            "output_layer.weight": (8, 4),
+        }
+        self.tensors = {name: torch.nn.Parameter(torch.ones(shape)) for name, shape in names.items()}
+
+    def named_parameters(self, *args, **kwargs):
+        return iter(self.tensors.items())
+
+
+def groups(**keywords):
+    return {group["name"]: group for group in mup_param_groups(Tiny(), SHAPE, lr=0.01, **keywords)}
+
+
+def test_the_table_is_table_7_with_a_vector_like_embedding():
+    table = mup_table(SHAPE)
+    assert {role: rule.lr_multiplier for role, rule in table.items()} == {
+        "embedding": 1.0,
+        "hidden": 1 / M,
+        "vector": 1.0,
+        "router": 1 / M,
+        "head": 1.0,
+    }
+    assert table["hidden"].init_std == pytest.approx(0.1 / math.sqrt(M))
+    assert table["embedding"].init_std == table["head"].init_std == 0.1
+    assert table["vector"].init_std is None
+    assert residual_multiplier(SHAPE.scale_depth, SHAPE.num_layers) == pytest.approx(1.4 / math.sqrt(40))
+
+
+def test_the_literal_reading_scales_embedding_and_head_too():
+    table = mup_table(SHAPE.model_copy(update={"embedding_role": "matrix"}))
+    assert table["embedding"].lr_multiplier == table["head"].lr_multiplier == pytest.approx(1 / M)
+    assert table["embedding"].init_std == pytest.approx(0.1 / math.sqrt(M))
+
+
+def test_standard_parametrisation_has_no_width_in_it():
+    table = mup_table(SHAPE.model_copy(update={"parametrization": "standard"}))
+    assert {rule.lr_multiplier for rule in table.values()} == {1.0}
+    assert {rule.init_std for rule in table.values()} == {0.1, None}
+
+
+@pytest.mark.parametrize(
+    ("name", "dimensions", "role"),
+    [
+        ("embedding.word_embeddings.weight", 2, "embedding"),
+        ("decoder.layers.3.self_attention.linear_qkv.weight", 2, "hidden"),
+        ("decoder.layers.3.self_attention.linear_qkv.bias", 1, "vector"),
+        ("decoder.layers.3.mlp.router.weight", 2, "router"),
+        ("output_layer.weight", 2, "head"),
+        ("decoder.final_layernorm.weight", 1, "vector"),
+    ],
+)
+def test_roles(name, dimensions, role):
+    assert role_of(name, dimensions) == role
+
+
+def test_groups_hold_every_parameter_once_with_its_rate():
+    found = groups(weight_decay=0.1)
+    assert set(found) == {"embedding", "hidden", "vector", "router", "head"}
+    assert all(len(group["params"]) == 1 for group in found.values())
+    assert found["hidden"]["lr"] == pytest.approx(0.01 / M)
+    assert {name for name, group in found.items() if group["weight_decay"]} == {"hidden", "router", "head"}
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.25])
+def test_weight_decay_tied_or_independent_of_the_rate(factor):
+    """One AdamW step without gradient shrinks a weight by rate x decay, or by decay x factor alone."""
+    shrunk = {}
+    for mode in ("tied", "independent"):
+        model = Tiny()
+        optimizer = torch.optim.AdamW(
+            mup_param_groups(model, SHAPE, lr=0.01, weight_decay=0.1, weight_decay_mode=mode)
+        )
+        RateLedger(SHAPE, 0.01).apply(optimizer.param_groups, factor)
+        for parameter in model.tensors.values():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        shrunk[mode] = 1 - float(model.tensors["decoder.layers.0.mlp.linear_fc1.weight"][0, 0].detach())
+        assert float(model.tensors["embedding.word_embeddings.weight"][0, 0].detach()) == 1.0
+        assert float(model.tensors["decoder.final_layernorm.weight"][0].detach()) == 1.0
+    assert shrunk["tied"] == pytest.approx(0.01 / M * factor * 0.1, rel=1e-2)  # fp32 weights of size 1
+    assert shrunk["independent"] == pytest.approx(0.1 * factor, rel=1e-5)
+
+
+def test_the_ledger_accepts_its_own_rates_at_any_factor():
+    ledger, found = RateLedger(SHAPE, 0.01), list(groups().values())
+    for factor in (1.0, 0.5**0.1, 0.0):
+        ledger.apply(found, factor)
+        ledger.check(found, factor)
+
+
+@pytest.mark.parametrize("role", ["embedding", "hidden", "vector", "router", "head"])
+def test_the_ledger_names_the_group_that_is_wrong(role):
+    ledger, found = RateLedger(SHAPE, 0.01), groups()
+    found[role]["lr"] *= 1.001
+    with pytest.raises(UserError, match=f"group '{role}' has rate"):
+        ledger.check(found.values(), 1.0)
+
+
+def test_the_ledger_refuses_one_rate_for_all_and_unknown_groups():
+    ledger = RateLedger(SHAPE, 0.01)
+    with pytest.raises(UserError, match="'hidden'"):
+        ledger.check([{**group, "lr": 0.01} for group in groups().values()], 1.0)
+    with pytest.raises(UserError, match="optimizer group 0 is called None"):
+        ledger.check([{"lr": 0.01}], 1.0)
+    with pytest.raises(UserError, match="multiplier"):
+        ledger.check([{**groups()["hidden"], "lr_multiplier": 1.0}], 1.0)

@@ -1,0 +1,44 @@
+"""Continue a prompt with a trained model:
+
+    python tools/generate.py --checkpoint runs/quickstart --prompt "import os"
+
+Takes a run (its newest checkpoint), one checkpoint, or an exported or downloaded Hugging Face folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from minicpm_megatron.checkpoint.find import newest_checkpoint
+from minicpm_megatron.cli.entry import run
+from minicpm_megatron.convert.generation import Generator, Sampling
+from minicpm_megatron.errors import UserError
+
+
+def main() -> None:
+    """Parse the command line and generate."""
+    default = Sampling()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", type=Path, required=True, help="run, checkpoint or Hugging Face folder")
+    parser.add_argument("--prompt", required=True, nargs="+", help="text to continue; several are done in turn")
+    parser.add_argument("--tokenizer", type=Path, help="tokenizer folder (default: the one that belongs to the model)")
+    parser.add_argument("--max-new-tokens", type=int, default=default.max_new_tokens)
+    parser.add_argument(
+        "--temperature", type=float, default=default.temperature, help=f"0: greedy (default {default.temperature})"
+    )
+    parser.add_argument("--top-p", type=float, default=default.top_p, help=f"default {default.top_p}")
+    parser.add_argument("--seed", type=int, default=default.seed)
+    options = parser.parse_args()
+    if options.max_new_tokens < 1:
+        raise UserError("must be at least 1", where="--max-new-tokens")
+    if options.temperature < 0 or not 0 < options.top_p <= 1:
+        raise UserError("temperature must be 0 or more and top-p in (0, 1]", where="--temperature, --top-p")
+    generator = Generator(newest_checkpoint(options.checkpoint), options.tokenizer)
+    sampling = Sampling(options.max_new_tokens, options.temperature, options.top_p, options.seed)
+    for prompt in options.prompt:
+        print(generator.continue_text(prompt, sampling), flush=True)
+
+
+if __name__ == "__main__":
+    run(main)
