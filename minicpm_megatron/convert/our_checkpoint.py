@@ -10,10 +10,11 @@ import torch
 from tqdm import tqdm
 
 from minicpm_megatron.convert.source import Source
+from minicpm_megatron.errors import UserError
 from minicpm_megatron.recipe import ModelRecipe, build_section
+from minicpm_megatron.storage.manifest import MANIFEST, problems
 from minicpm_megatron.storage.sharded import CheckpointReader, write_single
 
-MANIFEST = "manifest.json"
 MEGATRON = "megatron"
 
 
@@ -21,8 +22,11 @@ def open_checkpoint(folder: Path) -> Source:
     """A checkpoint folder; its tokenizer is the one its recipe, or the conversion that made it, names.
 
     Raises:
-        UserError: the manifest or a file is malformed.
+        UserError: the manifest is malformed, or a file is not what was written.
     """
+    damage = problems(folder)
+    if damage:
+        raise UserError(f"the checkpoint is damaged: {damage[0]}", where=str(folder), fix="use another checkpoint")
     reader = CheckpointReader(folder)
     manifest = reader.manifest
     model = build_section(ModelRecipe, manifest["model"], where=str(folder / MANIFEST))

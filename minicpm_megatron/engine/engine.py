@@ -14,6 +14,7 @@ from megatron.core import parallel_state
 from minicpm_megatron.engine.config import clips_itself, deepspeed_config
 from minicpm_megatron.methods.mup import RateLedger, mup_param_groups
 from minicpm_megatron.model.config import MiniCPMConfig
+from minicpm_megatron.model.sharding import named_shards
 from minicpm_megatron.parallel import device
 from minicpm_megatron.parallel.groups import MegatronMPU
 from minicpm_megatron.recipe import Layout, Recipe
@@ -48,7 +49,7 @@ class Engine:
         self.recipe, self.layout, self.config = recipe, layout, config
         self.deepspeed_config = deepspeed_config(recipe, layout)
         # names are taken before ZeRO-3 replaces the parameters' storage
-        self.names = {parameter: name for name, parameter in model.named_parameters()}
+        self.names = {parameter: name for name, parameter, _ in named_shards(model, config)}
         self.ledger = RateLedger(config, recipe.optimizer.lr)
         groups = mup_param_groups(
             model,

@@ -36,6 +36,7 @@ SPLITS = {
     "mlp.linear_fc1.weight": Split(0, parts=2),
     "mlp.linear_fc2.weight": Split(1),
 }
+LAYERS = "decoder.layers."
 VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 
 
@@ -78,9 +79,24 @@ def shard_spec(config: MiniCPMConfig, name: str, rank: int | None = None) -> Sha
     return ShardSpec(name=name, global_shape=shape, dim=split.dim, ranges=ranges)
 
 
+def global_name(model: torch.nn.Module, config: MiniCPMConfig, name: str) -> str:
+    """The name that a parameter of this pipeline stage has in the whole model.
+
+    Layers are numbered from the model's first, and the copy of a tied embedding that the last stage keeps for the LM
+    head is the embedding.
+    """
+    if name == "output_layer.weight" and not config.untie_embeddings_and_output_weights:
+        return "embedding.word_embeddings.weight"
+    if not name.startswith(LAYERS):
+        return name
+    local, rest = name.removeprefix(LAYERS).split(".", 1)
+    return f"{LAYERS}{model.decoder.layers[int(local)].layer_number - 1}.{rest}"
+
+
 def named_shards(model: torch.nn.Module, config: MiniCPMConfig) -> Iterator[tuple[str, Parameter, ShardSpec]]:
     """Every parameter of this rank with its global name and shard."""
-    for name, parameter in model.named_parameters():
+    for local, parameter in model.named_parameters():
+        name = global_name(model, config, local)
         yield name, parameter, shard_spec(config, name)
 
 

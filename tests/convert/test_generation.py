@@ -1,0 +1,79 @@
+"""tools/generate.py: greedy text equals the argmax of the independent forward, from every kind of folder."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from minicpm_megatron.convert import convert, open_source
+from minicpm_megatron.convert.generation import Generator, Sampling
+from minicpm_megatron.errors import UserError
+from tests.convert.conftest import canonical_logits, read_checkpoint
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+PROMPT = "the cat"
+
+
+def argmax_continuation(folder: Path, tokenizer: Path, length: int) -> str:
+    """Greedy decoding with the reference forward, one whole sequence at a time."""
+    model, tensors = open_source(folder).model, read_checkpoint(folder)
+    pieces = AutoTokenizer.from_pretrained(tokenizer)
+    tokens = pieces(PROMPT, return_tensors="pt")["input_ids"]
+    for _ in range(length):
+        following = canonical_logits(model, tensors, tokens[0])[-1].argmax()
+        tokens = torch.cat([tokens, following.view(1, 1)], dim=1)
+        if int(following) == pieces.eos_token_id:
+            break
+    return pieces.decode(tokens[0], skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("target", [None, "llama", "granite", "minicpm"])
+def test_greedy_text_is_the_argmax_of_the_reference(checkpoint, tokenizer, tmp_path, target):
+    folder = checkpoint()
+    expected = argmax_continuation(folder, tokenizer, 12)
+    if target is not None:
+        convert(folder, tmp_path / "out", target, dtype="fp32", tokenizer=tokenizer)
+        folder = tmp_path / "out"
+    found = Generator(folder, tokenizer).continue_text(PROMPT, Sampling(max_new_tokens=12, temperature=0.0))
+    assert found == expected
+
+
+def test_a_seed_repeats_and_another_one_differs(checkpoint, tokenizer):
+    generator = Generator(checkpoint(), tokenizer)
+    texts = [
+        generator.continue_text(PROMPT, Sampling(max_new_tokens=20, temperature=1.5, top_p=1.0, seed=seed))
+        for seed in (1, 1, 2)
+    ]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_a_prompt_beyond_the_context_is_refused(checkpoint, tokenizer):
+    generator = Generator(checkpoint(max_position_embeddings=8), tokenizer)
+    with pytest.raises(UserError, match="do not fit a context of 8"):
+        generator.continue_text("a b c d e f g h i j k l", Sampling())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--checkpoint", "nowhere"], "nowhere: no such folder"),
+        (["--checkpoint", "."], "not a model"),
+        (["--checkpoint", ".", "--temperature", "-1"], "temperature"),
+        (["--checkpoint", ".", "--max-new-tokens", "0"], "at least 1"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, message):
+    done = subprocess.run(
+        [sys.executable, "tools/generate.py", "--prompt", "x", *arguments],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2
+    assert message in done.stderr and done.stderr.count("\n") == 1
