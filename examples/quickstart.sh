@@ -28,7 +28,7 @@ step "4/6 training under the deepspeed launcher: $RANKS processes, ZeRO 1, WSD s
 if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
   deepspeed --num_gpus "$(python -c 'import torch; print(torch.cuda.device_count())')" examples/train.py --recipe $RECIPE
 else
-  DS_ACCELERATOR=cpu deepspeed --num_accelerators "$RANKS" --bind_cores_to_rank examples/train.py --recipe $RECIPE
+  DS_ACCELERATOR=cpu deepspeed --num_accelerators "$RANKS" examples/train.py --recipe $RECIPE
 fi
 
 step "5/6 export to Hugging Face (Llama layout: any Llama runtime loads it)"

@@ -60,7 +60,9 @@ def prepare() -> torch.device:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         return device()
     if "OMP_NUM_THREADS" not in os.environ:
-        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
+        # torchrun's name, deepspeed's name, and neither: this machine is the whole job
+        names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "WORLD_SIZE")
+        ranks = next((int(os.environ[name]) for name in names if name in os.environ), 1)
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
     _patch_megatron_for_cpu()
     return device()

@@ -27,7 +27,30 @@ def finish(folder: Path, recipe: Recipe) -> None:
         f"loss {loss:.3f} nats per token over the last {len(last)} steps; unigram entropy of the training data "
         f"{entropy:.3f} (a model that ignores context cannot do better)"
     )
+    effect = decay_effect(folder, recipe)
+    if effect:
+        print("held-out loss over the decay stage, nats per token: " + ", ".join(effect))
     print(f"metrics: {folder / METRICS}, picture: {folder / PICTURE}, TensorBoard: tensorboard --logdir {folder}")
+
+
+def decay_effect(folder: Path, recipe: Recipe) -> list[str]:
+    """What the decay stage did to every held-out set, as "name before -> after"."""
+    start = _decay_start(recipe)
+    effect = []
+    if start is not None:
+        for name, points in sorted(_evaluations(folder).items()):
+            before = [loss for step, loss in points if step <= start]
+            if before and points[-1][0] > start:
+                effect.append(f"{name} {before[-1]:.3f} -> {points[-1][1]:.3f}")
+    return effect
+
+
+def _evaluations(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """Held-out set -> (step, loss per token) in order."""
+    found: dict[str, list[tuple[int, float]]] = {}
+    for record in read_metrics(folder / METRICS, "evaluation"):
+        found.setdefault(record["set"], []).append((record["step"], record["loss_per_token"]))
+    return found
 
 
 def unigram_entropy_of(recipe: Recipe) -> float:
@@ -45,9 +68,6 @@ def draw_loss(folder: Path, recipe: Recipe, entropy: float) -> Path:
     from matplotlib import pyplot
 
     train = read_metrics(folder / METRICS)
-    evaluations: dict[str, list[tuple[int, float]]] = {}
-    for record in read_metrics(folder / METRICS, "evaluation"):
-        evaluations.setdefault(record["set"], []).append((record["step"], record["loss_per_token"]))
     steps = [record["step"] for record in train]
     losses = [record["loss"] for record in train]
     figure, (upper, lower) = pyplot.subplots(
@@ -55,7 +75,7 @@ def draw_loss(folder: Path, recipe: Recipe, entropy: float) -> Path:
     )
     upper.plot(steps, losses, color="#9db7d9", linewidth=0.8, label="training, every step")
     upper.plot(steps, smooth(losses), color="#1f4e8c", linewidth=1.8, label="training, smoothed")
-    for name, points in sorted(evaluations.items()):
+    for name, points in sorted(_evaluations(folder).items()):
         upper.plot(*zip(*points, strict=True), marker="o", markersize=3, linewidth=1, label=f"held out: {name}")
     upper.axhline(entropy, color="#777777", linestyle="--", linewidth=1, label="unigram entropy")
     decay_start = _decay_start(recipe)
@@ -81,11 +101,10 @@ def draw_loss(folder: Path, recipe: Recipe, entropy: float) -> Path:
 
 
 def smooth(values: list[float], window: int = 15) -> list[float]:
-    """Centred moving average that narrows towards the ends; nan stays out of it."""
-    result = []
+    """Moving average over the `window` values around each, or at the ends over those there are; nan stays out."""
+    result, reach = [], window // 2
     for index in range(len(values)):
-        reach = min(window // 2, index, len(values) - 1 - index)
-        near = [value for value in values[index - reach : index + reach + 1] if math.isfinite(value)]
+        near = [value for value in values[max(0, index - reach) : index + reach + 1] if math.isfinite(value)]
         result.append(sum(near) / len(near) if near else math.nan)
     return result
 
