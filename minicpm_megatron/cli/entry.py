@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable
 
 from minicpm_megatron.errors import UserError
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
+RANK_0_GRACE = 15.0  # seconds; ranks of a busy machine start seconds apart
 
 
 def run(main: Callable[[], int | None]) -> None:
     """Call `main` and leave the process with the exit status its outcome stands for.
 
-    A `UserError` becomes one line on standard error. Under a launcher the same mistake is met by every
-    rank, so only the first rank of each error prints it: rank 0, or the rank that says the error is its own.
+    A `UserError` becomes one line on standard error. Under a launcher every rank usually meets the same mistake, so
+    rank 0 speaks; the others leave it the time to, and then speak for themselves, because a mistake can be one
+    machine's alone.
     """
     try:
         status = main() or 0
     except UserError as error:
-        if int(os.environ.get("RANK", "0")) == 0 or getattr(error, "own_rank", False):
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        rank = int(os.environ.get("RANK", "0"))
+        if rank:
+            time.sleep(RANK_0_GRACE)  # the launcher ends this process as soon as rank 0 has left
+        print(f"error: {error}" if rank == 0 else f"error: rank {rank}: {error}", file=sys.stderr, flush=True)
         status = EXIT_USER_ERROR
     except BrokenPipeError:
         # the reader of our standard output went away (`| head`): not an error of the user's, nor of ours

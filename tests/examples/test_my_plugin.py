@@ -50,7 +50,7 @@ def test_preset_and_decay_shape_are_found(site: Path) -> None:
     assert done.returncode == 0, done.stderr
     # 2 x (4 x 512^2 + 3 x 512 x 1280 + 2 x 512) + 512
     assert "6,031,872" in done.stdout
-    assert "square decay over 80" in done.stdout
+    assert "square decay over 75" in done.stdout
     # half-way through the decay: 1 - 0.9 / 4
     assert "0.775" in done.stdout
 
