@@ -138,10 +138,9 @@ class EngineState:
 
 def _masters_of_unfused(optimizer: object) -> Callable[[Parameter], Tensor]:
     """Parameter -> its fp32 master where DeepSpeed keeps one a parameter (bf16 at ZeRO 0), else the parameter."""
-    groups = getattr(optimizer, "fp16_groups", None)
-    if groups is None:
+    if not hasattr(optimizer, "fp32_groups"):
         return lambda parameter: parameter
-    low = [parameter for group in groups for parameter in group]
+    low = [parameter for group in optimizer.fp16_groups for parameter in group]
     high = [parameter for group in optimizer.fp32_groups for parameter in group]
     masters = {id(parameter): master for parameter, master in zip(low, high, strict=True)}
     return lambda parameter: masters[id(parameter)]
