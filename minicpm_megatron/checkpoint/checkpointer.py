@@ -127,7 +127,7 @@ class Checkpointer:
             found = self.on_first(lambda: problems(folder))
             if found:
                 raise UserError(f"the checkpoint is damaged: {found[0]}", where=str(folder), fix="choose another one")
-        reader = self._on_all(lambda: CheckpointReader(folder))
+        reader = self.on_all(lambda: CheckpointReader(folder))
         return LoadedCheckpoint(reader, reader.manifest)
 
     def save(
@@ -159,9 +159,9 @@ class Checkpointer:
 
     def on_first(self, action: Callable[[], Any]) -> Any:
         """Do `action` on rank 0 and have its (JSON) value, or its UserError, on every rank."""
-        return self.ranks.from_first(self._on_all(lambda: action() if self.ranks.rank == 0 else None))
+        return self.ranks.from_first(self.on_all(lambda: action() if self.ranks.rank == 0 else None))
 
-    def _on_all(self, action: Callable[[], Any]) -> Any:
+    def on_all(self, action: Callable[[], Any]) -> Any:
         """Do `action` on every rank; where one raises a UserError, or the disk fails it, every rank raises that.
 
         A rank that left alone would let the others wait in their next collective.

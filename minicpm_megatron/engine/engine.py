@@ -64,6 +64,7 @@ class Engine:
         self.deepspeed, _, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=self.deepspeed_config, mpu=MegatronMPU(), dist_init_required=False
         )
+        _undo_first_step(self.deepspeed.optimizer)
         self._clips_itself = clips_itself(recipe)
         self.check_rates(1.0)
 
@@ -150,6 +151,21 @@ def _gradient_norm(parameters: list[torch.nn.Parameter]) -> float:
         square = torch.stack(torch._foreach_norm(mine)).square().sum()
     dist.all_reduce(square, group=parallel_state.get_tensor_model_parallel_group())
     return float(square.sqrt())
+
+
+def _undo_first_step(optimizer: Any) -> None:
+    """Give bf16 at ZeRO 0 its initial weights back.
+
+    DeepSpeed 0.19's FP16_UnfusedOptimizer steps once with zero gradients to allocate Adam's moments. That is no step
+    of ours: it decays the master weights, and Adam's bias correction then believes that the first update is its
+    second and makes it a quarter smaller.
+    """
+    if hasattr(optimizer, "fp32_groups"):
+        with torch.no_grad():
+            for low, high in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
+                for parameter, master in zip(low, high, strict=True):
+                    master.copy_(parameter)
+        optimizer.optimizer.state.clear()
 
 
 def _quiet() -> None:

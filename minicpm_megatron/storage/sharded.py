@@ -251,7 +251,7 @@ class CheckpointReader:
                     f"fragments of {kind} of {spec.name} overlap or leave a gap at element {position}",
                     where=str(piece.file),
                 )
-            if piece.numel == spec.numel:
+            if piece.numel == spec.numel and len(pieces) == 1:
                 return values.view(spec.shape)
             if flat is None:
                 flat = values.new_empty(spec.numel)
@@ -274,12 +274,12 @@ class CheckpointReader:
 def _check_tiling(name: str, shape: tuple[int, ...], specs: list[ShardSpec], folder: Path) -> None:
     """Refuse shards that do not cover the global tensor exactly once."""
     dims = {(spec.global_shape, spec.dim) for spec in specs}
-    position, size = 0, 0
+    position, size = 0, 0  # size -1: not to be met
     if len(dims) == 1 and specs[0].dim is not None:
         size = shape[specs[0].dim]
         for start, length in sorted(part for spec in specs for part in spec.ranges if part[1]):
             if start != position:
-                break
+                size = -1
             position += length
     if len(dims) != 1 or position != size or specs[0].dim is None and len(specs) > 1:
         raise UserError(f"{name} is not stored whole: its shards overlap or leave a gap", where=str(folder))

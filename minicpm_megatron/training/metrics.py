@@ -50,6 +50,7 @@ class MetricsLog:
         folder: the run's folder, or None on ranks that do not write.
         recipe: for intervals.
         start, total: steps done so far and steps of the whole run.
+        evaluate_again: the evaluation at `start` is due again; drop its lines.
         flops_per_token, peak_flops: FLOPs a token needs, and FLOP/s of all ranks together.
 
     Attributes:
@@ -58,7 +59,15 @@ class MetricsLog:
     """
 
     def __init__(
-        self, folder: Path | None, recipe: Recipe, *, start: int, total: int, flops_per_token: float, peak_flops: float
+        self,
+        folder: Path | None,
+        recipe: Recipe,
+        *,
+        start: int,
+        total: int,
+        flops_per_token: float,
+        peak_flops: float,
+        evaluate_again: bool = False,
     ) -> None:
         self.recipe, self.start, self.total = recipe, start, total
         self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
@@ -69,26 +78,37 @@ class MetricsLog:
         self.failure: UserError | None = None
         if folder is not None:
             self.path = folder / METRICS
-            truncate_after(self.path, start)
-            self._file = open(self.path, "a", encoding="utf-8")
-            if recipe.logging.tensorboard:
-                from torch.utils.tensorboard import SummaryWriter
+            try:
+                self._open(folder, evaluate_again)
+            except OSError as error:
+                self._fail(error)
 
-                self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
+    def _open(self, folder: Path, evaluate_again: bool) -> None:
+        truncate_after(self.path, self.start, evaluate_again=evaluate_again)
+        self._file = open(self.path, "a", encoding="utf-8")
+        if self.recipe.logging.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=self.start + 1)
+
+    def check(self) -> None:
+        """Raise `failure`, if there is one."""
+        if self.failure is not None:
+            raise self.failure
 
     def __enter__(self) -> MetricsLog:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._file is not None:
-            try:
+        try:
+            if self._file is not None:
                 self._file.flush()
                 os.fsync(self._file.fileno())
                 self._file.close()
-            except OSError as error:
-                self._fail(error)
-        if self._board is not None:
-            self._board.close()
+            if self._board is not None:
+                self._board.close()
+        except OSError as error:
+            self._fail(error)
 
     def step(self, record: StepRecord, memory_bytes: int) -> None:
         """Note one step; a console line every logging.interval steps."""
@@ -156,9 +176,13 @@ class MetricsLog:
         )
 
     def _scalars(self, prefix: str, step: int, values: dict[str, float]) -> None:
-        if self._board is not None:
+        if self._board is None or self.failure is not None:
+            return
+        try:
             for name, value in values.items():
                 self._board.add_scalar(f"{prefix}/{name}", value, step)
+        except OSError as error:
+            self._fail(error)
 
 
 def read_metrics(path: Path, kind: str = "train") -> list[dict[str, Any]]:
@@ -175,14 +199,15 @@ def read_metrics(path: Path, kind: str = "train") -> list[dict[str, Any]]:
     return records
 
 
-def truncate_after(path: Path, step: int) -> None:
-    """Drop the lines of steps after `step`, and a last line that a kill cut short."""
+def truncate_after(path: Path, step: int, *, evaluate_again: bool = False) -> None:
+    """Drop the lines of steps after `step` (the evaluation at it, too), and a last line that a kill cut short."""
     if not path.exists():
         return
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            if json.loads(line)["step"] <= step:
+            record = json.loads(line)
+            if record["step"] < step + (record["kind"] != "evaluation" or not evaluate_again):
                 kept.append(line)
         except ValueError:
             continue

@@ -106,7 +106,9 @@ class Trainer:
             total=self.total,
             flops_per_token=flops_per_token(self.recipe.model, self.recipe.data.sequence_length),
             peak_flops=peak_flops(self.recipe.training.precision) * self.layout.world_size,
+            evaluate_again=self.evaluation_due,
         )
+        self.checkpointer.on_all(log.check)
         signals = guards.SignalGuard()
         try:
             with log:
@@ -131,8 +133,7 @@ class Trainer:
                         break
         finally:
             signals.restore()
-        if log.failure is not None:
-            raise log.failure
+        log.check()
         return self.step
 
     def _evaluate(self, log: MetricsLog, sets: dict[str, HeldOut]) -> None:
