@@ -77,8 +77,8 @@ def _train(recipe, branch: tuple[Path, int, str] | None) -> int:
 
     try:
         trainer = Trainer(recipe, branch)
-        trainer.run()
-        if groups.rank() == 0:
+        finished = trainer.run() == trainer.total
+        if finished and groups.rank() == 0:
             finish(trainer.folder, recipe)
     except NonFinite as error:
         if groups.rank() == 0:

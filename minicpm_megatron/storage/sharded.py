@@ -7,6 +7,7 @@ a file refers to the layout that wrote it. Files are safetensors: nothing in the
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Iterable, Iterator
@@ -273,15 +274,13 @@ class CheckpointReader:
 
 def _check_tiling(name: str, shape: tuple[int, ...], specs: list[ShardSpec], folder: Path) -> None:
     """Refuse shards that do not cover the global tensor exactly once."""
-    dims = {(spec.global_shape, spec.dim) for spec in specs}
-    position, size = 0, 0  # size -1: not to be met
-    if len(dims) == 1 and specs[0].dim is not None:
-        size = shape[specs[0].dim]
-        for start, length in sorted(part for spec in specs for part in spec.ranges if part[1]):
-            if start != position:
-                size = -1
-            position += length
-    if len(dims) != 1 or position != size or specs[0].dim is None and len(specs) > 1:
+    first = specs[0]
+    whole = len(specs) == 1
+    if first.dim is not None:
+        ranges = sorted(part for spec in specs for part in spec.ranges if part[1])
+        ends = itertools.accumulate((length for _, length in ranges), initial=0)
+        whole = [*(start for start, _ in ranges), shape[first.dim]] == list(ends)
+    if not whole or any((spec.global_shape, spec.dim) != (shape, first.dim) for spec in specs):
         raise UserError(f"{name} is not stored whole: its shards overlap or leave a gap", where=str(folder))
 
 
