@@ -17,6 +17,7 @@ from tests.storage import synthetic
 
 OLD, NEW = 1, 2
 # what changes a disk; a rank is killed just before the n-th of these calls
+CALLS_OF_A_SAVE = 26  # and a few more
 CALLS = ("mkdir", "rename", "replace", "unlink", "rmdir", "fsync")
 
 
@@ -68,7 +69,9 @@ def worker(rank: int, case: dict[str, Any]) -> str:
 
 def _cases() -> list[dict[str, Any]]:
     by_phase = [{"rank": rank, "phase": phase} for rank in (0, 1) for phase in PHASES]
-    by_call = [{"rank": 0, "call": call} for call in range(1, 21)] + [{"rank": 1, "call": call} for call in (1, 2, 3)]
+    by_call = [{"rank": 0, "call": call} for call in range(1, CALLS_OF_A_SAVE)] + [
+        {"rank": 1, "call": call} for call in (1, 2, 3)
+    ]
     return [case | {"step": step} for step in (NEW, OLD) for case in by_phase + by_call]
 
 
@@ -98,6 +101,8 @@ def test_a_kill_anywhere_leaves_one_whole_checkpoint(tmp_path: Path) -> None:
         save(checkpointer, 3, seed=3, rank=0, ranks=1)
         assert checkpointer.find_latest() == checkpointer.directory / "step-3", case
     assert {(-signal.SIGKILL, 1), (-signal.SIGKILL, 2), ("saved", 2)} <= set(ends), "kills before, after and not at all"
+    last = [outcome for case, outcome in zip(cases, outcomes, strict=True) if case.get("call") == CALLS_OF_A_SAVE - 1]
+    assert last == [["saved", "saved"]] * 2, "there are more calls to be killed at"
     # every phase that a rank passes is one at which it was killed
     reached = {
         (case["rank"], case["phase"])
