@@ -88,7 +88,9 @@ class Checkpointer:
             self.directory.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.directory) as probe:
                 probe.write(b"x")
-            self._lock = lock.hold(self.directory)
+            if self._lock is None:  # closing any file of a lock drops it: a second one would undo the first
+                self._lock = lock.hold(self.directory)
+            clean_leftovers(self.directory)  # of a killed save: their room is ours
         except OSError as error:
             raise UserError(
                 f"cannot write checkpoints: {error.strerror}",

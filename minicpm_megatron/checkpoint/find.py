@@ -14,12 +14,14 @@ from minicpm_megatron.checkpoint.names import (
     LATEST,
     REPLACED,
     TEMPORARY,
+    is_step_with,
     published_steps,
     step_folder,
+    steps_set_aside,
 )
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.storage.atomic import PARTIAL_SUFFIX
-from minicpm_megatron.storage.manifest import problems, read_manifest
+from minicpm_megatron.storage.manifest import Unreadable, problems, read_manifest
 
 log = logging.getLogger(__name__)
 CHECKPOINTS = "checkpoints"
@@ -28,27 +30,43 @@ CHECKPOINTS = "checkpoints"
 def newest_valid(directory: Path, on_corrupt: Literal["stop", "previous"]) -> Path | None:
     """The newest checkpoint whose every byte is what was written, or None where there never was one.
 
-    A checkpoint that fails is renamed to step-N.corrupt and named in the log.
+    A checkpoint that fails is renamed to step-N.corrupt and named in the log; one that the disk fails to read keeps
+    its name, because it may be whole.
 
     Raises:
-        UserError: the newest fails and on_corrupt is "stop", or none of those that exist is valid. A run is never
-            started from scratch beside checkpoints that cannot be read.
+        UserError: the newest fails and on_corrupt is "stop", in this start or an earlier one (a scheduler that starts
+            the job again decides nothing), or none of those that exist is valid. A run is never started from scratch
+            beside checkpoints that cannot be read.
     """
     steps = published_steps(directory)
     corrupt = sorted(path.name for path in directory.glob(f"*{CORRUPT}*")) if directory.is_dir() else []
     for step in reversed(steps):
+        damaged = max(steps_set_aside(directory), default=-1)
+        if on_corrupt == "stop" and damaged > step:
+            raise UserError(
+                f"a checkpoint newer than step {step} is damaged: step-{damaged}{CORRUPT}",
+                where=str(directory),
+                fix=f"restore it from a copy, or allow to go on from step {step} with checkpoint.on_corrupt=previous",
+            )
         folder = step_folder(directory, step)
-        found = problems(folder) or _misplaced(folder, step)
+        try:
+            found = problems(folder) or _misplaced(folder, step)
+        except Unreadable as error:
+            if on_corrupt == "stop":
+                raise
+            log.error("checkpoint %s is left out: %s", folder, error)
+            corrupt.append(folder.name)
+            continue
         if not found:
             return folder
+        log.error("checkpoint %s is damaged: %s", folder, found[0])
         aside = _set_aside(folder)
-        log.error("checkpoint %s is damaged: %s; kept as %s", folder, found[0], aside.name)
         corrupt.append(aside.name)
         if on_corrupt == "stop":
             raise UserError(
                 f"the newest checkpoint is damaged ({found[0]}); kept as {aside.name}",
                 where=str(directory),
-                fix="start again to resume from the one before, or restore it from a copy",
+                fix="restore it from a copy, or allow to go on from the one before with checkpoint.on_corrupt=previous",
             )
     if corrupt:
         raise UserError(
@@ -66,10 +84,15 @@ def _misplaced(folder: Path, step: int) -> list[str]:
 
 
 def _set_aside(folder: Path) -> Path:
+    """Rename a damaged checkpoint; where that fails it keeps its name, and its damage is found again next time."""
     number = 1
     while (aside := folder.with_name(f"{folder.name}{CORRUPT}{'' if number == 1 else f'-{number}'}")).exists():
         number += 1
-    os.rename(folder, aside)
+    try:
+        os.rename(folder, aside)
+    except OSError as error:
+        log.error("%s could not be renamed: %s", folder, error.strerror)
+        return folder
     return aside
 
 
@@ -79,14 +102,14 @@ def clean_leftovers(directory: Path) -> None:
         return
     directory.joinpath(LATEST + PARTIAL_SUFFIX).unlink(missing_ok=True)
     for path in list(directory.iterdir()):
-        if path.name.endswith(REPLACED):
+        if is_step_with(REPLACED, path):
             final = path.with_name(path.name.removesuffix(REPLACED))
             if final.exists():
                 shutil.rmtree(path)
             else:
                 os.rename(path, final)
     for path in list(directory.iterdir()):
-        if path.is_dir() and path.name.endswith((TEMPORARY, DELETING)):
+        if is_step_with(TEMPORARY, path) or is_step_with(DELETING, path):
             shutil.rmtree(path)
 
 

@@ -7,15 +7,16 @@ import shutil
 from pathlib import Path
 
 from minicpm_megatron.checkpoint.names import DELETING, published_steps, step_folder
+from minicpm_megatron.storage.manifest import MANIFEST
 
 
 def retain(directory: Path, *, keep_last: int, keep_every: int | None, verified: int) -> list[int]:
     """Remove what need not be kept; returns the steps removed.
 
     A folder is renamed before anything in it is deleted, so that what has a checkpoint's name is whole. The step
-    `verified`, the newest known to be good, always stays.
+    `verified`, the newest known to be good, always stays. A folder without a manifest is neither counted nor touched.
     """
-    steps = published_steps(directory)
+    steps = [step for step in published_steps(directory) if (step_folder(directory, step) / MANIFEST).is_file()]
     newest = set(steps[-keep_last:])
     removed = []
     for step in steps:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from minicpm_megatron.errors import UserError
-from minicpm_megatron.storage.atomic import write_json
+from minicpm_megatron.storage.atomic import write_bytes
 from minicpm_megatron.storage.safetensors_file import FileRecord
 
 MANIFEST = "manifest.json"
@@ -21,6 +21,10 @@ CHECKSUM = "checksum"
 FORMAT = "minicpm_megatron checkpoint 1"
 LIBRARIES = ("minicpm_megatron", "torch", "deepspeed", "megatron-core", "numpy", "safetensors")
 _BLOCK = 1 << 22
+
+
+class Unreadable(UserError):
+    """The disk failed a read. The file may well be whole: this is no verdict on the checkpoint."""
 
 
 def write_manifest(folder: Path, files: list[FileRecord], *, state: dict[str, Any], facts: dict[str, Any]) -> None:
@@ -33,13 +37,17 @@ def write_manifest(folder: Path, files: list[FileRecord], *, state: dict[str, An
         "files": [asdict(record) for record in files],
         "versions": _versions(),
     }
-    write_json(folder / MANIFEST, content | {CHECKSUM: _checksum(content)})
+    # as it will be read back: JSON turns the keys 2 and 10 into text, which sorts, and so hashes, differently
+    content = json.loads(json.dumps(content))
+    text = json.dumps(content | {CHECKSUM: _checksum(content)}, indent=2, sort_keys=True)
+    write_bytes(folder / MANIFEST, f"{text}\n".encode())
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a checkpoint folder.
 
     Raises:
+        Unreadable: the disk fails.
         UserError: it is missing, damaged, not ours, or names a file outside the folder.
     """
     path = folder / MANIFEST
@@ -47,8 +55,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         value = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise UserError("there is no manifest, so this is no checkpoint", where=str(path)) from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (IsADirectoryError, NotADirectoryError, ValueError, RecursionError) as error:
         raise UserError(f"cannot be read as JSON: {error}", where=str(path)) from None
+    except OSError as error:
+        raise _unreadable(path, error) from None
     if not isinstance(value, dict) or value.get("format") != FORMAT:
         raise UserError(f"not of the form {FORMAT!r}", where=str(path))
     if value.get(CHECKSUM) != _checksum({key: entry for key, entry in value.items() if key != CHECKSUM}):
@@ -70,14 +80,20 @@ def _records(value: dict[str, Any], path: Path) -> list[FileRecord]:
         if int(value["state"]["step"]) != value["step"]:
             raise ValueError("two steps")
         return listed
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         raise UserError("the manifest is incomplete", where=str(path)) from None
 
 
 def problems(folder: Path) -> list[str]:
-    """Everything in which `folder` differs from its manifest; every file is read in full. Empty: verified."""
+    """Everything in which `folder` differs from its manifest; every file is read in full. Empty: verified.
+
+    Raises:
+        Unreadable: the disk fails, which leaves the question open.
+    """
     try:
         manifest = read_manifest(folder)
+    except Unreadable:
+        raise
     except UserError as error:
         return [str(error)]
     found = []
@@ -91,8 +107,12 @@ def problems(folder: Path) -> list[str]:
             elif file_sha256(path) != record.sha256:
                 found.append(f"{path}: the checksum is not that of what was written")
         except OSError as error:
-            found.append(f"{path}: cannot be read: {error.strerror or error}")
+            raise _unreadable(path, error) from None
     return found
+
+
+def _unreadable(path: Path, error: OSError) -> Unreadable:
+    return Unreadable(f"cannot be read: {error.strerror or error}", where=str(path), fix="check the disk and try again")
 
 
 def file_sha256(path: Path) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import operator
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -175,15 +176,9 @@ class CheckpointReader:
         try:
             table = json.loads((self._handle(path).metadata() or {})[TABLE])
             for entry in table:
-                spec = ShardSpec(
-                    entry["name"],
-                    tuple(entry["shape"]),
-                    entry["dim"],
-                    tuple((int(start), int(length)) for start, length in entry["ranges"]),
-                )
-                stored = _Stored(spec, int(entry["start"]), int(entry["numel"]), path, entry["key"])
-                self._stored.setdefault((entry["name"], entry["kind"]), []).append(stored)
-        except (KeyError, TypeError, ValueError):
+                stored = _stored(entry, path)
+                self._stored.setdefault((stored.spec.name, str(entry["kind"])), []).append(stored)
+        except (KeyError, TypeError, ValueError, OverflowError, RecursionError):
             raise UserError("the table of fragments is malformed", where=str(path)) from None
 
     def names(self) -> list[str]:
@@ -216,6 +211,8 @@ class CheckpointReader:
         for piece in stored:
             by_spec.setdefault(piece.spec, []).append(piece)
         _check_tiling(name, shape, list(by_spec), self.folder)
+        for spec, pieces in by_spec.items():  # before memory is taken for what a header only claims to hold
+            self._check_cover(spec, kind, pieces)
         whole: Tensor | None = None
         for spec, pieces in by_spec.items():
             shard = self._assemble(spec, kind, pieces)
@@ -243,24 +240,34 @@ class CheckpointReader:
         return spec.take(self.read(spec.name, kind), padded_shape)
 
     def _assemble(self, spec: ShardSpec, kind: str, pieces: list[_Stored]) -> Tensor:
+        self._check_cover(spec, kind, pieces)
         flat: Tensor | None = None
+        for piece in pieces:
+            values = self._handle(piece.file).get_tensor(piece.key)
+            if piece.numel == spec.numel:
+                return values.view(spec.shape)
+            if flat is None:
+                flat = values.new_empty(spec.numel)
+            flat.narrow(0, piece.start, piece.numel).copy_(values)
+        assert flat is not None
+        return flat.view(spec.shape)
+
+    def _check_cover(self, spec: ShardSpec, kind: str, pieces: list[_Stored]) -> None:
+        """Refuse fragments that do not hold every element of the shard exactly once, by what the files' headers say."""
         position = 0
         for piece in sorted(pieces, key=lambda piece: piece.start):
-            values = self._handle(piece.file).get_tensor(piece.key)
-            if piece.start != position or values.numel() != piece.numel or values.dim() != 1:
+            try:
+                held = self._handle(piece.file).get_slice(piece.key).get_shape()
+            except SafetensorError as error:
+                raise UserError(f"{kind} of {spec.name} is missing: {error}", where=str(piece.file)) from None
+            if piece.start != position or held != [piece.numel]:
                 raise UserError(
                     f"fragments of {kind} of {spec.name} overlap or leave a gap at element {position}",
                     where=str(piece.file),
                 )
-            if piece.numel == spec.numel and len(pieces) == 1:
-                return values.view(spec.shape)
-            if flat is None:
-                flat = values.new_empty(spec.numel)
-            flat.narrow(0, position, piece.numel).copy_(values)
             position += piece.numel
-        if flat is None or position != spec.numel:
+        if position != spec.numel:
             raise UserError(f"{kind} of {spec.name} ends at element {position} of {spec.numel}", where=str(self.folder))
-        return flat.view(spec.shape)
 
     def rank_tensors(self, rank: int) -> dict[str, Tensor]:
         """What rank `rank` stored for itself; empty where there was no such rank."""
@@ -270,6 +277,18 @@ class CheckpointReader:
         handle = self._handle(path)
         keys = [key for key in handle.keys() if key.startswith(RANK_TENSOR)]  # noqa: SIM118
         return {key.removeprefix(RANK_TENSOR): handle.get_tensor(key) for key in keys}
+
+
+def _stored(entry: Any, path: Path) -> _Stored:
+    """An entry of a file's table; raises ValueError and its like for one that describes no part of a tensor."""
+    shape = tuple(map(operator.index, entry["shape"]))
+    ranges = tuple((operator.index(start), operator.index(length)) for start, length in entry["ranges"])
+    dim, start, numel = entry["dim"], operator.index(entry["start"]), operator.index(entry["numel"])
+    if dim is not None and not 0 <= operator.index(dim) < len(shape):
+        raise ValueError("no such dimension")
+    if min((start, numel, *shape, *itertools.chain(*ranges)), default=0) < 0:
+        raise ValueError("a negative size")
+    return _Stored(ShardSpec(str(entry["name"]), shape, dim, ranges), start, numel, path, str(entry["key"]))
 
 
 def _check_tiling(name: str, shape: tuple[int, ...], specs: list[ShardSpec], folder: Path) -> None:

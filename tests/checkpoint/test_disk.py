@@ -15,8 +15,8 @@ import torch
 from minicpm_megatron.checkpoint import Checkpointer
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.storage.sharded import Fragment, ShardSpec
-from tests.checkpoint.forked import run_forked
 from tests.checkpoint.test_kill import save
+from tests.distributed.forked import run_forked
 
 MIB = 1 << 20
 
@@ -59,9 +59,8 @@ def worker(rank: int, case: dict[str, Any]) -> str:
             large = Fragment(ShardSpec("w", (2 * MIB,)), "param", 0, torch.zeros(2 * MIB))
             checkpointer.save(2, [large], rank_tensors={}, state={"step": 2}, facts={})
         elif case["fault"] == "fills up":
-            half = Fragment(
-                ShardSpec("w", (MIB,), 0, ((rank * MIB // 2, MIB // 2),)), "param", 0, torch.zeros(MIB // 2)
-            )
+            size = MIB // 4
+            half = Fragment(ShardSpec("w", (2 * size,), 0, ((rank * size, size),)), "param", 0, torch.zeros(size))
             checkpointer.save(2, [half], rank_tensors={}, state={"step": 2}, facts={})
         else:
             save(checkpointer, 2, seed=2, rank=rank, ranks=2)
@@ -91,8 +90,8 @@ def test_every_rank_reports_a_disk_that_fails_one_of_them(tmp_path: Path, small_
     for folder in folders:
         _nothing_lost(folder)
     for fault, outcome in outcomes.items():
-        assert outcome[0] == outcome[1], fault
-    words = {fault: outcome[0] for fault, outcome in outcomes.items()}
+        assert outcome[0].result == outcome[1].result, fault
+    words = {fault: outcome[0].result for fault, outcome in outcomes.items()}
     for fault, folder in zip(faults, folders, strict=True):
         if fault != "defect":
             assert words[fault].startswith(f"UserError: {folder}: saving failed on rank") and "\n" not in words[fault]
@@ -120,8 +119,8 @@ def test_what_cannot_be_written_is_found_before_the_first_step(tmp_path: Path, s
         outcomes = run_forked("tests.checkpoint.test_disk:worker", cases)
     finally:
         subprocess.run(["umount", "-l", read_only], check=True)
-    assert all(outcome[0] == outcome[1] for outcome in outcomes)
-    words = [outcome[0] for outcome in outcomes]
+    assert all(outcome[0].result == outcome[1].result for outcome in outcomes)
+    words = [outcome[0].result for outcome in outcomes]
     for place, line in zip(places[:3], words[:3], strict=True):
         assert line.startswith(f"UserError: {place}: cannot write checkpoints") and "run.directory" in line
     assert "File exists" in words[0] and "Not a directory" in words[1] and "Read-only file system" in words[2]

@@ -1,10 +1,9 @@
-"""Many short jobs of two ranks that may be killed, for the price of one start.
+"""Many short jobs of a few ranks that may be killed, for the price of one start.
 
     outcomes = run_forked("tests.checkpoint.test_x:worker", [{"phase": "write"}, ...])
 
-One process imports what the worker needs and forks the ranks of one case after the other; `worker(rank, case)` runs
-in each over gloo. An outcome is, by rank, what the worker returned (JSON) or the negative number of the signal that
-ended it.
+One process imports the worker's module, with everything that is slow to import, and forks the ranks of one case after
+the other, so that every case has processes of its own. `worker(rank, case)` runs in each over gloo.
 """
 
 from __future__ import annotations
@@ -19,20 +18,35 @@ import sys
 import tempfile
 import time
 import traceback
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-RANKS = 2
-CASE_TIMEOUT = 60.0
+CASE_TIMEOUT = 90.0
 
 
-def run_forked(target: str, cases: list[dict[str, Any]]) -> list[list[Any]]:
-    """Outcomes of every case, each a list by rank."""
+@dataclass(frozen=True)
+class Outcome:
+    """How a rank ended.
+
+    Attributes:
+        result: what the worker returned (JSON), None where it did not.
+        status: exit status, or the negative number of the signal that ended it.
+        log: its standard output and error.
+    """
+
+    result: Any
+    status: int
+    log: str
+
+
+def run_forked(target: str, cases: list[dict[str, Any]]) -> list[list[Outcome]]:
+    """Outcomes of every case, each a list by rank; case["ranks"] is the number of ranks, 2 unless given."""
     with tempfile.TemporaryDirectory() as scratch:
         (Path(scratch) / "cases.json").write_text(json.dumps(cases))
         done = subprocess.run(
-            [sys.executable, "-m", "tests.checkpoint.forked", target, scratch],
+            [sys.executable, "-m", "tests.distributed.forked", target, scratch],
             cwd=REPOSITORY,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,
@@ -41,38 +55,52 @@ def run_forked(target: str, cases: list[dict[str, Any]]) -> list[list[Any]]:
             timeout=len(cases) * CASE_TIMEOUT,
         )
         assert done.returncode == 0, done.stdout[-4000:]
-        return json.loads((Path(scratch) / "outcomes.json").read_text())
+        outcomes = json.loads((Path(scratch) / "outcomes.json").read_text())
+    return [[Outcome(**rank) for rank in ranks] for ranks in outcomes]
 
 
 def _rank(worker: Any, rank: int, folder: Path, case: dict[str, Any]) -> None:
     import torch.distributed as dist
 
+    log = os.open(folder / f"{rank}.log", os.O_WRONLY | os.O_CREAT)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    ranks = case.get("ranks", 2)
+    for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}.items():
+        os.environ[name] = str(value)
+    status = 1
     try:
         dist.init_process_group(
             "gloo",
             init_method=f"file://{folder / 'store'}",
             rank=rank,
-            world_size=RANKS,
+            world_size=ranks,
             timeout=datetime.timedelta(seconds=20),
         )
-        (folder / f"{rank}.json").write_text(json.dumps(worker(rank, case)))
-        dist.barrier()
+        result = worker(rank, case)
+        (folder / f"{rank}.json").write_text(json.dumps(result))
+        status = 0
+        if dist.is_initialized():
+            dist.barrier()
+    except SystemExit as end:
+        status = int(end.code or 0)
     except BaseException:
         traceback.print_exc()
-        os._exit(1)
-    os._exit(0)
+    sys.stdout.flush()
+    os._exit(status)
 
 
-def _run_case(worker: Any, folder: Path, case: dict[str, Any]) -> list[Any]:
+def _run_case(worker: Any, folder: Path, case: dict[str, Any]) -> list[dict[str, Any]]:
     folder.mkdir()
+    sys.stdout.flush()
     children = []
-    for rank in range(RANKS):
+    for rank in range(case.get("ranks", 2)):
         child = os.fork()
         if child == 0:
             _rank(worker, rank, folder, case)
         children.append(child)
     deadline, statuses = time.monotonic() + CASE_TIMEOUT, {}
-    while len(statuses) < RANKS:
+    while len(statuses) < len(children):
         for rank, child in enumerate(children):
             if rank not in statuses:
                 if time.monotonic() > deadline:
@@ -81,8 +109,14 @@ def _run_case(worker: Any, folder: Path, case: dict[str, Any]) -> list[Any]:
                 if found:
                     statuses[rank] = os.waitstatus_to_exitcode(status)
         time.sleep(0.01)
-    paths = [folder / f"{rank}.json" for rank in range(RANKS)]
-    return [json.loads(path.read_text()) if path.exists() else statuses[rank] for rank, path in enumerate(paths)]
+    return [
+        {
+            "result": json.loads(path.read_text()) if (path := folder / f"{rank}.json").exists() else None,
+            "status": statuses[rank],
+            "log": (folder / f"{rank}.log").read_text(errors="replace"),
+        }
+        for rank in range(len(children))
+    ]
 
 
 def _main(target: str, scratch: str) -> None:

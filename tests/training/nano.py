@@ -1,0 +1,173 @@
+"""Runs so small that a step takes milliseconds: their data, their recipe, and what there is to compare of them.
+
+The workers run inside `tests.distributed.forked`; this module imports what is slow to import, so that forks need not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import deepspeed  # noqa: F401  (forks should find it imported)
+import numpy as np
+import torch
+import yaml
+
+from minicpm_megatron.cli import entry
+from minicpm_megatron.cli.train import main
+from minicpm_megatron.data.indexed_format import bin_path, idx_path, token_dtype, write_index
+from minicpm_megatron.data.metadata import TokenMetadata, file_sha256, json_path
+from minicpm_megatron.training.batches import BatchReader
+from minicpm_megatron.training.metrics import METRICS, read_metrics
+from minicpm_megatron.training.trainer import Trainer
+
+VOCABULARY = 512
+STEPS, HALF = 20, 10
+
+
+def write_tokens(prefix: Path, tokens: int, seed: int) -> Path:
+    """Documents of a sequence with structure to learn (each id follows from the one before, mostly), tokenised."""
+    chance = np.random.default_rng(seed)
+    ids = np.empty(tokens, dtype=token_dtype(VOCABULARY))
+    ids[0] = 1
+    jumps = chance.random(tokens) < 0.2
+    free = chance.integers(0, VOCABULARY, tokens)
+    for place in range(1, tokens):
+        ids[place] = free[place] if jumps[place] else (int(ids[place - 1]) * 5 + 3) % VOCABULARY
+    prefix.parent.mkdir(parents=True, exist_ok=True)
+    bin_path(prefix).write_bytes(ids.tobytes())
+    lengths = np.full(tokens // 100, 100, dtype=np.int32)
+    with open(idx_path(prefix), "wb") as handle:
+        write_index(handle, ids.dtype, len(lengths), [lengths])
+    TokenMetadata(
+        vocab_size=VOCABULARY,
+        max_id=int(ids.max()),
+        tokenizer_sha256="0" * 64,
+        bos_id=None,
+        eod_id=None,
+        dtype=ids.dtype.name,
+        documents=len(lengths),
+        tokens=tokens,
+        text_bytes=3 * tokens,
+        records=len(lengths),
+        rejected={},
+        bin_bytes=bin_path(prefix).stat().st_size,
+        idx_bytes=idx_path(prefix).stat().st_size,
+        bin_sha256=file_sha256(bin_path(prefix)),
+        idx_sha256=file_sha256(idx_path(prefix)),
+        plan="",
+    ).write(json_path(prefix))
+    return prefix
+
+
+def write_recipe(folder: Path, **sections: dict[str, Any]) -> Path:
+    """A recipe of 20 steps on two ranks with accumulation, whose decay begins at step 10; and its data."""
+    train = folder / "data" / "train"
+    if not bin_path(train).exists():
+        write_tokens(train, 20_000, seed=0)
+        write_tokens(folder / "data" / "held-out", 4_000, seed=1)
+    recipe: dict[str, dict[str, Any]] = {
+        "model": {"vocab_size": VOCABULARY, "dim_model_base": 64},
+        "data": {
+            "train": [{"prefix": str(train)}],
+            "validation": {"held-out": str(folder / "data" / "held-out")},
+            "sequence_length": 32,
+        },
+        "training": {"global_batch_size": 8, "micro_batch_size": 2, "precision": "fp32"},
+        "optimizer": {"lr": 0.005},
+        "schedule": {"warmup": 4, "total": STEPS, "decay": STEPS - HALF, "decay_shape": "linear"},
+        "evaluation": {"interval": 5, "batches": 1},
+        "checkpoint": {"interval": HALF, "keep_last": 9},
+        "logging": {"interval": 1, "tensorboard": False},
+        "run": {"directory": str(folder / "runs")},
+    }
+    for section, changes in sections.items():
+        recipe[section] = recipe.get(section, {}) | changes
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump({"preset": "minicpm-nano"} | recipe))
+    return path
+
+
+def train(rank: int, case: dict[str, Any]) -> dict[str, Any]:
+    """Run the command's own `main`, killed before update case["kill_at"] if that is given.
+
+    Args:
+        case: "arguments" of the command; "kill_at": the step that rank "kill_rank" does not survive; "poison": what
+            is done to the numbers of that step, see `_poison`; "trace": return a hash of the samples of each step.
+
+    Returns:
+        "status", and "samples": [first sample, size, hash of this rank's tokens] of each batch.
+    """
+    samples: list[list[Any]] = []
+    step, read = Trainer._one_step, BatchReader.micro_batches
+
+    def one_step(self: Trainer, *arguments: Any) -> bool:
+        if self.step == case.get("kill_at") and rank == case.get("kill_rank", 1):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.step == case.get("poison_at") and rank == case.get("poison_rank", 1):
+            _poison(self, case["poison"])
+        return step(self, *arguments)
+
+    def micro_batches(self: BatchReader, first: int, size: int) -> Any:
+        tokens = []
+        for batch in read(self, first, size):
+            tokens.append(batch[0].numpy().tobytes())
+            yield batch
+        if torch.is_grad_enabled():  # not an evaluation
+            samples.append([first, size, hashlib.sha256(b"".join(tokens)).hexdigest()])
+
+    Trainer._one_step, BatchReader.micro_batches = one_step, micro_batches
+    entry.RANK_0_GRACE = 0.0
+    status = None
+    try:
+        entry.run(lambda: main(case["arguments"]))
+    except SystemExit as end:
+        status = end.code
+    return {"status": status, "samples": samples}
+
+
+def _poison(trainer: Trainer, how: str) -> None:
+    """Make the loss, or one gradient, of this rank not finite in the step that follows."""
+    engine = trainer.engine
+    if how == "loss":
+        losses = engine.losses
+
+        def poisoned(*arguments: Any) -> torch.Tensor:
+            return losses(*arguments) * float("nan")
+
+        engine.losses = poisoned
+        return
+    backward = engine.backward
+
+    class Infinite(torch.autograd.Function):
+        @staticmethod
+        def forward(context: Any, value: torch.Tensor) -> torch.Tensor:
+            return value.clone()
+
+        @staticmethod
+        def backward(context: Any, gradient: torch.Tensor) -> torch.Tensor:
+            return gradient * float("inf")
+
+    engine.backward = lambda loss: backward(Infinite.apply(loss))
+
+
+def tensors(folder: Path) -> dict[str, str]:
+    """File -> hash, of what a checkpoint holds in numbers: weights, moments, random state."""
+    return {path.name: file_sha256(path) for path in sorted(folder.glob("*.safetensors"))}
+
+
+def state(folder: Path) -> dict[str, Any]:
+    """Where a checkpoint says the run stands."""
+    return json.loads((folder / "manifest.json").read_text())["state"]
+
+
+def losses(run: Path) -> list[tuple[Any, ...]]:
+    """What metrics.jsonl says of every step, without times."""
+    keys = ("step", "tokens", "loss", "lr", "gradient_norm")
+    held_out = ("step", "set", "tokens", "loss_per_token", "loss_per_byte")
+    train = [tuple(record[key] for key in keys) for record in read_metrics(run / METRICS)]
+    return train + [tuple(record[key] for key in held_out) for record in read_metrics(run / METRICS, "evaluation")]

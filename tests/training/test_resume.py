@@ -1,0 +1,91 @@
+"""20 steps = 10 + SIGKILL + 10, equal in every bit; and other layouts go on from the same checkpoint."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributed.forked import Outcome, run_forked
+from tests.training import nano
+
+COMBINATIONS = [(stage, precision) for stage in range(4) for precision in ("fp32", "bf16")]
+GROWTH = 'training.batch_growth=[{"after_tokens": 3000, "global_batch_size": 16}]'
+
+
+def _case(recipe: Path, name: str, *overrides: str, **extra: Any) -> dict[str, Any]:
+    return {"arguments": ["--recipe", str(recipe), f"name={name}", *overrides], **extra}
+
+
+def _check(outcome: list[Outcome], statuses: list[int] | None = None) -> None:
+    found = [rank.result["status"] if rank.result else rank.status for rank in outcome]
+    assert found == (statuses or [0] * len(outcome)), "\n".join(rank.log for rank in outcome)
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[Outcome]]]:
+    """Every job of this file, by name, in one go: undisturbed, killed in step 14, and gone on."""
+    folder = tmp_path_factory.mktemp("resume")
+    recipe = nano.write_recipe(folder)
+    cases: dict[str, dict[str, Any]] = {}
+    for stage, precision in COMBINATIONS:
+        key, overrides = f"{stage}-{precision}", [f"deepspeed.zero_stage={stage}", f"training.precision={precision}"]
+        # the second of each: saved in mid-decay, where the batch has grown, and killed on the other rank
+        extra = {"kill_at": 13, "kill_rank": 1}
+        if precision == "bf16":
+            overrides += ["checkpoint.interval=12", GROWTH]
+            extra = {"kill_at": 14, "kill_rank": 0}
+        cases[f"whole {key}"] = _case(recipe, f"whole-{key}", *overrides)
+        cases[f"killed {key}"] = _case(recipe, f"cut-{key}", *overrides, **extra)
+        cases[f"resumed {key}"] = _case(recipe, f"cut-{key}", *overrides)
+    for name, ranks, overrides in (
+        ("tp2", 2, ["parallel.tensor_model_parallel_size=2"]),
+        ("zero3", 2, ["deepspeed.zero_stage=3"]),
+        ("alone", 1, []),
+    ):
+        cases[f"first {name}"] = _case(recipe, f"to-{name}", "training.stop_after=10")
+        cases[f"then {name}"] = _case(recipe, f"to-{name}", *overrides, ranks=ranks)
+    outcomes = run_forked("tests.training.nano:train", list(cases.values()))
+    return folder / "runs", dict(zip(cases, outcomes, strict=True))
+
+
+@pytest.mark.parametrize(("stage", "precision"), COMBINATIONS)
+def test_a_killed_run_goes_on_bit_for_bit(
+    stage: int, precision: str, jobs: tuple[Path, dict[str, list[Outcome]]]
+) -> None:
+    runs, outcomes = jobs
+    key = f"{stage}-{precision}"
+    _check(outcomes[f"whole {key}"])
+    killed = outcomes[f"killed {key}"]
+    assert -signal.SIGKILL in [rank.status for rank in killed] and all(rank.status for rank in killed)
+    _check(outcomes[f"resumed {key}"])
+    whole, cut = runs / f"whole-{key}", runs / f"cut-{key}"
+    saved = 10 if precision == "fp32" else 12
+    assert f"at step {saved}" in outcomes[f"resumed {key}"][0].log
+    for step in (saved, nano.STEPS):
+        first, second = (run / "checkpoints" / f"step-{step}" for run in (whole, cut))
+        assert len(nano.tensors(first)) == 2 and nano.tensors(first) == nano.tensors(second)
+        assert nano.state(first) == nano.state(second)
+    assert nano.losses(whole) == nano.losses(cut)
+    assert len(nano.losses(cut)) == nano.STEPS + 4
+    seen = [[batch for batch in rank.result["samples"] if batch[0] >= 0] for rank in outcomes[f"whole {key}"]]
+    again = [rank.result["samples"] for rank in outcomes[f"resumed {key}"]]
+    assert [rank[saved:] for rank in seen] == again
+    # and the run is one that learns: bits that are equal because nothing moved would prove nothing
+    curve = [record[2] for record in nano.losses(cut)[: nano.STEPS]]
+    assert curve[-1] < curve[0] - 0.3
+
+
+@pytest.mark.parametrize("name", ["tp2", "zero3", "alone"])
+def test_another_layout_goes_on_from_the_same_checkpoint(
+    name: str, jobs: tuple[Path, dict[str, list[Outcome]]]
+) -> None:
+    runs, outcomes = jobs
+    _check(outcomes[f"first {name}"])
+    _check(outcomes[f"then {name}"])
+    whole = [record[2] for record in nano.losses(runs / "whole-1-fp32")[: nano.STEPS]]
+    other = [record[2] for record in nano.losses(runs / f"to-{name}")[: nano.STEPS]]
+    assert other == pytest.approx(whole, rel=1e-5)
+    assert other[10:] != whole[10:] or name == "zero3", "the layout did not change"
