@@ -37,7 +37,9 @@ def peak_flops(precision: str) -> float:
             return known[0]
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     size = 768 if device.on_cpu() else 8192
-    matrix = torch.randn(size, size, dtype=dtype, device=device.device(), generator=None)
+    # a generator of its own: measuring must not move the random state of the run
+    generator = torch.Generator(device.device()).manual_seed(0)
+    matrix = torch.randn(size, size, dtype=dtype, device=device.device(), generator=generator)
     best = 0.0
     torch.matmul(matrix, matrix)
     for _ in range(5):

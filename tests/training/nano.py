@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import deepspeed  # noqa: F401  (forks should find it imported)
 import numpy as np
 import torch
+import torch.distributed as dist
 import yaml
 
 from minicpm_megatron.cli import entry
@@ -24,6 +26,7 @@ from minicpm_megatron.data.metadata import TokenMetadata, file_sha256, json_path
 from minicpm_megatron.training.batches import BatchReader
 from minicpm_megatron.training.metrics import METRICS, read_metrics
 from minicpm_megatron.training.trainer import Trainer
+from tests.distributed.forked import Outcome
 
 VOCABULARY = 512
 STEPS, HALF = 20, 10
@@ -92,16 +95,34 @@ def write_recipe(folder: Path, **sections: dict[str, Any]) -> Path:
     return path
 
 
+def case(recipe: Path, name: str, *overrides: str, **extra: Any) -> dict[str, Any]:
+    """A case for `train`: the recipe under a name, with overrides."""
+    return {"arguments": ["--recipe", str(recipe), f"name={name}", *overrides], "run": name, **extra}
+
+
+def check(outcome: list[Outcome], *statuses: int) -> None:
+    """The ranks ended with these statuses (0 unless given)."""
+    found = [rank.result["status"] if rank.result else rank.status for rank in outcome]
+    assert found == (list(statuses) or [0] * len(outcome)), "\n".join(rank.log for rank in outcome)
+
+
 def train(rank: int, case: dict[str, Any]) -> dict[str, Any]:
     """Run the command's own `main`, killed before update case["kill_at"] if that is given.
 
     Args:
         case: "arguments" of the command; "kill_at": the step that rank "kill_rank" does not survive; "poison": what
-            is done to the numbers of that step, see `_poison`; "trace": return a hash of the samples of each step.
+            is done to the numbers of that step on rank "poison_rank", see `_poison`; "begin_with": a checkpoint that
+            the run finds as its own.
 
     Returns:
         "status", and "samples": [first sample, size, hash of this rank's tokens] of each batch.
     """
+    begin_with = case.get("begin_with")
+    if begin_with is not None:
+        if rank == 0:
+            checkpoint = Path(begin_with)
+            shutil.copytree(checkpoint, checkpoint.parents[2] / case["run"] / "checkpoints" / checkpoint.name)
+        dist.barrier()
     samples: list[list[Any]] = []
     step, read = Trainer._one_step, BatchReader.micro_batches
 

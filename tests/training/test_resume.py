@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from pathlib import Path
 from typing import Any
@@ -13,15 +14,6 @@ from tests.training import nano
 
 COMBINATIONS = [(stage, precision) for stage in range(4) for precision in ("fp32", "bf16")]
 GROWTH = 'training.batch_growth=[{"after_tokens": 3000, "global_batch_size": 16}]'
-
-
-def _case(recipe: Path, name: str, *overrides: str, **extra: Any) -> dict[str, Any]:
-    return {"arguments": ["--recipe", str(recipe), f"name={name}", *overrides], **extra}
-
-
-def _check(outcome: list[Outcome], statuses: list[int] | None = None) -> None:
-    found = [rank.result["status"] if rank.result else rank.status for rank in outcome]
-    assert found == (statuses or [0] * len(outcome)), "\n".join(rank.log for rank in outcome)
 
 
 @pytest.fixture(scope="module")
@@ -37,16 +29,16 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list
         if precision == "bf16":
             overrides += ["checkpoint.interval=12", GROWTH]
             extra = {"kill_at": 14, "kill_rank": 0}
-        cases[f"whole {key}"] = _case(recipe, f"whole-{key}", *overrides)
-        cases[f"killed {key}"] = _case(recipe, f"cut-{key}", *overrides, **extra)
-        cases[f"resumed {key}"] = _case(recipe, f"cut-{key}", *overrides)
+        cases[f"whole {key}"] = nano.case(recipe, f"whole-{key}", *overrides)
+        cases[f"killed {key}"] = nano.case(recipe, f"cut-{key}", *overrides, **extra)
+        cases[f"resumed {key}"] = nano.case(recipe, f"cut-{key}", *overrides)
     for name, ranks, overrides in (
         ("tp2", 2, ["parallel.tensor_model_parallel_size=2"]),
         ("zero3", 2, ["deepspeed.zero_stage=3"]),
         ("alone", 1, []),
     ):
-        cases[f"first {name}"] = _case(recipe, f"to-{name}", "training.stop_after=10")
-        cases[f"then {name}"] = _case(recipe, f"to-{name}", *overrides, ranks=ranks)
+        begun = str(folder / "runs" / "whole-1-fp32" / "checkpoints" / "step-10")
+        cases[name] = nano.case(recipe, name, *overrides, ranks=ranks, begin_with=begun)
     outcomes = run_forked("tests.training.nano:train", list(cases.values()))
     return folder / "runs", dict(zip(cases, outcomes, strict=True))
 
@@ -57,10 +49,10 @@ def test_a_killed_run_goes_on_bit_for_bit(
 ) -> None:
     runs, outcomes = jobs
     key = f"{stage}-{precision}"
-    _check(outcomes[f"whole {key}"])
+    nano.check(outcomes[f"whole {key}"])
     killed = outcomes[f"killed {key}"]
     assert -signal.SIGKILL in [rank.status for rank in killed] and all(rank.status for rank in killed)
-    _check(outcomes[f"resumed {key}"])
+    nano.check(outcomes[f"resumed {key}"])
     whole, cut = runs / f"whole-{key}", runs / f"cut-{key}"
     saved = 10 if precision == "fp32" else 12
     assert f"at step {saved}" in outcomes[f"resumed {key}"][0].log
@@ -83,9 +75,13 @@ def test_another_layout_goes_on_from_the_same_checkpoint(
     name: str, jobs: tuple[Path, dict[str, list[Outcome]]]
 ) -> None:
     runs, outcomes = jobs
-    _check(outcomes[f"first {name}"])
-    _check(outcomes[f"then {name}"])
-    whole = [record[2] for record in nano.losses(runs / "whole-1-fp32")[: nano.STEPS]]
-    other = [record[2] for record in nano.losses(runs / f"to-{name}")[: nano.STEPS]]
+    nano.check(outcomes[name])
+    layout = json.loads((runs / name / "checkpoints" / "step-20" / "manifest.json").read_text())["layout"]
+    assert (layout["world_size"], layout["tensor_model_parallel_size"], layout["zero_stage"]) == {
+        "tp2": (2, 2, 1),
+        "zero3": (2, 1, 3),
+        "alone": (1, 1, 1),
+    }[name]
+    whole = [record[2] for record in nano.losses(runs / "whole-1-fp32")[nano.HALF : nano.STEPS]]
+    other = [record[2] for record in nano.losses(runs / name)[: nano.HALF]]
     assert other == pytest.approx(whole, rel=1e-5)
-    assert other[10:] != whole[10:] or name == "zero3", "the layout did not change"

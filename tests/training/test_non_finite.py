@@ -1,0 +1,75 @@
+"""A loss or gradient that is not finite stops the run before the update, alike at every stage, and shows what it was."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from minicpm_megatron.storage.sharded import CheckpointReader
+from tests.distributed.forked import Outcome, run_forked
+from tests.training import nano
+
+AT = 7  # steps done when the poison comes
+KINDS = {"loss": ("loss", "nan"), "gradient": ("gradient norm", "inf")}
+COMBINATIONS = [
+    (stage, precision, poison)
+    for stage in range(4)
+    for precision, poison in (("fp32", "loss"), ("fp32", "gradient"), ("bf16", "gradient"))
+]
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[Outcome]]]:
+    folder = tmp_path_factory.mktemp("non-finite")
+    recipe = nano.write_recipe(folder, checkpoint={"interval": 5})
+    cases = {}
+    for stage, precision, poison in COMBINATIONS:
+        overrides = [
+            f"deepspeed.zero_stage={stage}",
+            f"training.precision={precision}",
+            f"training.stop_after={AT + 1}",
+        ]
+        bad = {"poison": poison, "poison_at": AT, "poison_rank": stage % 2}
+        if poison == "gradient":
+            name = f"{stage}-{precision}"
+            cases[f"good {name}"] = nano.case(recipe, name, *overrides, f"training.stop_after={AT}")
+        cases[f"{stage}-{precision}-{poison}"] = nano.case(recipe, f"{stage}-{precision}-{poison}", *overrides, **bad)
+    for again, extra in (("again", bad), ("mended", {})):
+        cases[again] = nano.case(recipe, f"{stage}-{precision}-{poison}", *overrides, **extra)
+    outcomes = run_forked("tests.training.nano:train", list(cases.values()))
+    return folder / "runs", dict(zip(cases, outcomes, strict=True))
+
+
+@pytest.mark.parametrize(("stage", "precision", "poison"), COMBINATIONS)
+def test_the_run_stops_with_the_weights_before_the_update(
+    stage: int, precision: str, poison: str, jobs: tuple[Path, dict[str, list[Outcome]]]
+) -> None:
+    runs, outcomes = jobs
+    name = f"{stage}-{precision}-{poison}"
+    nano.check(outcomes[name], 1, 1)
+    what, value = KINDS[poison]
+    line = f"stopped: the {what} of step {AT + 1} is"
+    assert sum(line in rank.log for rank in outcomes[name]) == 1 and "Traceback" not in outcomes[name][0].log
+    bad, good = (runs / run / "checkpoints" / f"step-{AT}" for run in (name, f"{stage}-{precision}"))
+    event = nano.state(bad)["non_finite"]
+    assert (event["what"], event["step"], event["samples"]) == (what, AT + 1, [8 * AT, 8 * AT + 8])
+    assert event["value"] in (value, "nan"), "an infinite gradient may become nan in the norm"
+    assert nano.state(good)["non_finite"] is None
+    mine, theirs = CheckpointReader(bad), CheckpointReader(good)
+    for tensor in theirs.names():
+        for kind in ("param", "exp_avg", "exp_avg_sq"):
+            assert mine.read(tensor, kind).equal(theirs.read(tensor, kind)), (tensor, kind)
+    assert nano.tensors(bad) == nano.tensors(good)
+    assert [record[0] for record in nano.losses(runs / name)] == [*range(1, AT + 1), 5]
+
+
+def test_started_again_it_is_met_again_and_mended_it_goes_on(jobs: tuple[Path, dict[str, list[Outcome]]]) -> None:
+    runs, outcomes = jobs
+    stage, precision, poison = COMBINATIONS[-1]
+    first, again = (outcomes[name][0].log.splitlines() for name in (f"{stage}-{precision}-{poison}", "again"))
+    nano.check(outcomes["again"], 1, 1)
+    assert f"at step {AT}" in outcomes["again"][0].log
+    assert [line for line in first if "stopped:" in line] == [line for line in again if "stopped:" in line]
+    nano.check(outcomes["mended"])
+    assert nano.state(runs / f"{stage}-{precision}-{poison}" / "checkpoints" / f"step-{AT + 1}")["non_finite"] is None
