@@ -23,6 +23,7 @@ from minicpm_megatron.cli import entry
 from minicpm_megatron.cli.train import main
 from minicpm_megatron.data.indexed_format import bin_path, idx_path, token_dtype, write_index
 from minicpm_megatron.data.metadata import TokenMetadata, file_sha256, json_path
+from minicpm_megatron.training import report
 from minicpm_megatron.training.batches import BatchReader
 from minicpm_megatron.training.metrics import METRICS, read_metrics
 from minicpm_megatron.training.trainer import Trainer
@@ -111,7 +112,8 @@ def train(rank: int, case: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         case: "arguments" of the command; "kill_at": the step that rank "kill_rank" does not survive; "poison": what
-            is done to the numbers of that step on rank "poison_rank", see `_poison`; "begin_with": a checkpoint that
+            is done to the numbers of that step on rank "poison_rank", see `_poison` (the checkpoint of the step is
+            copied to before/ first); "begin_with": a checkpoint that
             the run finds as its own.
 
     Returns:
@@ -130,6 +132,9 @@ def train(rank: int, case: dict[str, Any]) -> dict[str, Any]:
         if self.step == case.get("kill_at") and rank == case.get("kill_rank", 1):
             os.kill(os.getpid(), signal.SIGKILL)
         if self.step == case.get("poison_at") and rank == case.get("poison_rank", 1):
+            shutil.copytree(
+                self.checkpointer.directory / f"step-{self.step}", self.folder / "before", dirs_exist_ok=True
+            )
             _poison(self, case["poison"])
         return step(self, *arguments)
 
@@ -143,6 +148,7 @@ def train(rank: int, case: dict[str, Any]) -> dict[str, Any]:
 
     Trainer._one_step, BatchReader.micro_batches = one_step, micro_batches
     entry.RANK_0_GRACE = 0.0
+    report.finish = lambda folder, recipe: None  # a picture takes longer than the run
     status = None
     try:
         entry.run(lambda: main(case["arguments"]))
