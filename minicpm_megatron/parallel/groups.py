@@ -59,6 +59,7 @@ def initialize(
     device.prepare()
     if not dist.is_initialized():
         if init_method is None and "MASTER_ADDR" not in os.environ and layout.world_size == 1:
+            os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it, launcher or not
             store = dist.HashStore()
             dist.init_process_group(device.backend(), store=store, rank=0, world_size=1, timeout=timeout)
         else:

@@ -33,7 +33,7 @@ class SignalGuard:
         self.received: str | None = None
         self._when: dict[int, float] = {}
         self._previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
-        self._launchers = _ancestors(2) if "LOCAL_RANK" in os.environ else []
+        self._launchers = _ancestors(2) if "RANK" in os.environ else []
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()

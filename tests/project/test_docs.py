@@ -1,0 +1,51 @@
+"""What README and docs name exists: links, commands, options."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+SCRIPTS = [*sorted((ROOT / "tools").glob("*.py")), ROOT / "examples" / "train.py"]
+
+
+@cache
+def help_of(script: str) -> str:
+    done = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_relative_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text(encoding="utf-8")):
+        if "://" not in target:
+            assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "examples" / "quickstart.sh"], ids=lambda page: page.name)
+def test_commands_and_their_options_exist(page):
+    text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+    for script, rest in re.findall(r"((?:tools|examples)/\w+\.py)([^\n`]*)", text):
+        assert (ROOT / script).is_file(), script
+        for option in re.findall(r"(?<![\w-])--[a-z][\w-]*", rest.split(";")[0]):
+            assert option in help_of(script), f"{script} has no {option}"
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
+def test_every_command_explains_itself(script):
+    assert "usage:" in help_of(str(script.relative_to(ROOT)))
+
+
+def test_modules_named_in_the_docs_exist():
+    for page in PAGES:
+        for name in re.findall(
+            r"`(?:minicpm_megatron/)?((?:\w+/)+\w+\.(?:py|yaml|sh))`", page.read_text(encoding="utf-8")
+        ):
+            assert any((base / name).exists() for base in (ROOT, ROOT / "minicpm_megatron")), f"{page.name}: {name}"
