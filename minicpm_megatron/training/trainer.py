@@ -50,9 +50,9 @@ class Trainer:
     def __init__(self, recipe: Recipe, branch: tuple[Path, int, str] | None = None) -> None:
         self.recipe = recipe
         self.layout = recipe.check_world_size(groups.world_size())
+        self.data = open_data(recipe)  # what is wrong with the data is told before the ranks wait for each other
         groups.initialize(self.layout)
         self.folder = recipe.run_directory
-        self.data = open_data(recipe)
         self.checkpointer = Checkpointer(
             self.folder / CHECKPOINTS,
             keep_last=recipe.checkpoint.keep_last,

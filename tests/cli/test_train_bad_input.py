@@ -1,0 +1,107 @@
+"""examples/train.py with input that is wrong: one line that says what, where and what to do, and nothing written."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from minicpm_megatron.cli.train import main
+from minicpm_megatron.errors import UserError
+from tests.training.nano import write_recipe
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def _truncate(folder: Path) -> list[str]:
+    path = folder / "data" / "train.bin"
+    path.write_bytes(path.read_bytes()[:-1000])
+    return []
+
+
+def _garbage_index(folder: Path) -> list[str]:
+    (folder / "data" / "train.idx").write_bytes(b"not an index")
+    (folder / "data" / "train.json").unlink()
+    return []
+
+
+def _no_index(folder: Path) -> list[str]:
+    (folder / "data" / "train.idx").unlink()
+    return []
+
+
+def _other_tokenizer(folder: Path) -> list[str]:
+    (folder / "tokenizer").mkdir()
+    (folder / "tokenizer" / "tokenizer.model").write_bytes(b"another model")
+    return [f"data.tokenizer={folder / 'tokenizer'}"]
+
+
+def _no_folder(folder: Path) -> list[str]:
+    (folder / "a-file").write_text("x")
+    return [f"run.directory={folder / 'a-file'}"]
+
+
+def _bad_deepspeed(folder: Path) -> list[str]:
+    (folder / "ds.json").write_text('{"scheduler": {"type": "WarmupLR"}}')
+    return [f"deepspeed.config={folder / 'ds.json'}"]
+
+
+CASES: dict[str, tuple[list[str] | Callable[[Path], list[str]], str]] = {
+    "mistyped key": (["training.micro_batchsize=2"], "did you mean training.micro_batch_size?"),
+    "wrong type": (["training.micro_batch_size=two"], "training.micro_batch_size"),
+    "no such preset": (["preset=minicpm-huge"], "minicpm-huge"),
+    "heads that TP does not divide": (["parallel.tensor_model_parallel_size=3"], "parallel.tensor_model_parallel_size"),
+    "TP on too few ranks": (["parallel.tensor_model_parallel_size=2"], "rank"),
+    "pipeline, not yet trainable": (["parallel.pipeline_model_parallel_size=2"], "pipeline"),
+    "vocabulary smaller than the data's": (["model.vocab_size=300"], "train.bin: made for a vocabulary of 512"),
+    "no such data": (["data.train=[{prefix: nowhere/at-all}]"], "nowhere/at-all"),
+    "samples longer than the model": (["data.sequence_length=4096"], "data.sequence_length"),
+    "samples longer than the data": (
+        ["data.sequence_length=30000", "model.max_position_embeddings=30000"],
+        "fewer than one sample",
+    ),
+    "another tokenizer": (_other_tokenizer, "made with another tokenizer"),
+    "truncated .bin": (_truncate, "train.bin"),
+    "garbage .idx": (_garbage_index, "train.idx"),
+    "missing .idx": (_no_index, "train.idx"),
+    "a file where runs go": (_no_folder, "cannot write checkpoints"),
+    "a scheduler in the DeepSpeed JSON": (_bad_deepspeed, "a 'scheduler' block is not accepted"),
+    "an unreadable DeepSpeed JSON": (["deepspeed.config=nowhere.json"], "nowhere.json"),
+    "a branch of nothing": (["--from", "nothing@3"], "no run 'nothing' with checkpoints"),
+    "a reference that is none": (["--from", "nothing"], "not of the form RUN@STEP"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_each_mistake_is_one_line(case, tmp_path):
+    recipe = write_recipe(tmp_path)
+    changes, message = CASES[case]
+    arguments = changes(tmp_path) if callable(changes) else changes
+    with pytest.raises(UserError) as refusal:
+        main(["--recipe", str(recipe), *arguments])
+    assert message in str(refusal.value)
+    assert "\n" not in str(refusal.value) and len(str(refusal.value)) < 400
+    left = [path for path in (tmp_path / "runs").rglob("*") if path.is_file()] if (tmp_path / "runs").exists() else []
+    assert not [path for path in left if path.name != ".lock"]
+
+
+def test_a_missing_recipe_is_named():
+    with pytest.raises(UserError, match=r"nowhere\.yaml"):
+        main(["--recipe", "nowhere.yaml"])
+
+
+def test_the_command_prints_it_and_exits_2(tmp_path):
+    recipe = write_recipe(tmp_path)
+    done = subprocess.run(
+        [sys.executable, "examples/train.py", "--recipe", str(recipe), "model.vocab_size=300"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert done.returncode == 2
+    assert [line for line in done.stderr.splitlines() if line.startswith("error:")] != []
+    assert "Traceback" not in done.stderr and done.stderr.count("error:") == 1
