@@ -6,6 +6,8 @@ Anything else that escapes is a defect of ours and keeps its traceback.
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class UserError(Exception):
     """Input that we refuse: what is wrong, where, and what to do about it, in one line.
@@ -21,7 +23,9 @@ class UserError(Exception):
         line = what if not where else f"{where}: {what}"
         super().__init__(" ".join((line if not fix else f"{line}; {fix}").split()))
 
-    def __reduce__(self):  # keyword-only arguments are lost by the default pickling across worker processes
+    def __reduce__(
+        self,
+    ) -> tuple[Any, ...]:  # keyword-only arguments are lost by the default pickling across worker processes
         return _rebuild, (self.what, self.where, self.fix)
 
 

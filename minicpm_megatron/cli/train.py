@@ -8,7 +8,7 @@ import warnings
 from pathlib import Path
 
 from minicpm_megatron.cli.dry_run import format_dry_run
-from minicpm_megatron.recipe import load_recipe
+from minicpm_megatron.recipe import Recipe, load_recipe
 from minicpm_megatron.versions import check_versions
 
 DESCRIPTION = """Train a MiniCPM model as a recipe says.
@@ -68,7 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
     return _train(recipe, branch)
 
 
-def _train(recipe, branch: tuple[Path, int, str] | None) -> int:
+def _train(recipe: Recipe, branch: tuple[Path, int, str] | None) -> int:
     _only_our_lines()
     # seconds of imports, after everything that can be refused without them
     from minicpm_megatron.parallel import groups

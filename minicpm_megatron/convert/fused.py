@@ -69,7 +69,7 @@ QKV = Fusion(
     split=lambda tensors, model: split_qkv(
         tensors[0], model.num_attention_heads, model.num_query_groups, model.kv_channels
     ),
-    merge=lambda tensors, model: (merge_qkv(*tensors, model.num_query_groups, model.kv_channels),),
+    merge=lambda qkv, model: (merge_qkv(qkv[0], qkv[1], qkv[2], model.num_query_groups, model.kv_channels),),
 )
 # gate first: Megatron-Core's SwiGLU applies silu to the first half
 GATE_UP = Fusion(

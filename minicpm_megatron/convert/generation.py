@@ -82,7 +82,7 @@ class Generator:
             pad_token_id=self.tokenizer.eos_token_id,
             **choice,
         )
-        return self.tokenizer.decode(output[0], skip_special_tokens=True)
+        return str(self.tokenizer.decode(output[0], skip_special_tokens=True))
 
 
 def as_granite(source: Source) -> Any:
@@ -92,7 +92,8 @@ def as_granite(source: Source) -> Any:
     dtype, device = (torch.bfloat16, "cuda") if torch.cuda.is_available() else (torch.float32, "cpu")
     layout = granite.FORMAT
     fields = layout.write_config(source.model, SpecialTokens(), "float32")
-    model = GraniteForCausalLM(GraniteConfig(**fields)).to(dtype)
+    model: Any = GraniteForCausalLM(GraniteConfig(**fields))
+    model = model.to(dtype)
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for group in layout.export_groups(source.model):

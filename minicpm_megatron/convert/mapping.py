@@ -99,7 +99,9 @@ def _fill(pattern: str, values: Sequence[int]) -> str:
 
 def expand(rows: Sequence[Row], model: ModelRecipe) -> list[Group]:
     """The groups of one model, in reading order: what is before the layers, layer by layer, what is after them."""
-    before, layers, after = [], [], []
+    before: list[tuple[tuple[int, ...], Group]] = []
+    layers: list[tuple[tuple[int, ...], Group]] = []
+    after: list[tuple[tuple[int, ...], Group]] = []
     experts = model.num_moe_experts or 0
     for row in rows:
         depth = row.published[0].count("*")

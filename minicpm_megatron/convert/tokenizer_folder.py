@@ -72,8 +72,8 @@ def open_tokenizer(folder: Path, *, to_publish: bool) -> TokenizerFolder:
     pieces = 1 + max(fast.get_vocab(with_added_tokens=True).values(), default=-1) if fast else 0
     if slow is None:
         return TokenizerFolder(folder, pieces, None, has_sentencepiece=False)
-    for probe in PROBES if fast else ():
-        if fast.encode(probe, add_special_tokens=False).ids != slow.encode(probe):
+    for probe in PROBES:
+        if fast and fast.encode(probe, add_special_tokens=False).ids != slow.encode(probe):
             raise UserError(f"{FAST} and {SENTENCEPIECE} give different ids for {probe!r}", where=str(folder))
     tokens = SpecialTokens(slow.bos_id(), slow.eos_id()) if min(slow.bos_id(), slow.eos_id()) >= 0 else None
     return TokenizerFolder(folder, max(pieces, slow.get_piece_size()), tokens, has_sentencepiece=True)

@@ -122,6 +122,7 @@ class Engine:
 
     def _step_unwrapped(self) -> Update:
         parameters = [parameter for parameter in self.module.parameters() if parameter.grad is not None]
+        gradients: list[Any] = [parameter.grad for parameter in parameters]
         norm = _gradient_norm(parameters)
         if not math.isfinite(norm):
             # the optimizer must not see it: empty gradients make its step a no-op
@@ -129,7 +130,7 @@ class Engine:
             return Update(norm, applied=False)
         limit = self.recipe.training.gradient_clipping
         if limit and norm > limit:
-            torch._foreach_mul_([parameter.grad for parameter in parameters], limit / norm)
+            torch._foreach_mul_(gradients, limit / norm)
         self.deepspeed.step()
         return Update(norm, applied=True)
 
@@ -145,7 +146,7 @@ class Engine:
 def _gradient_norm(parameters: list[torch.nn.Parameter]) -> float:
     """2-norm over tensor-parallel ranks; a parameter that every rank holds is counted once."""
     rank = parallel_state.get_tensor_model_parallel_rank()
-    mine = [p.grad for p in parameters if rank == 0 or getattr(p, "tensor_model_parallel", False)]
+    mine: list[Any] = [p.grad for p in parameters if rank == 0 or getattr(p, "tensor_model_parallel", False)]
     square = torch.zeros((), dtype=torch.float32, device=device.device())
     if mine:
         square = torch.stack(torch._foreach_norm(mine)).square().sum()

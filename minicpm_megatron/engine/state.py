@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -105,7 +106,7 @@ class EngineState:
         master = self._unwrapped_masters(parameter)
         return [Piece(0, master.data.view(-1), master, 0)]
 
-    def _stage3_piece(self, parameter: Parameter) -> list[Piece]:
+    def _stage3_piece(self, parameter: Any) -> list[Piece]:
         optimizer = self.engine.optimizer
         group, address, _ = optimizer.grad_position[optimizer.get_param_id(parameter)]
         owner = optimizer.fp32_partitioned_groups_flat[group]
@@ -115,7 +116,7 @@ class EngineState:
         valid = max(0, min(size, parameter.ds_numel - start))
         return [Piece(start, owner.data.narrow(0, address, valid), owner, address)] if valid else []
 
-    def _load_weights(self, parameter: Parameter, shard: Tensor) -> None:
+    def _load_weights(self, parameter: Any, shard: Tensor) -> None:
         flat = shard.view(-1)
         for piece in self._pieces(parameter):
             piece.master.copy_(flat.narrow(0, piece.start, piece.master.numel()))
@@ -136,7 +137,7 @@ class EngineState:
             state["step"] = torch.tensor(float(updates), device=owner.device)
 
 
-def _masters_of_unfused(optimizer: object) -> Callable[[Parameter], Tensor]:
+def _masters_of_unfused(optimizer: Any) -> Callable[[Parameter], Tensor]:
     """Parameter -> its fp32 master where DeepSpeed keeps one a parameter (bf16 at ZeRO 0), else the parameter."""
     if not hasattr(optimizer, "fp32_groups"):
         return lambda parameter: parameter

@@ -33,11 +33,20 @@ RATE_TOLERANCE = 1e-9  # relative; rates are products of three doubles
 class Shape(Protocol):
     """What the table needs to know of a model; `ModelRecipe` and `MiniCPMConfig` both have it."""
 
-    hidden_size: int
-    dim_model_base: int
-    init_method_std: float
-    parametrization: Literal["mup", "standard"]
-    embedding_role: Literal["vector", "matrix"]
+    @property
+    def hidden_size(self) -> int: ...
+
+    @property
+    def dim_model_base(self) -> int: ...
+
+    @property
+    def init_method_std(self) -> float: ...
+
+    @property
+    def parametrization(self) -> Literal["mup", "standard"]: ...
+
+    @property
+    def embedding_role(self) -> Literal["vector", "matrix"]: ...
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,11 @@ class MiniCPMCoreAttention(torch.nn.Module):
         else:
             # [s, b, n, d] -> [b, n, s, d]
             q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
-            mask = None if causal or mask_type == AttnMaskType.no_mask else ~attention_mask
+            mask = None
+            if not causal and mask_type != AttnMaskType.no_mask:
+                if attention_mask is None:
+                    raise ValueError(f"attention of type {mask_type} needs a mask")
+                mask = ~attention_mask
             context = F.scaled_dot_product_attention(
                 q,
                 k,

@@ -131,6 +131,8 @@ class MiniCPMConfig(TransformerConfig):
 
 
 def _normal(std: float | None) -> Any:
+    assert std is not None, "only norm weights start as ones"
+
     def initialize(tensor: torch.Tensor) -> torch.Tensor:
         return torch.nn.init.normal_(tensor, mean=0.0, std=std)
 

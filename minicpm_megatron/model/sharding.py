@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -90,7 +91,8 @@ def global_name(model: torch.nn.Module, config: MiniCPMConfig, name: str) -> str
     if not name.startswith(LAYERS):
         return name
     local, rest = name.removeprefix(LAYERS).split(".", 1)
-    return f"{LAYERS}{model.decoder.layers[int(local)].layer_number - 1}.{rest}"
+    layer: Any = model.get_submodule(f"{LAYERS}{local}")
+    return f"{LAYERS}{layer.layer_number - 1}.{rest}"
 
 
 def named_shards(model: torch.nn.Module, config: MiniCPMConfig) -> Iterator[tuple[str, Parameter, ShardSpec]]:

@@ -72,7 +72,7 @@ def _patch_megatron_for_cpu() -> None:
     from megatron.core.tensor_parallel import random as megatron_random
 
     # an object, not an index: torch.empty(device=0) would mean CUDA device 0
-    torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment]
+    torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
     megatron_random._CUDA_RNG_STATE_TRACKER = _NoRngTracker()
     megatron_random._CUDA_RNG_STATE_TRACKER_INITIALIZED = True
     # activation recompute saves and restores the generators around the second forward pass

@@ -83,4 +83,4 @@ def _blocks(head: bytes, tensors: list[tuple[str, torch.Tensor]]) -> Iterable[by
     yield head
     for _, tensor in tensors:
         if tensor.numel():
-            yield memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+            yield tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from megatron.core import parallel_state
 
@@ -40,7 +41,7 @@ def open_data(recipe: Recipe) -> RunData:
         UserError: a file is missing or damaged, or does not fit the model, the tokenizer or the sample length.
     """
     data = recipe.data
-    check = {
+    check: dict[str, Any] = {
         "vocab_size": recipe.model.vocab_size,
         "tokenizer_sha256": None if data.tokenizer is None else tokenizer_sha256(data.tokenizer),
     }

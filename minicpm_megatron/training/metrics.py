@@ -11,7 +11,7 @@ import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.recipe import Recipe
@@ -71,7 +71,8 @@ class MetricsLog:
     ) -> None:
         self.recipe, self.start, self.total = recipe, start, total
         self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
-        self._file = self._board = None
+        self._file: TextIO | None = None
+        self._board: Any = None
         self._began = time.monotonic()
         self._tokens = self._seconds = 0.0
         self._steps = 0

@@ -105,7 +105,7 @@ def _branch_of(recipe: Recipe, trunk: Recipe, step: int) -> Recipe:
             f"the trunk counts {trunk.schedule.unit}", where="schedule.unit", fix=f"use {trunk.schedule.unit}"
         )
     fields = recipe.model_dump(mode="json")
-    fields["schedule"] |= {"total": position + recipe.schedule.decay, "warmup": trunk.schedule.warmup}
+    fields["schedule"] |= {"total": position + (recipe.schedule.decay or 0), "warmup": trunk.schedule.warmup}
     # the trunk's batches decide which samples it has seen
     fields["training"]["batch_growth"] = trunk.model_dump(mode="json")["training"]["batch_growth"]
     fields["training"]["global_batch_size"] = trunk.training.global_batch_size

@@ -78,6 +78,8 @@ class Trainer:
         self.step = 0
         self.origin: dict[str, Any] | None = None
         self.evaluation_due = False
+        # what libraries drew at start-up is not the run's; a checkpoint's own state replaces this
+        torch.manual_seed(recipe.training.seed + groups.rank())
         if newest is not None:
             self._resume(newest)
         elif branch is not None:

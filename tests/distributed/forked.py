@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-CASE_TIMEOUT = 90.0
+CASE_TIMEOUT = 180.0
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def _rank(worker: Any, rank: int, folder: Path, case: dict[str, Any]) -> None:
             init_method=f"file://{folder / 'store'}",
             rank=rank,
             world_size=ranks,
-            timeout=datetime.timedelta(seconds=20),
+            timeout=datetime.timedelta(seconds=60),
         )
         result = worker(rank, case)
         (folder / f"{rank}.json").write_text(json.dumps(result))

@@ -93,9 +93,7 @@ def test_weight_decay_tied_or_independent_of_the_rate(factor):
     shrunk = {}
     for mode in ("tied", "independent"):
         model = Tiny()
-        optimizer = torch.optim.AdamW(
-            mup_param_groups(model, SHAPE, lr=0.01, weight_decay=0.1, weight_decay_mode=mode)
-        )
+        optimizer = torch.optim.AdamW(mup_param_groups(model, SHAPE, lr=0.01, weight_decay=0.1, weight_decay_mode=mode))
         RateLedger(SHAPE, 0.01).apply(optimizer.param_groups, factor)
         for parameter in model.tensors.values():
             parameter.grad = torch.zeros_like(parameter)
