@@ -8,6 +8,7 @@ Takes a run (its newest checkpoint), one checkpoint, or an exported or downloade
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 
 from minicpm_megatron.checkpoint.find import newest_checkpoint
@@ -32,8 +33,10 @@ def main() -> None:
     options = parser.parse_args()
     if options.max_new_tokens < 1:
         raise UserError("must be at least 1", where="--max-new-tokens")
-    if options.temperature < 0 or not 0 < options.top_p <= 1:
+    if not (0 <= options.temperature < math.inf and 0 < options.top_p <= 1):
         raise UserError("temperature must be 0 or more and top-p in (0, 1]", where="--temperature, --top-p")
+    if not 0 <= options.seed < 1 << 63:
+        raise UserError("must be 0 or more and fit 63 bits", where="--seed")
     generator = Generator(newest_checkpoint(options.checkpoint), options.tokenizer)
     sampling = Sampling(options.max_new_tokens, options.temperature, options.top_p, options.seed)
     for prompt in options.prompt:

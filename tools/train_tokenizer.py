@@ -12,6 +12,7 @@ from pathlib import Path
 from minicpm_megatron.cli.entry import run
 from minicpm_megatron.data.corpus_files import SUFFIXES
 from minicpm_megatron.data.tokenizer_training import compression_table, train_tokenizer
+from minicpm_megatron.errors import UserError
 
 
 def main() -> None:
@@ -31,6 +32,8 @@ def main() -> None:
         "--max-sample-mb", type=int, default=256, help="megabytes of text taken of each input at most (default: 256)"
     )
     arguments = parser.parse_args()
+    if arguments.max_sample_mb < 1:
+        raise UserError("must be at least 1", where="--max-sample-mb")
     report = train_tokenizer(
         arguments.input,
         arguments.vocab_size,

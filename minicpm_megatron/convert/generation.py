@@ -44,7 +44,8 @@ class Generator:
         tokenizer: folder of tokenizer files; default: the one that belongs to the model.
 
     Raises:
-        UserError: the folder is no model, or no tokenizer is known for it.
+        UserError: the folder is no model, no tokenizer is known for it, or the tokenizer has more pieces than the
+            model's vocabulary.
     """
 
     def __init__(self, folder: Path, tokenizer: Path | None = None) -> None:
@@ -52,9 +53,17 @@ class Generator:
 
         source = open_source(folder)
         pieces = tokenizer or source.tokenizer
-        if pieces is None or not (pieces / "tokenizer.json").is_file():
+        if pieces is None:
             raise UserError("no tokenizer is known for this model", where=str(folder), fix="give --tokenizer DIR")
+        if not (pieces / "tokenizer.json").is_file():
+            raise UserError("no tokenizer.json", where=str(pieces), fix="give --tokenizer DIR")
         self.tokenizer = AutoTokenizer.from_pretrained(str(pieces), trust_remote_code=False)
+        if len(self.tokenizer) > source.model.vocab_size:
+            raise UserError(
+                f"the tokenizer has {len(self.tokenizer)} pieces, the model's vocabulary {source.model.vocab_size}",
+                where=str(pieces),
+                fix="give the tokenizer that the model was trained with",
+            )
         self.model = as_granite(source)
         self.longest = source.model.max_position_embeddings
 

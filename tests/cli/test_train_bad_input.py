@@ -49,6 +49,27 @@ def _bad_deepspeed(folder: Path) -> list[str]:
     return [f"deepspeed.config={folder / 'ds.json'}"]
 
 
+def _deepspeed(content: bytes) -> Callable[[Path], list[str]]:
+    def write(folder: Path) -> list[str]:
+        (folder / "ds.json").write_bytes(content)
+        return [f"deepspeed.config={folder / 'ds.json'}"]
+
+    return write
+
+
+def _foreign_json(folder: Path) -> list[str]:
+    (folder / "data" / "train.json").write_text("[]")
+    return []
+
+
+def _recipe(content: str) -> Callable[[Path], list[str]]:
+    def write(folder: Path) -> list[str]:
+        (folder / "recipe.yaml").write_text(content)
+        return []
+
+    return write
+
+
 CASES: dict[str, tuple[list[str] | Callable[[Path], list[str]], str]] = {
     "mistyped key": (["training.micro_batchsize=2"], "did you mean training.micro_batch_size?"),
     "wrong type": (["training.micro_batch_size=two"], "training.micro_batch_size"),
@@ -70,6 +91,19 @@ CASES: dict[str, tuple[list[str] | Callable[[Path], list[str]], str]] = {
     "a file where runs go": (_no_folder, "cannot write checkpoints"),
     "a scheduler in the DeepSpeed JSON": (_bad_deepspeed, "a 'scheduler' block is not accepted"),
     "an unreadable DeepSpeed JSON": (["deepspeed.config=nowhere.json"], "nowhere.json"),
+    "a DeepSpeed JSON that is none": (_deepspeed(b"\xff\xfe{"), "ds.json: not valid JSON"),
+    "a DeepSpeed JSON cut off": (_deepspeed(b'{"zero_optimization": {'), "ds.json: not valid JSON"),
+    "a DeepSpeed JSON without keys": (_deepspeed(b"[]"), "ds.json: the DeepSpeed JSON is not an object"),
+    "a DeepSpeed JSON of another stage": (_deepspeed(b'{"zero_optimization": {"stage": 3}}'), "deepspeed.zero_stage"),
+    "a DeepSpeed JSON of another batch": (_deepspeed(b'{"train_batch_size": 7}'), "training.global_batch_size"),
+    "a tokenizer that is not there": (["data.tokenizer=nowhere"], "nowhere: no such tokenizer"),
+    "a train.json that is not ours": (_foreign_json, "train.json: not of the form"),
+    "a batch that does not divide": (["training.micro_batch_size=3"], "training.micro_batch_size 3"),
+    "a schedule longer than the run": (["schedule.warmup=1000"], "schedule"),
+    "a weight that is none": (["data.train.0.weight=-1"], "data.train.0.weight"),
+    "a recipe that is no YAML": (_recipe("a: [1"), "recipe.yaml"),
+    "a recipe that would run code": (_recipe("name: !!python/object/apply:os.getcwd []"), "recipe.yaml"),
+    "an empty recipe": (_recipe(""), "recipe.yaml"),
     "a branch of nothing": (["--from", "nothing@3"], "no run 'nothing' with checkpoints"),
     "a reference that is none": (["--from", "nothing"], "not of the form RUN@STEP"),
 }

@@ -1,0 +1,35 @@
+"""Public commands run as a user runs them, in this process so that each case costs no start of Python."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def command(script: str, *arguments: object) -> int:
+    """Exit status of tools/SCRIPT or examples/SCRIPT; an exception that escapes it fails the test."""
+    path = next(path for path in (ROOT / "tools" / script, ROOT / "examples" / script) if path.is_file())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [str(path), *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(path), run_name="__main__")
+    return int(ended.value.code or 0)
+
+
+def error_lines(text: str) -> list[str]:
+    """The lines of standard error that report an error; a progress bar's lines end in a carriage return."""
+    return [line for line in re.split(r"[\r\n]", text) if re.match(r"(\S+\.py: )?error: ", line)]
+
+
+def tree(folder: Path) -> dict[str, bytes | None]:
+    """Everything below a folder with its content; None for folders."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+        for path in sorted(folder.rglob("*"))
+    }
