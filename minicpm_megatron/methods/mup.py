@@ -20,7 +20,7 @@ scale_emb, block outputs times scale_depth / sqrt(num_layers), the hidden state 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -165,6 +165,25 @@ class RateLedger:
         """Set every group's `lr` to its rate at `factor`."""
         for group in param_groups:
             group["lr"] = self.rate(group["name"], factor)
+
+    def check_saved(self, rates: Mapping[str, float]) -> None:
+        """Compare the rates of a checkpoint's last update, group name -> rate, with each other as the table has them.
+
+        f(t) is whatever the saving run had; the multipliers must be the table's.
+
+        Raises:
+            UserError: naming the first group whose rate stands in another ratio to the others.
+        """
+        factors = {name: rate / self.rate(name, 1.0) for name, rate in rates.items() if name in self.multipliers}
+        usual = sorted(factors.values())[len(factors) // 2] if factors else 0.0
+        for name, rate in rates.items():
+            if name not in factors or not math.isclose(factors[name], usual, rel_tol=RATE_TOLERANCE, abs_tol=1e-30):
+                wanted = f"{self.rate(name, usual):.6g}" if name in factors else "no such group"
+                raise UserError(
+                    f"group {name!r} was trained at rate {rate:.6g}, the muP table gives {wanted}",
+                    where="learning rates of the checkpoint",
+                    fix="go on with the release that saved it",
+                )
 
     def check(self, param_groups: Iterable[dict[str, Any]], factor: float) -> None:
         """Compare every group's `lr` and multiplier with the table.

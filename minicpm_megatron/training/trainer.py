@@ -240,6 +240,7 @@ class Trainer:
     def _load(self, loaded: Any) -> None:
         state = loaded.state
         check_unchanged(loaded.manifest.get("data") or {}, self.data.fingerprint)
+        self.engine.ledger.check_saved(state.get("rates", {}))
         self.step = int(state["step"])
         self.state.load(loaded.reader, int(state.get("updates", 0)))
         tensors = loaded.rank_tensors(groups.rank())

@@ -8,6 +8,7 @@ the other, so that every case has processes of its own. `worker(rank, case)` run
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import importlib
 import json
@@ -45,16 +46,21 @@ def run_forked(target: str, cases: list[dict[str, Any]]) -> list[list[Outcome]]:
     """Outcomes of every case, each a list by rank; case["ranks"] is the number of ranks, 2 unless given."""
     with tempfile.TemporaryDirectory() as scratch:
         (Path(scratch) / "cases.json").write_text(json.dumps(cases))
-        done = subprocess.run(
-            [sys.executable, "-m", "tests.distributed.forked", target, scratch],
-            cwd=REPOSITORY,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=len(cases) * CASE_TIMEOUT,
-        )
-        assert done.returncode == 0, done.stdout[-4000:]
+        with open(Path(scratch) / "log", "wb") as log:
+            parent = subprocess.Popen(
+                [sys.executable, "-m", "tests.distributed.forked", target, scratch],
+                cwd=REPOSITORY,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        try:
+            status = parent.wait(timeout=len(cases) * CASE_TIMEOUT)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(parent.pid, signal.SIGKILL)
+        assert status == 0, (Path(scratch) / "log").read_text(errors="replace")[-4000:]
         outcomes = json.loads((Path(scratch) / "outcomes.json").read_text())
     return [[Outcome(**rank) for rank in ranks] for ranks in outcomes]
 
@@ -86,8 +92,10 @@ def _rank(worker: Any, rank: int, folder: Path, case: dict[str, Any]) -> None:
         status = int(end.code or 0)
     except BaseException:
         traceback.print_exc()
-    sys.stdout.flush()
-    os._exit(status)
+    finally:  # whatever happens, a rank must not go on as a second parent
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+        os._exit(status)
 
 
 def _run_case(worker: Any, folder: Path, case: dict[str, Any]) -> list[dict[str, Any]]:

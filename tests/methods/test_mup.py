@@ -128,3 +128,16 @@ def test_the_ledger_refuses_one_rate_for_all_and_unknown_groups():
         ledger.check([{"lr": 0.01}], 1.0)
     with pytest.raises(UserError, match="multiplier"):
         ledger.check([{**groups()["hidden"], "lr_multiplier": 1.0}], 1.0)
+
+
+def test_the_rates_of_a_checkpoint_must_stand_in_the_ratios_of_the_table():
+    ledger = RateLedger(SHAPE, 0.01)
+    for factor in (1.0, 0.37, 0.0):
+        ledger.check_saved({name: ledger.rate(name, factor) for name in groups()})
+    ledger.check_saved({})
+    for name in groups():
+        rates = {other: ledger.rate(other, 0.5) for other in groups()}
+        with pytest.raises(UserError, match=f"group '{name}' was trained at rate"):
+            ledger.check_saved(rates | {name: rates[name] * 1.01})
+    with pytest.raises(UserError, match="no such group"):
+        ledger.check_saved({name: ledger.rate(name, 0.5) for name in groups()} | {"bias": 0.5})

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import subprocess
 from pathlib import Path
 
+from minicpm_megatron.versions import check_versions
+
 ROOT = Path(__file__).resolve().parents[2]
-LINES = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line and not line.startswith("#")]
+TEXT = (ROOT / "requirements.txt").read_text()
+LINES = [line for line in TEXT.splitlines() if line and not line.startswith("#")]
 
 
 def test_every_requirement_is_pinned():
@@ -37,3 +41,25 @@ def test_make_refuses_another_python_in_one_line(tmp_path):
     errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert done.returncode == 2 and len(errors) == 1 and "is not Python 3.11 or 3.12" in errors[0]
     assert not (tmp_path / "venv").exists()
+
+
+def test_extras_are_what_the_readme_offers(monkeypatch):
+    found = {}
+    monkeypatch.setattr("setuptools.setup", lambda **keywords: found.update(keywords))
+    runpy.run_path(str(ROOT / "setup.py"))
+    assert set(found["extras_require"]) == {"gpu", "dev", "eval"}
+    wanted = [requirement for extra in found["extras_require"].values() for requirement in extra]
+    assert any(name.startswith("flash-attn") for name in found["extras_require"]["gpu"])
+    assert not [name for name in [*wanted, *found["install_requires"]] if name.startswith("apex")]
+    assert found["install_requires"] == LINES
+    assert found["python_requires"] == ">=3.11,<3.13"
+    rooms = {path.parent.name for path in (ROOT / "minicpm_megatron").glob("*/__init__.py")}
+    assert rooms == {name.split(".")[1] for name in found["packages"] if name.count(".") == 1}
+
+
+def test_each_supported_python_has_its_megatron_core():
+    pins = {
+        marker: version for version, marker in re.findall(r"^megatron-core==([\w.]+); python_version (.+)$", TEXT, re.M)
+    }
+    check_versions((3, 11), pins['< "3.12"'])
+    check_versions((3, 12), pins['>= "3.12"'])

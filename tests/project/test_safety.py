@@ -9,33 +9,54 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = sorted(path for part in ("minicpm_megatron", "tools", "examples") for path in (ROOT / part).rglob("*.py"))
-MODULES = {"pickle", "cloudpickle", "dill", "marshal", "shelve"}
-CALLS = {"eval", "exec", "compile", "__import__"}
+MODULES = {"pickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
+CALLS = {"eval", "exec", "compile", "__import__", "os.system", "os.popen", "torch.jit.load", "runpy.run_path"}
+YAML_LOADERS = {"yaml.load", "yaml.load_all"}
+UNSAFE_YAML = {f"yaml.{name}" for name in ("Loader", "CLoader", "FullLoader", "CFullLoader", "UnsafeLoader")}
+
+
+def full_names(tree: ast.AST) -> dict[str, str]:
+    """Name in the source -> what it stands for, so that `import yaml as y` hides nothing."""
+    names = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.asname: alias.name for alias in node.names if alias.asname}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def full_name(node: ast.expr, names: dict[str, str]) -> str:
+    """What an expression names, aliases resolved."""
+    head, dot, rest = ast.unparse(node).partition(".")
+    return (names.get(head, head) + dot + rest).removeprefix("builtins.")
 
 
 def offences(source: str) -> list[str]:
     """What in a source could run code that came with data."""
-    found = []
-    for node in ast.walk(ast.parse(source)):
+    tree = ast.parse(source)
+    names, found = full_names(tree), []
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found += [alias.name for alias in node.names if alias.name.split(".")[0] in MODULES]
         elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in MODULES:
             found.append(str(node.module))
+        elif isinstance(node, ast.Attribute | ast.Name) and full_name(node, names) in UNSAFE_YAML:
+            found.append(full_name(node, names))
         elif isinstance(node, ast.Call):
-            name = ast.unparse(node.func)
+            name = full_name(node.func, names)
             keywords = {word.arg: ast.unparse(word.value) for word in node.keywords}
-            if name in CALLS or name.startswith("pickle."):
+            if name in CALLS or name.endswith("read_pickle"):
                 found.append(name)
             if name == "torch.load" and keywords.get("weights_only") != "True":
                 found.append("torch.load without weights_only=True")
-            if name in ("yaml.load", "yaml.load_all") and "Safe" not in ast.unparse(node):
+            if name in YAML_LOADERS and not keywords.get("Loader", "").endswith("SafeLoader"):
                 found.append(name)
-            if name.startswith("yaml.unsafe") or name.startswith("yaml.full"):
+            if name.startswith(("yaml.unsafe_", "yaml.full_")):
                 found.append(name)
-            if keywords.get("trust_remote_code") == "True" or keywords.get("shell") == "True":
-                found.append(f"{name} with trust_remote_code or shell")
-            if name.endswith("np.load") and keywords.get("allow_pickle") == "True":
-                found.append("np.load with allow_pickle")
+            for option in ("trust_remote_code", "shell", "allow_pickle"):
+                if keywords.get(option, "False") != "False":
+                    found.append(f"{name} with {option}")
     return found
 
 
@@ -55,7 +76,33 @@ def test_no_call_runs_what_it_reads(path):
         "yaml.load(f, Loader=yaml.Loader)",
         "yaml.unsafe_load(f)",
         "AutoModel.from_pretrained(f, trust_remote_code=True)",
+        "AutoModel.from_pretrained(f, trust_remote_code=flag)",
+        "from torch import load\nload(f)",
+        "import torch as t\nt.load(f, weights_only=0)",
+        "import yaml as y\ny.load(f, y.UnsafeLoader)",
+        "from yaml import unsafe_load as read\nread(f)",
+        "import builtins\nbuiltins.exec('1')",
+        "import numpy as np\nnp.load(f, allow_pickle=True)",
+        "subprocess.run(f, shell=True)",
+        "import _pickle",
+        "class Mine(yaml.Loader): pass",
+        "from yaml import FullLoader\nclass Mine(FullLoader): pass",
     ],
 )
 def test_the_check_sees_what_it_is_for(source):
     assert offences(source)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "torch.load(f, weights_only=True)",
+        "yaml.safe_load(f)",
+        "import re\nre.compile('a')",
+        "model.eval()",
+        "AutoTokenizer.from_pretrained(f, trust_remote_code=False)",
+        "subprocess.run(['ls'])",
+    ],
+)
+def test_the_check_lets_the_rest_pass(source):
+    assert offences(source) == []

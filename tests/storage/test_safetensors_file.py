@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import resource
 from collections.abc import Iterator
@@ -37,19 +38,21 @@ def test_the_library_reads_what_is_written(tmp_path: Path) -> None:
     assert (record.name, record.size, record.sha256) == (path.name, len(content), hashlib.sha256(content).hexdigest())
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def small_files() -> Iterator[None]:
-    """No file of this process may grow beyond 4 KiB."""
+    """No file of this process may grow beyond 4 KiB: not even the log of the tests, so for as short as can be."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_failed_write_leaves_what_was_there(tmp_path: Path, small_files: None) -> None:
+def test_a_failed_write_leaves_what_was_there(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     write_safetensors(path, [("a", torch.ones(4))], {})
     before = path.read_bytes()
-    with pytest.raises(OSError):
+    with pytest.raises(OSError), small_files():
         write_safetensors(path, [("a", torch.ones(4096))], {})
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]

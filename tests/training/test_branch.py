@@ -11,6 +11,8 @@ import pytest
 from tests.distributed.forked import Outcome, run_forked
 from tests.training import nano
 
+pytestmark = pytest.mark.timeout(900)  # one fixture runs every job of the file
+
 TOKENS = 8 * 32  # a step
 STEPS_TRUNK = {"schedule": {"warmup": 4, "total": 16, "decay": 4, "decay_shape": "linear"}}
 TOKENS_TRUNK = {

@@ -10,7 +10,9 @@ from minicpm_megatron.storage.sharded import CheckpointReader
 from tests.distributed.forked import Outcome, run_forked
 from tests.training import nano
 
-AT = 7  # steps done when the poison comes
+pytestmark = pytest.mark.timeout(900)  # one fixture runs every job of the file
+
+AT = 3  # steps done when the poison comes
 KINDS = {"loss": ("loss", "nan"), "gradient": ("gradient norm", "inf")}
 COMBINATIONS = [
     (stage, precision, poison)
@@ -22,7 +24,7 @@ COMBINATIONS = [
 @pytest.fixture(scope="module")
 def jobs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[Outcome]]]:
     folder = tmp_path_factory.mktemp("non-finite")
-    recipe = nano.write_recipe(folder, checkpoint={"interval": AT})
+    recipe = nano.write_recipe(folder, checkpoint={"interval": AT}, evaluation={"interval": None})
     cases = {}
     for stage, precision, poison in COMBINATIONS:
         overrides = [
@@ -59,7 +61,7 @@ def test_the_run_stops_with_the_weights_before_the_update(
         for kind in ("param", "exp_avg", "exp_avg_sq"):
             assert mine.read(tensor, kind).equal(theirs.read(tensor, kind)), (tensor, kind)
     assert nano.tensors(bad) == nano.tensors(good)
-    assert [record[0] for record in nano.losses(runs / name)] == [*range(1, AT + 1), 5]
+    assert [record[0] for record in nano.losses(runs / name)] == list(range(1, AT + 1))
 
 
 def test_started_again_it_is_met_again_and_mended_it_goes_on(jobs: tuple[Path, dict[str, list[Outcome]]]) -> None:
@@ -71,6 +73,8 @@ def test_started_again_it_is_met_again_and_mended_it_goes_on(jobs: tuple[Path, d
         [line.split("; ")[0] for line in outcomes[name][0].log.splitlines() if line.startswith("stopped:")]
         for name in (f"{stage}-{precision}-{poison}", "again")
     ]
-    assert said[0] == said[1] == [f"stopped: the gradient norm of step {AT + 1} is inf (samples 56 to 63)"]
+    assert (
+        said[0] == said[1] == [f"stopped: the gradient norm of step {AT + 1} is inf (samples {8 * AT} to {8 * AT + 7})"]
+    )
     nano.check(outcomes["mended"])
     assert nano.state(runs / "again" / "checkpoints" / f"step-{AT + 1}")["non_finite"] is None

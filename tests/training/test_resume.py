@@ -12,6 +12,8 @@ import pytest
 from tests.distributed.forked import Outcome, run_forked
 from tests.training import nano
 
+pytestmark = pytest.mark.timeout(900)  # one fixture runs every job of the file
+
 COMBINATIONS = [(stage, precision) for stage in range(4) for precision in ("fp32", "bf16")]
 GROWTH = 'training.batch_growth=[{"after_tokens": 3000, "global_batch_size": 16}]'
 

@@ -18,6 +18,8 @@ from tests.distributed.forked import Outcome, run_forked
 from tests.training import nano
 from tests.training.launched import Job
 
+pytestmark = pytest.mark.timeout(900)  # one fixture runs every job of the file
+
 TOTAL = 60
 STAGES = {"first": ["deepspeed.zero_stage=1"], "third": ["deepspeed.zero_stage=3", "training.precision=bf16"]}
 

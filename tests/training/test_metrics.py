@@ -1,0 +1,126 @@
+"""What a run tells: metrics.jsonl read back, TensorBoard read back by TensorBoard, and the console line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from minicpm_megatron.errors import UserError
+from minicpm_megatron.recipe import Recipe, load_recipe
+from minicpm_megatron.training.metrics import METRICS, MetricsLog, StepRecord, duration, human, read_metrics
+from tests.training import nano
+
+FLOPS, PEAK = 2e6, 4e9
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Recipe:
+    return load_recipe(nano.write_recipe(tmp_path), ["name=x", "logging.tensorboard=true", "logging.interval=2"])
+
+
+def record(step: int, loss: float = 3.0) -> StepRecord:
+    return StepRecord(
+        step=step, tokens=step * 1000, loss=loss, lr=0.01, gradient_norm=1.5, seconds=0.5, step_tokens=1000
+    )
+
+
+def write(folder: Path, recipe: Recipe, steps: range, loss: float = 3.0, **keywords: bool) -> None:
+    """Steps after `steps.start`, each with an evaluation."""
+    with MetricsLog(
+        folder, recipe, start=steps.start, total=10, flops_per_token=FLOPS, peak_flops=PEAK, **keywords
+    ) as log:
+        for step in range(steps.start + 1, steps.stop + 1):
+            log.step(record(step, loss), memory_bytes=2**30)
+            log.evaluation(step, step * 1000, {"en": {"loss_per_token": loss, "loss_per_byte": loss / 4}})
+        log.check()
+
+
+def scalars(folder: Path, tag: str) -> dict[int, float]:
+    board = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0})
+    board.Reload()
+    return {event.step: event.value for event in board.Scalars(tag)}
+
+
+def test_every_step_stands_once_with_rates_that_follow_from_its_time(recipe: Recipe, tmp_path: Path) -> None:
+    write(tmp_path, recipe, range(0, 3))
+    steps = read_metrics(tmp_path / METRICS)
+    assert [line["step"] for line in steps] == [1, 2, 3]
+    assert steps[1] == {
+        "kind": "train",
+        "step": 2,
+        "tokens": 2000,
+        "seconds": 0.5,
+        "loss": 3.0,
+        "lr": 0.01,
+        "gradient_norm": 1.5,
+        "tokens_per_second": 2000.0,
+        "model_flops_per_second": 2000.0 * FLOPS,
+        "utilisation": 1.0,
+        "memory_bytes": 2**30,
+    }
+    evaluations = read_metrics(tmp_path / METRICS, "evaluation")
+    assert [(line["step"], line["set"], line["loss_per_byte"]) for line in evaluations] == [
+        (1, "en", 0.75),
+        (2, "en", 0.75),
+        (3, "en", 0.75),
+    ]
+    assert scalars(tmp_path, "train/loss") == {1: 3.0, 2: 3.0, 3: 3.0}
+    assert scalars(tmp_path, "evaluation/en/loss_per_byte") == {1: 0.75, 2: 0.75, 3: 0.75}
+
+
+@pytest.mark.parametrize(("again", "kept"), [(False, [1, 2]), (True, [1])])
+def test_steps_done_again_replace_what_was_told_of_them(
+    again: bool, kept: list[int], recipe: Recipe, tmp_path: Path
+) -> None:
+    write(tmp_path, recipe, range(0, 4), loss=3.0)
+    with open(tmp_path / METRICS, "a") as handle:
+        handle.write('{"kind": "train", "step": 5, "lo')  # a kill in the middle of a line
+    write(tmp_path, recipe, range(2, 5), loss=2.0, evaluate_again=again)
+    told = [(line["step"], line["loss"]) for line in read_metrics(tmp_path / METRICS)]
+    assert told == [(1, 3.0), (2, 3.0), (3, 2.0), (4, 2.0), (5, 2.0)]
+    evaluations = [(line["step"], line["loss_per_token"]) for line in read_metrics(tmp_path / METRICS, "evaluation")]
+    assert evaluations == [(step, 3.0) for step in kept] + [(3, 2.0), (4, 2.0), (5, 2.0)]
+    assert all(json.loads(line) for line in (tmp_path / METRICS).read_text().splitlines())
+    assert scalars(tmp_path, "train/loss") == dict(told)
+
+
+def test_the_console_line_averages_over_the_steps_since_the_last(
+    recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path, recipe, range(0, 4))
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step")]
+    assert [line.split(" | ")[0] for line in lines] == ["step  1/10", "step  2/10", "step  4/10"]
+    assert lines[-1] == (
+        "step  4/10 | loss 3.0000 | lr 1.00e-02 | grad 1.500 | 4 k tokens | 2,000 tokens/s | 4 GFLOP/s (100%) | "
+        "1.00 GiB | ETA 0:00:03"
+    )
+
+
+def test_a_rank_that_does_not_write_leaves_no_trace(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
+    with MetricsLog(None, recipe, start=0, total=10, flops_per_token=FLOPS, peak_flops=PEAK) as log:
+        log.step(record(1), 0)
+        log.evaluation(1, 1000, {"en": {"loss_per_token": 1.0, "loss_per_byte": 1.0}})
+    assert capsys.readouterr().out == ""
+
+
+def test_a_place_that_cannot_be_written_is_told_when_asked(recipe: Recipe, tmp_path: Path) -> None:
+    (tmp_path / METRICS).mkdir()
+    with MetricsLog(tmp_path, recipe, start=0, total=10, flops_per_token=FLOPS, peak_flops=PEAK) as log:
+        log.step(record(1), 0)
+        with pytest.raises(UserError, match="cannot write metrics"):
+            log.check()
+
+
+def test_numbers_are_told_with_their_units() -> None:
+    assert [human(value) for value in (7, 1234, 2_500_000, 3e9, 4.5e12, 6e15)] == [
+        "7 ",
+        "1.23 k",
+        "2.5 M",
+        "3 G",
+        "4.5 T",
+        "6 P",
+    ]
+    assert [duration(seconds) for seconds in (0, 61.9, 3600, 360_000)] == ["0:00:00", "0:01:01", "1:00:00", "100:00:00"]

@@ -1,0 +1,74 @@
+"""What may change between two starts of a run, and what would rewrite its past."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from minicpm_megatron.errors import UserError
+from minicpm_megatron.recipe import load_recipe
+from minicpm_megatron.training.datasets import check_unchanged
+from minicpm_megatron.training.start import check_same_past
+from tests.training import nano
+
+DONE = 12  # steps: two of them in the decay
+REFUSED = {
+    "model.scale_depth=1.5": "model.scale_depth: was 1.4 in the 12 steps already done, and is 1.5 now",
+    "data.sequence_length=16": "data.sequence_length: was 32",
+    "data.train=[{prefix: elsewhere}]": "data.train",
+    "training.seed=5": "training.seed",
+    "training.precision=bf16": "training.precision: was 'fp32'",
+    "training.gradient_clipping=0.5": "training.gradient_clipping",
+    "optimizer.lr=0.004": "optimizer.lr: was 0.005",
+    "optimizer.betas=[0.9, 0.99]": "optimizer.betas",
+    "training.global_batch_size=16": "would have made step 1 read other samples",
+    "training.batch_growth=[{after_tokens: 2560, global_batch_size: 16}]": "would have made step 11 read other samples",
+    "schedule.warmup=3": "would have given step 1 the rate factor",
+    "schedule.total=30": "would have given step 11 the rate factor",
+    "schedule.decay_shape=cosine": "would have given step 11 the rate factor",
+}
+ALLOWED = [
+    "training.batch_growth=[{after_tokens: 3072, global_batch_size: 16}]",
+    "training.micro_batch_size=4",
+    "training.stop_after=15",
+    "deepspeed.zero_stage=3",
+    "parallel.tensor_model_parallel_size=2",
+    "checkpoint.interval=1",
+    "evaluation.interval=null",
+    "logging.interval=7",
+]
+
+
+@pytest.mark.parametrize("change", REFUSED)
+def test_what_would_have_made_other_steps_is_refused_by_name(change: str, tmp_path: Path) -> None:
+    path = nano.write_recipe(tmp_path)
+    before, now = (load_recipe(path, ["name=x", *overrides]) for overrides in ([], [change]))
+    with pytest.raises(UserError) as refusal:
+        check_same_past(before, now, DONE)
+    assert REFUSED[change] in str(refusal.value)
+    # where nothing was done yet, only the schedule and the batches are still free
+    if "would have" in REFUSED[change]:
+        check_same_past(before, now, 0)
+
+
+@pytest.mark.parametrize("change", ALLOWED)
+def test_what_decides_only_the_future_may_change(change: str, tmp_path: Path) -> None:
+    path = nano.write_recipe(tmp_path)
+    before, now = (load_recipe(path, ["name=x", *overrides]) for overrides in ([], [change]))
+    assert before != now
+    check_same_past(before, now, DONE)
+
+
+def test_the_stable_stage_may_be_made_longer_until_the_decay_has_begun(tmp_path: Path) -> None:
+    path = nano.write_recipe(tmp_path)
+    before, now = (load_recipe(path, ["name=x", f"schedule.total={total}"]) for total in (20, 500))
+    check_same_past(before, now, 10)
+    with pytest.raises(UserError, match="--from RUN@STEP"):
+        check_same_past(before, now, 11)
+
+
+def test_changed_data_is_refused_by_its_prefix() -> None:
+    check_unchanged({"a": "1", "b": "2"}, {"a": "1", "c": "3"})
+    with pytest.raises(UserError, match="b: the data changed since the checkpoint was saved"):
+        check_unchanged({"a": "1", "b": "2"}, {"a": "1", "b": "3"})
