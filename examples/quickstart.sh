@@ -18,11 +18,15 @@ step "2/6 a tokenizer: sentencepiece BPE with byte fallback"
   --input $RUN/corpus/en.jsonl $RUN/corpus/zh.jsonl $RUN/corpus/code.jsonl --vocab-size 8192 --output $RUN/tokenizer
 
 step "3/6 tokens in Megatron's .bin/.idx"
-tokens() { [ -e $RUN/data/$1.json ] || { local name=$1; shift
-  python tools/preprocess_data.py --input "$@" --tokenizer $RUN/tokenizer --output-prefix $RUN/data/$name --workers 2; }; }
 mkdir -p $RUN/data
-tokens train $RUN/corpus/en.jsonl $RUN/corpus/zh.jsonl $RUN/corpus/code.jsonl
-for language in en zh code; do tokens valid-$language $RUN/corpus/$language.valid.jsonl; done
+for language in en zh code; do
+  for part in train valid; do
+    text=$RUN/corpus/$language.jsonl
+    [ $part = train ] || text=$RUN/corpus/$language.valid.jsonl
+    [ -e $RUN/data/$part-$language.json ] || python tools/preprocess_data.py \
+      --input $text --tokenizer $RUN/tokenizer --output-prefix $RUN/data/$part-$language --workers 2
+  done
+done
 
 step "4/6 training under the deepspeed launcher: $RANKS processes, ZeRO 1, WSD schedule"
 if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -41,11 +42,26 @@ def unigram_entropy(prefix: str | Path) -> float:
     Raises:
         UserError: the corpus is empty or damaged.
     """
-    counts = token_counts(prefix)
-    total = int(counts.sum())
-    if not total:
-        raise UserError("holds no tokens", where=str(bin_path(prefix)), fix="tokenise some text")
-    shares = counts[counts > 0] / total
+    return blend_entropy([(prefix, 1.0)])
+
+
+def blend_entropy(sources: Sequence[tuple[str | Path, float]]) -> float:
+    """`unigram_entropy` of the stream in which (prefix, weight) are mixed by their weights.
+
+    It is above the mean of the corpora's own entropies: without context nobody knows which corpus a token is of.
+
+    Raises:
+        UserError: a corpus is empty or damaged.
+    """
+    mixed = np.zeros(0)
+    for prefix, weight in sources:
+        counts = token_counts(prefix)
+        if not counts.sum():
+            raise UserError("holds no tokens", where=str(bin_path(prefix)), fix="tokenise some text")
+        size = max(len(mixed), len(counts))
+        mixed = np.pad(mixed, (0, size - len(mixed)))
+        mixed[: len(counts)] += weight * counts / counts.sum()
+    shares = mixed[mixed > 0] / mixed.sum()
     return float(-(shares * np.log(shares)).sum())
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from minicpm_megatron.data.statistics import unigram_entropy
+from minicpm_megatron.data.statistics import blend_entropy
 from minicpm_megatron.methods.schedules import WSD, build_schedule
 from minicpm_megatron.recipe import BatchPlan, Recipe
 from minicpm_megatron.training.metrics import METRICS, read_metrics
@@ -19,7 +19,7 @@ def finish(folder: Path, recipe: Recipe) -> None:
     records = read_metrics(folder / METRICS)
     if not records:
         return
-    entropy = unigram_entropy_of(recipe)
+    entropy = blend_entropy([(source.prefix, source.weight) for source in recipe.data.train])
     draw_loss(folder, recipe, entropy)
     last = [record["loss"] for record in records[-10:]]
     loss = sum(last) / len(last)
@@ -51,13 +51,6 @@ def _evaluations(folder: Path) -> dict[str, list[tuple[int, float]]]:
     for record in read_metrics(folder / METRICS, "evaluation"):
         found.setdefault(record["set"], []).append((record["step"], record["loss_per_token"]))
     return found
-
-
-def unigram_entropy_of(recipe: Recipe) -> float:
-    """Unigram entropy of the training corpora in nats per token, averaged by their weights."""
-    weights = [source.weight for source in recipe.data.train]
-    values = [unigram_entropy(source.prefix) for source in recipe.data.train]
-    return sum(weight * value for weight, value in zip(weights, values, strict=True)) / sum(weights)
 
 
 def draw_loss(folder: Path, recipe: Recipe, entropy: float) -> Path:

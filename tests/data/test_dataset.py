@@ -15,7 +15,7 @@ from minicpm_megatron.data.indexed_format import open_index, token_dtype, write_
 from minicpm_megatron.data.megatron_dataset import open_indexed_dataset
 from minicpm_megatron.data.metadata import TokenMetadata, data_fingerprint, file_sha256, json_path, verify
 from minicpm_megatron.data.sampling import Permutation, batch, key
-from minicpm_megatron.data.statistics import bytes_per_token, token_counts, unigram_entropy
+from minicpm_megatron.data.statistics import blend_entropy, bytes_per_token, token_counts, unigram_entropy
 from minicpm_megatron.errors import UserError
 
 VOCAB_SIZE = 500
@@ -276,6 +276,11 @@ def test_statistics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # shares 1/2, 1/4, 1/8, 1/8: 1.75 bits
     assert unigram_entropy(prefix) == pytest.approx(1.75 * np.log(2), rel=1e-12)
     assert bytes_per_token(prefix) == 3.0
+    # no id in common: which corpus a token is of costs as much again as the weights are uncertain
+    other = write_tokens(tmp_path / "o", [[2, 3, 4, 5] * 3])
+    weights = -(0.75 * np.log(0.75) + 0.25 * np.log(0.25))
+    mixed = 0.75 * 1.75 * np.log(2) + 0.25 * np.log(4) + weights
+    assert blend_entropy([(prefix, 3.0), (other, 1.0)]) == pytest.approx(mixed, rel=1e-12)
     with pytest.raises(UserError, match="holds no tokens"):
         unigram_entropy(write_tokens(tmp_path / "empty", []))
     write_tokens(tmp_path / "negative", [[1, -2]], dtype="<i4")
