@@ -13,19 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from minicpm_megatron.convert.fused import Shape
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.storage.atomic import write_json
+from minicpm_megatron.storage.safetensors_file import open_safetensors, write_stream
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 _STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-_STORED_NAMES = {dtype: name for name, dtype in _STORED.items()}
-_HEADER_ALIGNMENT = 8
 _LARGEST_JSON = 256 * 2**20
 _HEADER_ALLOWANCE = 2**20
 
@@ -69,12 +67,7 @@ class WeightFolder:
 
     def _handle(self, path: Path) -> Any:
         if path not in self._open:
-            try:
-                self._open[path] = safe_open(path, framework="pt")
-            except FileNotFoundError:
-                raise UserError("shard is missing", where=str(path), fix="download it again") from None
-            except (SafetensorError, OSError) as error:
-                raise UserError(f"not a whole safetensors file: {error}", where=str(path)) from None
+            self._open[path] = open_safetensors(path, fix="download it again")
         return self._open[path]
 
     def names(self) -> list[str]:
@@ -129,11 +122,8 @@ def _weight_map(folder: Path) -> dict[str, str]:
                 raise UserError(f"weight_map names {file!r}, not a .safetensors file of this folder", where=str(index))
         return weight_map
     if (folder / SINGLE).exists():
-        try:
-            with safe_open(folder / SINGLE, framework="pt") as handle:
-                return dict.fromkeys(handle.keys(), SINGLE)
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"not a whole safetensors file: {error}", where=str(folder / SINGLE)) from None
+        with open_safetensors(folder / SINGLE, fix="download it again") as handle:
+            return dict.fromkeys(handle.keys(), SINGLE)
     pickled = sorted(p.name for p in folder.iterdir() if p.suffix in {".bin", ".pt", ".pth", ".ckpt"})
     if pickled:
         raise UserError(
@@ -187,37 +177,22 @@ def write_weights(
     stream = iter(tensors)
     shards = plan_shards(shapes, itemsize, max_bytes)
     for file, names in shards:
-        _write_shard(folder / file, stream, {name: shapes[name] for name in names}, dtype)
+        layout = {name: (DTYPES[dtype], tuple(shapes[name])) for name in names}
+        write_stream(folder / file, layout, _cast_each(stream, len(names), dtype), {"format": "pt"})
     total = itemsize * sum(torch.Size(shape).numel() for shape in shapes.values())
     weight_map = {name: file for file, names in shards for name in names}
     write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
     return [file for file, _ in shards]
 
 
-def _write_shard(
-    path: Path, stream: Iterator[tuple[str, torch.Tensor]], shapes: Mapping[str, Shape], dtype: str
-) -> None:
-    """One safetensors file: length of the header, header, data.
-
-    Written here because the library's writer wants the whole shard in memory, refuses tensors that share storage (a
-    tied head, the halves of a fused weight) and was measured at a fifth of the disk's speed.
-    """
-    target = DTYPES[dtype]
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, shape in shapes.items():
-        start, end = end, end + target.itemsize * torch.Size(shape).numel()
-        header[name] = {"dtype": _STORED_NAMES[target], "shape": list(shape), "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % _HEADER_ALIGNMENT)
-    with open(path, "wb") as handle:
-        handle.write(len(text).to_bytes(8, "little") + text)
-        for wanted, shape in shapes.items():
-            name, tensor = next(stream)
-            if name != wanted or tuple(tensor.shape) != tuple(shape):
-                raise ValueError(f"planned {wanted} {shape}, got {name} {tuple(tensor.shape)}")
-            handle.write(_cast(name, tensor, dtype).reshape(-1).view(torch.uint8).numpy().data)
-            del tensor  # or this name would hold it while the next one is read
+def _cast_each(
+    stream: Iterator[tuple[str, torch.Tensor]], count: int, dtype: str
+) -> Iterator[tuple[str, torch.Tensor]]:
+    for _ in range(count):
+        name, tensor = next(stream)
+        tensor = _cast(name, tensor, dtype)
+        yield name, tensor
+        del tensor  # or this name would hold it while the next one is read
 
 
 def _cast(name: str, tensor: torch.Tensor, dtype: str) -> torch.Tensor:

@@ -20,12 +20,13 @@ import numpy as np
 
 from minicpm_megatron.data.indexed_format import bin_path, idx_path, open_index, write_index
 from minicpm_megatron.data.megatron_dataset import open_indexed_dataset
-from minicpm_megatron.data.metadata import TokenMetadata, file_sha256, json_path
+from minicpm_megatron.data.metadata import TokenMetadata, json_path
 from minicpm_megatron.data.records import REASONS, Rejected
 from minicpm_megatron.data.tokenize_units import Setup, Unit, UnitResult, unit_file
 from minicpm_megatron.data.tokenizer import Tokenizer
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.storage.atomic import atomic_file, fsync_directory
+from minicpm_megatron.storage.checksum import file_sha256
 
 SHOWN_REJECTIONS = 3
 """Rejected records shown on standard error for each class; all are in PREFIX.rejected.jsonl."""

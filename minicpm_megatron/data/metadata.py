@@ -15,9 +15,9 @@ from typing import Any
 from minicpm_megatron.data.indexed_format import bin_path, idx_path
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.storage.atomic import write_json
+from minicpm_megatron.storage.checksum import file_sha256
 
 FORMAT = "minicpm_megatron tokens 1"
-_BLOCK = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -86,15 +86,6 @@ def read_metadata(prefix: str | Path) -> TokenMetadata | None:
             f"not of the form {FORMAT!r}", where=str(path), fix="run preprocess_data.py again with --overwrite"
         )
     return TokenMetadata(**value)
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, read in blocks."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as handle:
-        while block := handle.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def data_fingerprint(prefix: str | Path) -> str:

@@ -14,13 +14,13 @@ from typing import Any
 
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.storage.atomic import write_bytes
+from minicpm_megatron.storage.checksum import file_sha256
 from minicpm_megatron.storage.safetensors_file import FileRecord
 
 MANIFEST = "manifest.json"
 CHECKSUM = "checksum"
 FORMAT = "minicpm_megatron checkpoint 1"
 LIBRARIES = ("minicpm_megatron", "torch", "deepspeed", "megatron-core", "numpy", "safetensors")
-_BLOCK = 1 << 22
 
 
 class Unreadable(UserError):
@@ -113,15 +113,6 @@ def problems(folder: Path) -> list[str]:
 
 def _unreadable(path: Path, error: OSError) -> Unreadable:
     return Unreadable(f"cannot be read: {error.strerror or error}", where=str(path), fix="check the disk and try again")
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file in hex, read in blocks."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as handle:
-        while block := handle.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _checksum(content: dict[str, Any]) -> str:

@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.storage.atomic import fsync_directory
 from minicpm_megatron.storage.manifest import read_manifest, records, write_manifest
-from minicpm_megatron.storage.safetensors_file import FileRecord, write_safetensors
+from minicpm_megatron.storage.safetensors_file import FileRecord, open_safetensors, write_safetensors
 
 TABLE = "fragments"
 RANK_TENSOR = "rank/"
@@ -164,12 +164,7 @@ class CheckpointReader:
 
     def _handle(self, path: Path) -> Any:
         if path not in self._open:
-            try:
-                self._open[path] = safe_open(path, framework="pt")
-            except FileNotFoundError:
-                raise UserError("missing", where=str(path), fix="restore it or use another checkpoint") from None
-            except (SafetensorError, OSError) as error:
-                raise UserError(f"not a whole safetensors file: {error}", where=str(path)) from None
+            self._open[path] = open_safetensors(path, fix="restore it or use another checkpoint")
         return self._open[path]
 
     def _read_table(self, path: Path) -> None:

@@ -128,7 +128,7 @@ def test_shards(folder: Path) -> None:
     with pytest.raises(UserError, match=f"{shards[1].name}: not a whole safetensors file"):
         open_source(folder)
     shards[1].unlink()
-    with pytest.raises(UserError, match=f"{shards[1].name}: shard is missing"):
+    with pytest.raises(UserError, match=f"{shards[1].name}: missing; download it again"):
         open_source(folder)
     shards[1].write_bytes(shards[0].read_bytes())
     with pytest.raises(UserError, match=f"{shards[1].name}: tensor .* is listed in the index and not in the file"):

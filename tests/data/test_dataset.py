@@ -13,10 +13,11 @@ import pytest
 from minicpm_megatron.data.dataset import Blend, TokenDataset, open_training_data
 from minicpm_megatron.data.indexed_format import open_index, token_dtype, write_index
 from minicpm_megatron.data.megatron_dataset import open_indexed_dataset
-from minicpm_megatron.data.metadata import TokenMetadata, data_fingerprint, file_sha256, json_path, verify
+from minicpm_megatron.data.metadata import TokenMetadata, data_fingerprint, json_path, verify
 from minicpm_megatron.data.sampling import Permutation, batch, key
 from minicpm_megatron.data.statistics import blend_entropy, bytes_per_token, token_counts, unigram_entropy
 from minicpm_megatron.errors import UserError
+from minicpm_megatron.storage.checksum import file_sha256
 
 VOCAB_SIZE = 500
 

@@ -22,7 +22,8 @@ import yaml
 from minicpm_megatron.cli import entry
 from minicpm_megatron.cli.train import main
 from minicpm_megatron.data.indexed_format import bin_path, idx_path, token_dtype, write_index
-from minicpm_megatron.data.metadata import TokenMetadata, file_sha256, json_path
+from minicpm_megatron.data.metadata import TokenMetadata, json_path
+from minicpm_megatron.storage.checksum import file_sha256
 from minicpm_megatron.training import report
 from minicpm_megatron.training.batches import BatchReader
 from minicpm_megatron.training.metrics import METRICS, read_metrics
