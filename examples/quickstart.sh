@@ -39,7 +39,7 @@ step "5/6 export to Hugging Face (Llama layout: any Llama runtime loads it)"
 python tools/convert_checkpoint.py --input $RUN --to llama --output $RUN/hf-llama --overwrite
 
 step "6/6 generated text, by stock transformers"
-for prompt in "The function returns" "子曰：" "def __init__(self"; do
+for prompt in "The method" "子曰：“" "def __init__(self"; do
   python tools/generate.py --checkpoint $RUN/hf-llama --prompt "$prompt" --max-new-tokens 48 --temperature 0.5 --seed 1
 done
 

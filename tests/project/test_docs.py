@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from minicpm_megatron.data.records import REASONS
+
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 SCRIPTS = [*sorted((ROOT / "tools").glob("*.py")), ROOT / "examples" / "train.py"]
@@ -49,3 +51,8 @@ def test_modules_named_in_the_docs_exist():
             r"`(?:minicpm_megatron/)?((?:\w+/)+\w+\.(?:py|yaml|sh))`", page.read_text(encoding="utf-8")
         ):
             assert any((base / name).exists() for base in (ROOT, ROOT / "minicpm_megatron")), f"{page.name}: {name}"
+
+
+def test_every_class_of_rejected_records_is_explained():
+    table = (ROOT / "docs" / "tokens.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^\| `([a-z0-9_]+)` \|", table, re.M)) == set(REASONS)
