@@ -25,6 +25,8 @@ OWNED = {
     "fp16.enabled": "training.precision",
     "zero_optimization.stage": "deepspeed.zero_stage",
     "data_types.grad_accum_dtype": "training.precision",
+    "pipeline.pipe_partitioned": "parallel.sequence_parallel",
+    "pipeline.grad_partitioned": "parallel.sequence_parallel",
 }
 REFUSED = {
     "scheduler": "DeepSpeed's schedulers set one rate for all muP groups; use the recipe's schedule section",
@@ -70,6 +72,11 @@ def _from_recipe(recipe: Recipe, layout: Layout) -> dict[str, Any]:
     if stage > 0 and training.precision == "bf16":
         # sums of many bf16 gradients lose the small ones
         config["data_types"] = {"grad_accum_dtype": "fp32"}
+    if recipe.parallel.pipeline_model_parallel_size > 1:
+        # DeepSpeed sends each tensor-parallel rank's share of a hidden state that it takes for the same on all of
+        # them, which under sequence parallelism it is not
+        alike = recipe.parallel.tensor_model_parallel_size > 1 and not recipe.parallel.sequence_parallel
+        config["pipeline"] = {"pipe_partitioned": alike, "grad_partitioned": alike}
     return config
 
 

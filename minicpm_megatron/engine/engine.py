@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,8 @@ from minicpm_megatron.model.sharding import named_shards
 from minicpm_megatron.parallel import device
 from minicpm_megatron.parallel.groups import MegatronMPU
 from minicpm_megatron.recipe import Layout, Recipe
+
+MicroBatch = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class Engine:
     """The model of one rank with its optimizer under DeepSpeed.
 
     Args:
-        model: a MiniCPMModel with its initial weights, on this rank's device.
+        model: a MiniCPMModel on this rank's device.
         config: the model's config.
         recipe, layout: what is run, and on how many ranks.
     """
@@ -62,11 +65,15 @@ class Engine:
             groups, lr=recipe.optimizer.lr, betas=recipe.optimizer.betas, eps=recipe.optimizer.eps, fused=True
         )
         self.deepspeed, _, _, _ = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=self.deepspeed_config, mpu=MegatronMPU(), dist_init_required=False
+            model=model, optimizer=optimizer, config=self.deepspeed_config, mpu=self._mpu(), dist_init_required=False
         )
         _undo_first_step(self.deepspeed.optimizer)
         self._clips_itself = clips_itself(recipe)
         self.check_rates(1.0)
+
+    @staticmethod
+    def _mpu() -> Any:
+        return MegatronMPU()
 
     @property
     def optimizer(self) -> Any:
@@ -97,6 +104,28 @@ class Engine:
             self.deepspeed.set_train_batch_size(samples)
         return self.deepspeed.gradient_accumulation_steps()
 
+    def accumulate(self, micro_batches: Iterable[MicroBatch], count: int) -> torch.Tensor:
+        """Forward and backward of one step's micro-batches.
+
+        Args:
+            micro_batches: `count` pairs (tokens, labels), int64 [b, s] each.
+
+        Returns:
+            Mean of their losses in nats per token, fp32, of this data-parallel rank alone or of all.
+        """
+        total = torch.zeros((), device=device.device())
+        for number, (tokens, labels) in enumerate(micro_batches, 1):
+            loss = self.losses(tokens, labels).mean()
+            total += loss.detach() / count
+            self.backward(loss)
+            if number < count:
+                self.deepspeed.step()  # ends a micro-batch that is not the last of its step
+        return total
+
+    def loss_sum(self, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Sum of the losses of a batch's tokens, fp64, without gradients."""
+        return self.losses(tokens, labels).double().sum()
+
     def losses(self, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Cross-entropy in nats of every token: int64 [b, s] and [b, s] -> fp32 [b, s]."""
         return self.deepspeed(tokens, labels=labels)
@@ -105,16 +134,12 @@ class Engine:
         """Backward of one micro-batch's mean loss (averaged over accumulation and data-parallel ranks)."""
         self.deepspeed.backward(loss)
 
-    def advance(self) -> None:
-        """End a micro-batch that is not the last of its step."""
-        self.deepspeed.step()
-
     def step(self) -> Update:
         """End the last micro-batch of a step: clip, and update unless a gradient is not finite."""
         if self._clips_itself:
             return self._step_unwrapped()
         skipped = self.deepspeed.skipped_steps
-        self.deepspeed.step()
+        self._update()
         applied = self.deepspeed.skipped_steps == skipped
         norm = self.deepspeed.get_global_grad_norm()
         value = float("nan") if norm is None else float(norm)
@@ -131,8 +156,11 @@ class Engine:
         limit = self.recipe.training.gradient_clipping
         if limit and norm > limit:
             torch._foreach_mul_(gradients, limit / norm)
-        self.deepspeed.step()
+        self._update()
         return Update(norm, applied=True)
+
+    def _update(self) -> None:
+        self.deepspeed.step()
 
     def train(self) -> None:
         """Training mode."""
@@ -144,13 +172,17 @@ class Engine:
 
 
 def _gradient_norm(parameters: list[torch.nn.Parameter]) -> float:
-    """2-norm over tensor-parallel ranks; a parameter that every rank holds is counted once."""
+    """2-norm over the ranks of one copy of the model; a parameter that several of them hold is counted once."""
     rank = parallel_state.get_tensor_model_parallel_rank()
-    mine: list[Any] = [p.grad for p in parameters if rank == 0 or getattr(p, "tensor_model_parallel", False)]
+    mine: list[Any] = [
+        p.grad
+        for p in parameters
+        if (rank == 0 or getattr(p, "tensor_model_parallel", False)) and not getattr(p, "ds_pipe_replicated", False)
+    ]
     square = torch.zeros((), dtype=torch.float32, device=device.device())
     if mine:
         square = torch.stack(torch._foreach_norm(mine)).square().sum()
-    dist.all_reduce(square, group=parallel_state.get_tensor_model_parallel_group())
+    dist.all_reduce(square, group=parallel_state.get_model_parallel_group())
     return float(square.sqrt())
 
 

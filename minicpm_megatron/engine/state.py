@@ -53,6 +53,8 @@ class EngineState:
         """What this rank must save: together the ranks' fragments hold every element once."""
         first_replica = parallel_state.get_data_parallel_rank() == 0
         for parameter, spec in self._parameters():
+            if getattr(parameter, "ds_pipe_replicated", False):  # the first stage saves what the last ties to
+                continue
             if spec.dim is None and parallel_state.get_tensor_model_parallel_rank() != 0:
                 continue
             for piece in self._pieces(parameter):

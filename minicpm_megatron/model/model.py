@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from megatron.core import parallel_state, tensor_parallel
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from minicpm_megatron.model.config import MiniCPMConfig
 from minicpm_megatron.model.layer_spec import get_minicpm_block_spec
+from minicpm_megatron.model.loss import token_losses
 
 
 class MiniCPMModel(GPTModel):
@@ -59,15 +58,5 @@ class MiniCPMModel(GPTModel):
         return super().forward(input_ids, position_ids, attention_mask, **keywords)
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
-        """Cross-entropy of [s, b, local vocabulary] logits against [b, s] labels: fp32 [b, s] in nats."""
-        logits = logits.float()
-        padding = self._padding_columns(logits.size(-1))
-        if padding:
-            logits[..., -padding:] = torch.finfo(logits.dtype).min
-        losses = tensor_parallel.vocab_parallel_cross_entropy(logits, labels.transpose(0, 1).contiguous())
-        return losses.transpose(0, 1).contiguous()
-
-    def _padding_columns(self, local_columns: int) -> int:
-        """How many of this rank's last vocabulary columns stand for no token."""
-        first = parallel_state.get_tensor_model_parallel_rank() * local_columns
-        return local_columns - min(local_columns, max(0, self.config.vocab_size - first))
+        """`loss.token_losses` of [s, b, local vocabulary] logits against [b, s] labels."""
+        return token_losses(self.config, logits, labels)

@@ -84,8 +84,14 @@ def global_name(model: torch.nn.Module, config: MiniCPMConfig, name: str) -> str
     """The name that a parameter of this pipeline stage has in the whole model.
 
     Layers are numbered from the model's first, and the copy of a tied embedding that the last stage keeps for the LM
-    head is the embedding.
+    head is the embedding. A module of `model.pipeline` knows itself what it is of the whole.
     """
+    parts = name.split(".")
+    for cut in range(1, len(parts)):
+        prefix: Any = getattr(model.get_submodule(".".join(parts[:cut])), "global_prefix", None)
+        if prefix is not None:
+            here, whole = prefix
+            return str(whole) + ".".join(parts[cut:]).removeprefix(here)
     if name == "output_layer.weight" and not config.untie_embeddings_and_output_weights:
         return "embedding.word_embeddings.weight"
     if not name.startswith(LAYERS):

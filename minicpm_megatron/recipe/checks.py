@@ -79,6 +79,7 @@ def check_recipe(recipe: Recipe) -> None:
         UserError: naming the dotted field at fault and what to do.
     """
     _check_tensor_parallel(recipe)
+    _check_pipeline(recipe)
     refuse_unless(
         recipe.data.sequence_length <= recipe.model.max_position_embeddings,
         "data.sequence_length",
@@ -116,6 +117,32 @@ def _check_tensor_parallel(recipe: Recipe) -> None:
             f"{recipe.data.sequence_length} tokens do not divide over {size} tensor-parallel ranks,"
             " as parallel.sequence_parallel wants",
             f"give a multiple of {size}",
+        )
+
+
+def _check_pipeline(recipe: Recipe) -> None:
+    stages, layers = recipe.parallel.pipeline_model_parallel_size, recipe.parallel.pipeline_layers
+    refuse_unless(
+        stages <= recipe.model.num_layers,
+        "parallel.pipeline_model_parallel_size",
+        f"{stages} stages are more than the {recipe.model.num_layers} layers",
+        f"give at most {recipe.model.num_layers}",
+    )
+    if layers is not None:
+        refuse_unless(
+            len(layers) == stages and sum(layers) == recipe.model.num_layers,
+            "parallel.pipeline_layers",
+            f"{list(layers)} are {sum(layers)} layers on {len(layers)} stages, and the model has"
+            f" {recipe.model.num_layers} on {stages}",
+            "give one number a stage that add up, or null",
+        )
+    if stages > 1:
+        bf16 = recipe.training.precision == "bf16"
+        refuse_unless(
+            recipe.deepspeed.zero_stage <= 1 and not (bf16 and recipe.deepspeed.zero_stage == 0),
+            "deepspeed.zero_stage",
+            f"a pipeline cannot run with ZeRO {recipe.deepspeed.zero_stage} in {recipe.training.precision}",
+            "set it to 1",
         )
 
 
@@ -202,10 +229,9 @@ def check_trainable(recipe: Recipe) -> None:
     """Refuse what a recipe can describe, and a dry run can count, but the trainer cannot run yet.
 
     Raises:
-        UserError: pipeline, context or expert parallelism, or a mixture of experts, is asked for.
+        UserError: context or expert parallelism, or a mixture of experts, is asked for.
     """
     for field, size in (
-        ("parallel.pipeline_model_parallel_size", recipe.parallel.pipeline_model_parallel_size),
         ("parallel.context_parallel_size", recipe.parallel.context_parallel_size),
         ("parallel.expert_model_parallel_size", recipe.parallel.expert_model_parallel_size),
     ):

@@ -129,7 +129,9 @@ class ParallelRecipe(Section):
     tensor_model_parallel_size: Count = 1
     """Ranks that share each matrix and the vocabulary."""
     pipeline_model_parallel_size: Count = 1
-    """Ranks that share the layers in order (more than 1 not yet supported in training)."""
+    """Ranks that share the layers in order."""
+    pipeline_layers: Annotated[tuple[Count, ...], Field(strict=False)] | None = None
+    """Transformer layers on each pipeline stage; null: as even in parameters as can be, embedding and head counted."""
     context_parallel_size: Count = 1
     """Ranks that share each sequence (more than 1 not yet supported in training)."""
     expert_model_parallel_size: Count = 1

@@ -40,10 +40,10 @@ def evaluate(engine: Engine, sets: dict[str, HeldOut]) -> dict[str, dict[str, fl
         for batch in range(held_out.batches):
             first = batch * held_out.global_batch_size
             for tokens, labels in held_out.reader.micro_batches(first, held_out.global_batch_size):
-                total += engine.losses(tokens, labels).double().sum()
+                total += engine.loss_sum(tokens, labels)
                 count += tokens.numel()
         both = torch.stack([total, count])
-        # tensor-parallel ranks hold the same tokens: numerator and denominator grow alike
+        # ranks of one copy of the model see the same tokens: numerator and denominator grow alike
         dist.all_reduce(both)
         per_token = float(both[0] / both[1])
         results[name] = {"loss_per_token": per_token, "loss_per_byte": per_token / held_out.bytes_per_token}

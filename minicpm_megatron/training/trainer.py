@@ -11,13 +11,12 @@ import torch
 import torch.distributed as dist
 
 from minicpm_megatron.checkpoint import Checkpointer
-from minicpm_megatron.engine.engine import Engine
+from minicpm_megatron.engine.build import build_engine, build_model
 from minicpm_megatron.engine.state import EngineState
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.methods.schedules import build_schedule
 from minicpm_megatron.model.config import MiniCPMConfig
 from minicpm_megatron.model.initialize import initialize_parameters
-from minicpm_megatron.model.model import MiniCPMModel
 from minicpm_megatron.parallel import device, groups
 from minicpm_megatron.recipe import BatchPlan, Recipe, build, count_parameters, dump_recipe, recipe_hash
 from minicpm_megatron.storage.atomic import write_bytes, write_json
@@ -67,12 +66,12 @@ class Trainer:
             precision=recipe.training.precision,
             recompute=recipe.training.recompute,
         )
-        model = MiniCPMModel(self.config)
+        model = build_model(self.config, recipe)
         newest = self.checkpointer.find_latest()
         loads = newest or (branch[0] if branch else None)
         if loads is None:
             initialize_parameters(model, self.config, recipe.training.seed)
-        self.engine = Engine(model, self.config, recipe, self.layout)
+        self.engine = build_engine(model, self.config, recipe, self.layout)
         self.state = EngineState(self.engine)
         self.schedule, self.plan = build_schedule(recipe.schedule), BatchPlan(recipe)
         self.step = 0
@@ -149,13 +148,7 @@ class Trainer:
         accumulation = self.engine.set_global_batch_size(samples)
         factor = self.schedule.factor(self.plan.position(self.step))
         self.engine.set_rates(factor)
-        loss = torch.zeros((), device=device.device())
-        for number, (tokens, labels) in enumerate(reader.micro_batches(self.plan.samples(self.step), samples), 1):
-            micro_loss = self.engine.losses(tokens, labels).mean()
-            loss += micro_loss.detach() / accumulation
-            self.engine.backward(micro_loss)
-            if number < accumulation:
-                self.engine.advance()
+        loss = self.engine.accumulate(reader.micro_batches(self.plan.samples(self.step), samples), accumulation)
         verdict = guards.exchange(loss, signals.requested() or log.failure is not None)
         if not math.isfinite(verdict.loss):
             self._stop_non_finite("loss", verdict.loss, samples)

@@ -76,7 +76,17 @@ CASES: dict[str, tuple[list[str] | Callable[[Path], list[str]], str]] = {
     "no such preset": (["preset=minicpm-huge"], "minicpm-huge"),
     "heads that TP does not divide": (["parallel.tensor_model_parallel_size=3"], "parallel.tensor_model_parallel_size"),
     "TP on too few ranks": (["parallel.tensor_model_parallel_size=2"], "rank"),
-    "pipeline, not yet trainable": (["parallel.pipeline_model_parallel_size=2"], "pipeline"),
+    "a pipeline on too few ranks": (["parallel.pipeline_model_parallel_size=2"], "1 ranks do not divide"),
+    "more stages than layers": (["parallel.pipeline_model_parallel_size=3"], "3 stages are more than the 2 layers"),
+    "stages that do not add up": (
+        ["parallel.pipeline_model_parallel_size=2", "parallel.pipeline_layers=[2, 2]"],
+        "[2, 2] are 4 layers on 2 stages, and the model has 2 on 2",
+    ),
+    "a pipeline with ZeRO 3": (
+        ["parallel.pipeline_model_parallel_size=2", "deepspeed.zero_stage=3"],
+        "a pipeline cannot run with ZeRO 3",
+    ),
+    "context parallelism, not yet trainable": (["parallel.context_parallel_size=2"], "parallel.context_parallel_size"),
     "vocabulary smaller than the data's": (["model.vocab_size=300"], "train.bin: made for a vocabulary of 512"),
     "no such data": (["data.train=[{prefix: nowhere/at-all}]"], "nowhere/at-all"),
     "samples longer than the model": (["data.sequence_length=4096"], "data.sequence_length"),

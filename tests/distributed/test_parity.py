@@ -37,9 +37,25 @@ TWO = {
     "ZeRO 1 accumulation 2": {"zero": 1, "micro": 2},
     "TP2 SP recompute": {"tp": 2, "sp": True, "recompute": "full"},
     "TP2 ZeRO 3": {"tp": 2, "zero": 3},
+    "PP2": {"pp": 2, "micro": 2},
+    "PP2 ZeRO 1 recompute": {"pp": 2, "zero": 1, "micro": 2, "recompute": "full"},
 }
-FOUR = {"TP2 DP2 ZeRO 1": {"tp": 2, "zero": 1}, "TP2 SP DP2 ZeRO 2": {"tp": 2, "sp": True, "zero": 2}}
+FOUR = {
+    "TP2 DP2 ZeRO 1": {"tp": 2, "zero": 1},
+    "TP2 SP DP2 ZeRO 2": {"tp": 2, "sp": True, "zero": 2},
+    "PP2 DP2 ZeRO 1": {"pp": 2, "zero": 1, "micro": 2},
+    "PP2 TP2": {"pp": 2, "tp": 2, "micro": 2},
+    "PP2 TP2 SP ZeRO 1": {"pp": 2, "tp": 2, "sp": True, "zero": 1, "micro": 2},
+}
 BF16_TWO = {f"bf16 ZeRO {stage}": {"zero": stage, "precision": "bf16"} for stage in range(4)}
+BF16_TWO |= {"bf16 PP2 ZeRO 1": {"pp": 2, "zero": 1, "micro": 2, "precision": "bf16"}}
+UNTIED = {"TP2 SP": {"tp": 2, "sp": True}, "ZeRO 3": {"zero": 3}, "PP2": {"pp": 2, "micro": 2}}
+UNEVEN = {
+    "PP4 by parameters": {"pp": 4, "micro": 2},
+    "PP4 of 2, 1, 1, 1": {"pp": 4, "micro": 1, "zero": 1, "layers": [2, 1, 1, 1]},
+    "bf16 PP4": {"pp": 4, "micro": 2, "zero": 1, "precision": "bf16"},
+    "PP2 DP2 of 1, 4": {"pp": 2, "micro": 2, "zero": 1, "layers": [1, 4]},
+}
 
 
 def samples(step: int) -> np.ndarray:
@@ -52,18 +68,19 @@ def samples(step: int) -> np.ndarray:
     return rows
 
 
-def train(layouts: dict[str, dict[str, Any]], untied: bool = False) -> dict[str, list[list[float]]]:
+def train(
+    layouts: dict[str, dict[str, Any]], untied: bool = False, num_layers: int = 2
+) -> dict[str, list[list[float]]]:
     """Layout -> [loss, gradient norm] of every step."""
     import torch
     import torch.distributed as dist
     from megatron.core import parallel_state
 
     from minicpm_megatron.data.sampling import batch
-    from minicpm_megatron.engine.engine import Engine
+    from minicpm_megatron.engine.build import build_engine, build_model
     from minicpm_megatron.methods.schedules import build_schedule
     from minicpm_megatron.model.config import MiniCPMConfig
     from minicpm_megatron.model.initialize import initialize_parameters
-    from minicpm_megatron.model.model import MiniCPMModel
     from minicpm_megatron.parallel import groups
     from minicpm_megatron.recipe import BatchPlan, build
 
@@ -71,7 +88,7 @@ def train(layouts: dict[str, dict[str, Any]], untied: bool = False) -> dict[str,
     results = {}
     for name, case in layouts.items():
         tensor_parallel, precision = case.get("tp", 1), case.get("precision", "fp32")
-        replicas = world // tensor_parallel
+        replicas = world // (tensor_parallel * case.get("pp", 1))
         recipe = build(
             {
                 "name": "parity",
@@ -79,12 +96,15 @@ def train(layouts: dict[str, dict[str, Any]], untied: bool = False) -> dict[str,
                 "model": {
                     "vocab_size": VOCABULARY,
                     "dim_model_base": 64,
+                    "num_layers": num_layers,
                     "untie_embeddings_and_output_weights": untied,
                 },
                 "data": {"train": [{"prefix": "unused"}], "sequence_length": SEQUENCE},
                 "parallel": {
                     "tensor_model_parallel_size": tensor_parallel,
                     "sequence_parallel": case.get("sp", False),
+                    "pipeline_model_parallel_size": case.get("pp", 1),
+                    "pipeline_layers": case.get("layers"),
                 },
                 "training": {
                     "global_batch_size": BATCH,
@@ -104,9 +124,9 @@ def train(layouts: dict[str, dict[str, Any]], untied: bool = False) -> dict[str,
         config = MiniCPMConfig.from_recipe(
             recipe.model, recipe.parallel, precision=precision, recompute=recipe.training.recompute
         )
-        model = MiniCPMModel(config)
+        model = build_model(config, recipe)
         initialize_parameters(model, config, seed=3)
-        engine = Engine(model, config, recipe, layout)
+        engine = build_engine(model, config, recipe, layout)
         schedule, plan = build_schedule(recipe.schedule), BatchPlan(recipe)
         engine.train()
         lines = []
@@ -114,14 +134,10 @@ def train(layouts: dict[str, dict[str, Any]], untied: bool = False) -> dict[str,
             engine.set_rates(schedule.factor(plan.position(step)))
             rows = samples(step)
             mine = batch(0, BATCH, parallel_state.get_data_parallel_rank(), replicas, recipe.training.micro_batch_size)
-            total = torch.zeros(())
-            for number, indices in enumerate(mine, 1):
-                both = torch.from_numpy(rows[indices])
-                loss = engine.losses(both[:, :-1].contiguous(), both[:, 1:].contiguous()).mean()
-                total += loss.detach() / len(mine)
-                engine.backward(loss)
-                if number < len(mine):
-                    engine.advance()
+            batches = (torch.from_numpy(rows[indices]) for indices in mine)
+            total = engine.accumulate(
+                ((both[:, :-1].contiguous(), both[:, 1:].contiguous()) for both in batches), len(mine)
+            )
             update = engine.step()
             dist.all_reduce(total)
             lines.append([float(total) / world, update.gradient_norm])
@@ -162,7 +178,16 @@ def test_every_layout_gives_the_same_run(reference, world, layouts):
 
 def test_an_untied_head_gives_the_same_run():
     whole = _train(1, {"1 process": {}}, untied=True)["1 process"]
-    for name, lines in _train(2, {"TP2 SP": {"tp": 2, "sp": True}, "ZeRO 3": {"zero": 3}}, untied=True).items():
+    for name, lines in _train(2, UNTIED, untied=True).items():
+        assert agreement(whole, lines) >= DIGITS, name
+
+
+def test_layers_that_stages_do_not_divide_give_the_same_run():
+    whole = _train(1, {"1 process": {}}, num_layers=5)["1 process"]
+    results = _train(4, UNEVEN, num_layers=5)
+    low = results.pop("bf16 PP4")
+    assert max(abs(a[0] - b[0]) / a[0] for a, b in zip(whole, low, strict=True)) < BF16_TOLERANCE
+    for name, lines in results.items():
         assert agreement(whole, lines) >= DIGITS, name
 
 

@@ -14,7 +14,7 @@ from tests.training import nano
 
 pytestmark = pytest.mark.timeout(900)  # one fixture runs every job of the file
 
-COMBINATIONS = [(stage, precision) for stage in range(4) for precision in ("fp32", "bf16")]
+COMBINATIONS = [(stage, precision) for stage in (0, 1, 2, 3, "pipeline") for precision in ("fp32", "bf16")]
 GROWTH = 'training.batch_growth=[{"after_tokens": 3000, "global_batch_size": 16}]'
 
 
@@ -25,7 +25,10 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list
     recipe = nano.write_recipe(folder)
     cases: dict[str, dict[str, Any]] = {}
     for stage, precision in COMBINATIONS:
-        key, overrides = f"{stage}-{precision}", [f"deepspeed.zero_stage={stage}", f"training.precision={precision}"]
+        key, overrides = f"{stage}-{precision}", [f"training.precision={precision}"]
+        overrides.append(
+            "parallel.pipeline_model_parallel_size=2" if stage == "pipeline" else f"deepspeed.zero_stage={stage}"
+        )
         # the second of each: saved in mid-decay, where the batch has grown, and killed on the other rank
         extra = {"kill_at": 13, "kill_rank": 1}
         if precision == "bf16":
@@ -34,12 +37,13 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list
         cases[f"whole {key}"] = nano.case(recipe, f"whole-{key}", *overrides)
         cases[f"killed {key}"] = nano.case(recipe, f"cut-{key}", *overrides, **extra)
         cases[f"resumed {key}"] = nano.case(recipe, f"cut-{key}", *overrides)
-    for name, ranks, overrides in (
-        ("tp2", 2, ["parallel.tensor_model_parallel_size=2"]),
-        ("zero3", 2, ["deepspeed.zero_stage=3"]),
-        ("alone", 1, []),
+    for name, ranks, origin, overrides in (
+        ("tp2", 2, "1", ["parallel.tensor_model_parallel_size=2"]),
+        ("zero3", 2, "1", ["deepspeed.zero_stage=3"]),
+        ("alone", 1, "pipeline", []),
+        ("pp2", 2, "3", ["parallel.pipeline_model_parallel_size=2"]),
     ):
-        begun = str(folder / "runs" / "whole-1-fp32" / "checkpoints" / "step-10")
+        begun = str(folder / "runs" / f"whole-{origin}-fp32" / "checkpoints" / "step-10")
         cases[name] = nano.case(recipe, name, *overrides, ranks=ranks, begin_with=begun)
     outcomes = run_forked("tests.training.nano:train", list(cases.values()))
     return folder / "runs", dict(zip(cases, outcomes, strict=True))
@@ -47,7 +51,7 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list
 
 @pytest.mark.parametrize(("stage", "precision"), COMBINATIONS)
 def test_a_killed_run_goes_on_bit_for_bit(
-    stage: int, precision: str, jobs: tuple[Path, dict[str, list[Outcome]]]
+    stage: int | str, precision: str, jobs: tuple[Path, dict[str, list[Outcome]]]
 ) -> None:
     runs, outcomes = jobs
     key = f"{stage}-{precision}"
@@ -72,17 +76,19 @@ def test_a_killed_run_goes_on_bit_for_bit(
     assert curve[-1] < curve[0] - 0.3
 
 
-@pytest.mark.parametrize("name", ["tp2", "zero3", "alone"])
+@pytest.mark.parametrize("name", ["tp2", "zero3", "alone", "pp2"])
 def test_another_layout_goes_on_from_the_same_checkpoint(
     name: str, jobs: tuple[Path, dict[str, list[Outcome]]]
 ) -> None:
     runs, outcomes = jobs
     nano.check(outcomes[name])
     layout = json.loads((runs / name / "checkpoints" / "step-20" / "manifest.json").read_text())["layout"]
-    assert (layout["world_size"], layout["tensor_model_parallel_size"], layout["zero_stage"]) == {
-        "tp2": (2, 2, 1),
-        "zero3": (2, 1, 3),
-        "alone": (1, 1, 1),
+    sizes = ("world_size", "tensor_model_parallel_size", "pipeline_model_parallel_size", "zero_stage")
+    assert [layout[size] for size in sizes] == {
+        "tp2": [2, 2, 1, 1],
+        "zero3": [2, 1, 1, 3],
+        "alone": [1, 1, 1, 1],
+        "pp2": [2, 1, 2, 1],
     }[name]
     whole = [record[2] for record in nano.losses(runs / "whole-1-fp32")[nano.HALF : nano.STEPS]]
     other = [record[2] for record in nano.losses(runs / name)[: nano.HALF]]

@@ -1,0 +1,170 @@
+"""Pipeline parallelism: the layers of `model.pipeline` in DeepSpeed's PipelineModule, stepped by our engine.
+
+DeepSpeed's 1F1B schedule runs everything but the update, so that a loss or a gradient that is not finite is met before
+it. Written for deepspeed 0.19: the schedule, `_exec_schedule` and `_exec_optimizer_step` are not public names.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+from deepspeed.runtime.pipe import schedule
+from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+from deepspeed.runtime.utils import partition_balanced
+
+from minicpm_megatron.engine.engine import Engine, MicroBatch
+from minicpm_megatron.model.config import MiniCPMConfig
+from minicpm_megatron.model.loss import token_losses
+from minicpm_megatron.model.pipeline import (
+    PipelineEmbedding,
+    PipelineFinalNorm,
+    PipelineHead,
+    PipelineLayer,
+)
+from minicpm_megatron.parallel import device
+from minicpm_megatron.recipe import Recipe
+
+TIED = "embedding"
+
+
+def stage_bounds(config: MiniCPMConfig, layers: tuple[int, ...] | None) -> list[int]:
+    """Where the list of embedding, layers, final norm and head is cut: stages + 1 positions.
+
+    Args:
+        layers: transformer layers on each stage; None: as even in parameters as can be.
+    """
+    stages = config.pipeline_model_parallel_size
+    if layers is None:
+        hidden = config.hidden_size
+        attention = (2 * config.num_attention_heads + 2 * config.num_query_groups) * config.kv_channels * hidden
+        layer = attention + 3 * hidden * config.ffn_hidden_size
+        vocabulary = config.padded_vocab_size() * hidden
+        weights = [vocabulary, *[layer] * config.num_layers, hidden, vocabulary]
+        return [int(position) for position in partition_balanced(weights, stages)]
+    bounds = [0]
+    for count in layers:
+        bounds.append(bounds[-1] + count)
+    # the embedding goes with the first stage, norm and head with the last
+    return [0, *(bound + 1 for bound in bounds[1:-1]), config.num_layers + 3]
+
+
+class MiniCPMPipeline(PipelineModule):
+    """A PipelineModule that is told where to cut, so that no stage builds the others' layers to count them."""
+
+    def __init__(self, bounds: list[int], **keywords: Any) -> None:
+        self.bounds = bounds
+        super().__init__(**keywords)
+
+    def _partition_layers(self, method: str = "") -> None:
+        self.parts = self.bounds
+        self._set_bounds(start=self.parts[self.stage_id], stop=self.parts[self.stage_id + 1])
+
+
+def build_pipeline(config: MiniCPMConfig, recipe: Recipe) -> MiniCPMPipeline:
+    """This rank's stage of the model."""
+    untied = config.untie_embeddings_and_output_weights
+    layers = [
+        LayerSpec(PipelineEmbedding, config)
+        if untied
+        else TiedLayerSpec(TIED, PipelineEmbedding, config, tied_weight_attr="embedding.word_embeddings.weight"),
+        *(LayerSpec(PipelineLayer, config, number) for number in range(1, config.num_layers + 1)),
+        LayerSpec(PipelineFinalNorm, config),
+        LayerSpec(PipelineHead, config)
+        if untied
+        else TiedLayerSpec(
+            TIED,
+            PipelineEmbedding,
+            config,
+            forward_fn=lambda module, hidden_states: module.logits(hidden_states),
+            tied_weight_attr="embedding.word_embeddings.weight",
+        ),
+    ]
+    stages, tensor = config.pipeline_model_parallel_size, config.tensor_model_parallel_size
+    # Megatron-Core's order of ranks: tensor fastest, then data, then pipeline
+    topology = PipeModelDataParallelTopology(
+        num_pp=stages, num_mp=tensor, num_dp=dist.get_world_size() // (stages * tensor)
+    )
+    # it asks DeepSpeed's own module for ranks, which joins the process group that exists
+    deepspeed.init_distributed(dist_backend=device.backend(), auto_mpi_discovery=False, verbose=False)
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints its seeds
+        return MiniCPMPipeline(
+            stage_bounds(config, recipe.parallel.pipeline_layers),
+            layers=layers,
+            topology=topology,
+            loss_fn=lambda logits, labels: token_losses(config, logits, labels).mean(),
+        )
+
+
+class _WithoutUpdate:
+    """A schedule whose last instruction, the update, is left to the engine."""
+
+    def __init__(self, whole: schedule.PipeSchedule) -> None:
+        self.whole = whole
+
+    def num_pipe_buffers(self) -> int:
+        return self.whole.num_pipe_buffers()
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        for commands in self.whole:
+            yield [command for command in commands if not isinstance(command, schedule.OptimizerStep)]
+
+
+class PipelinedEngine(Engine):
+    """An `Engine` whose model is one stage of a pipeline."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        if hasattr(self.optimizer, "scaled_global_norm"):
+            self.optimizer.scaled_global_norm = lambda norm_type=2: _one_norm(self.optimizer)
+
+    @staticmethod
+    def _mpu() -> Any:
+        return None  # DeepSpeed takes the pipeline's own grid
+
+    def accumulate(self, micro_batches: Iterable[MicroBatch], count: int) -> torch.Tensor:
+        """As `Engine.accumulate`; the loss is the mean over all data-parallel ranks."""
+        engine = self.deepspeed
+        engine.set_dataiterator(iter(micro_batches))
+        engine.total_loss = engine.total_additional_losses = None
+        engine._compute_loss = True
+        engine._exec_schedule(_WithoutUpdate(engine._train_schedule()))
+        with torch.no_grad():
+            return engine._aggregate_total_loss()
+
+    def loss_sum(self, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """As `Engine.loss_sum`, for the mean over all data-parallel ranks."""
+        mean = self.deepspeed.eval_batch(iter([(tokens, labels)]), num_micro_batches=1)
+        return mean.double().sum() * tokens.numel()
+
+    def _update(self) -> None:
+        self.deepspeed._exec_optimizer_step()
+
+    def train(self) -> None:
+        """Training mode."""
+        self.module.train()
+
+    def eval(self) -> None:
+        """Evaluation mode."""
+        self.module.eval()
+
+
+def _one_norm(optimizer: Any) -> torch.Tensor:
+    """ZeRO 1's gradient norm over all its groups at once.
+
+    DeepSpeed 0.19 sums each group over the ranks of a copy of the model by itself. Stages do not have the same muP
+    groups, since only the first and the last hold an embedding: those in between would leave the others waiting.
+    """
+    gradients, parameters = [], []
+    for group in range(len(optimizer.bit16_groups)):
+        own = (part for part in optimizer.averaged_gradients[group] if not getattr(part, "_zero_padding", False))
+        for gradient, parameter in zip(own, optimizer.params_in_partition[group], strict=True):
+            gradients.append(gradient)
+            parameters.append(parameter)
+    return optimizer.get_grad_norm_direct(gradients, parameters)

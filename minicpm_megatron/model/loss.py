@@ -1,0 +1,33 @@
+"""The loss of a language model whose vocabulary is divided over the tensor-parallel ranks."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core import parallel_state, tensor_parallel
+from torch import Tensor
+
+from minicpm_megatron.model.config import MiniCPMConfig
+
+
+def token_losses(config: MiniCPMConfig, logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of every token; vocabulary padding gets no probability.
+
+    Args:
+        logits: [s, b, local vocabulary].
+        labels: int64 [b, s].
+
+    Returns:
+        fp32 [b, s] in nats.
+    """
+    logits = logits.float()
+    padding = _padding_columns(config, logits.size(-1))
+    if padding:
+        logits[..., -padding:] = torch.finfo(logits.dtype).min
+    losses = tensor_parallel.vocab_parallel_cross_entropy(logits, labels.transpose(0, 1).contiguous())
+    return losses.transpose(0, 1).contiguous()
+
+
+def _padding_columns(config: MiniCPMConfig, local_columns: int) -> int:
+    """How many of this rank's last vocabulary columns stand for no token."""
+    first = parallel_state.get_tensor_model_parallel_rank() * local_columns
+    return local_columns - min(local_columns, max(0, config.vocab_size - first))
