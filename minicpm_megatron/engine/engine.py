@@ -64,11 +64,27 @@ class Engine:
         optimizer = torch.optim.AdamW(
             groups, lr=recipe.optimizer.lr, betas=recipe.optimizer.betas, eps=recipe.optimizer.eps, fused=True
         )
+        if recipe.deepspeed.zero_stage == 3 and layout.context_parallel_size > 1:
+            # DeepSpeed 0.19 itself would divide weights over the data-parallel ranks alone, and then look for their
+            # parts on the context-parallel ones, too
+            deepspeed.zero.Init(
+                module=model,
+                data_parallel_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
+                dtype=config.params_dtype,
+                config_dict_or_path=self.deepspeed_config,
+                mpu=self._mpu(),
+            )
         self.deepspeed, _, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=self.deepspeed_config, mpu=self._mpu(), dist_init_required=False
         )
         _undo_first_step(self.deepspeed.optimizer)
         self._clips_itself = clips_itself(recipe)
+        self._share = 1.0 if _averages_over_context(self.deepspeed_config) else 1.0 / layout.context_parallel_size
+        self._norm = 0.0
+        if hasattr(self.optimizer, "fp32_groups"):
+            # DeepSpeed 0.19's FP16_UnfusedOptimizer takes the norm of tensor-parallel rank 0's shards for that of all
+            clip = self.optimizer.unscale_and_clip_grads
+            self.optimizer.unscale_and_clip_grads = lambda total_norm, apply_scale=True: clip(self._norm, apply_scale)
         self.check_rates(1.0)
 
     @staticmethod
@@ -111,13 +127,13 @@ class Engine:
             micro_batches: `count` pairs (tokens, labels), int64 [b, s] each.
 
         Returns:
-            Mean of their losses in nats per token, fp32, of this data-parallel rank alone or of all.
+            Mean of their losses in nats per token, fp32, over this rank's tokens or over those of all ranks.
         """
         total = torch.zeros((), device=device.device())
         for number, (tokens, labels) in enumerate(micro_batches, 1):
             loss = self.losses(tokens, labels).mean()
             total += loss.detach() / count
-            self.backward(loss)
+            self.backward(loss * self._share)
             if number < count:
                 self.deepspeed.step()  # ends a micro-batch that is not the last of its step
         return total
@@ -136,8 +152,8 @@ class Engine:
 
     def step(self) -> Update:
         """End the last micro-batch of a step: clip, and update unless a gradient is not finite."""
-        if self._clips_itself:
-            return self._step_unwrapped()
+        if self.recipe.deepspeed.zero_stage == 0:
+            return self._step_whole()
         skipped = self.deepspeed.skipped_steps
         self._update()
         applied = self.deepspeed.skipped_steps == skipped
@@ -145,7 +161,8 @@ class Engine:
         value = float("nan") if norm is None else float(norm)
         return Update(value, applied and math.isfinite(value))
 
-    def _step_unwrapped(self) -> Update:
+    def _step_whole(self) -> Update:
+        """The step where every rank holds whole gradients, in the parameters' own precision."""
         parameters = [parameter for parameter in self.module.parameters() if parameter.grad is not None]
         gradients: list[Any] = [parameter.grad for parameter in parameters]
         norm = _gradient_norm(parameters)
@@ -153,8 +170,9 @@ class Engine:
             # the optimizer must not see it: empty gradients make its step a no-op
             self.deepspeed.zero_grad()
             return Update(norm, applied=False)
+        self._norm = norm
         limit = self.recipe.training.gradient_clipping
-        if limit and norm > limit:
+        if self._clips_itself and limit and norm > limit:
             torch._foreach_mul_(gradients, limit / norm)
         self._update()
         return Update(norm, applied=True)
@@ -181,9 +199,18 @@ def _gradient_norm(parameters: list[torch.nn.Parameter]) -> float:
     ]
     square = torch.zeros((), dtype=torch.float32, device=device.device())
     if mine:
-        square = torch.stack(torch._foreach_norm(mine)).square().sum()
+        square = torch.stack(torch._foreach_norm(mine, dtype=torch.float32)).square().sum()
     dist.all_reduce(square, group=parallel_state.get_model_parallel_group())
     return float(square.sqrt())
+
+
+def _averages_over_context(deepspeed_config: dict[str, Any]) -> bool:
+    """Whether gradients of context-parallel ranks, each with a part of every sample's tokens, are averaged.
+
+    DeepSpeed sums them, except where 0.19 scatters them at ZeRO 3.
+    """
+    zero = deepspeed_config["zero_optimization"]
+    return zero["stage"] == 3 and zero.get("reduce_scatter", True)
 
 
 def _undo_first_step(optimizer: Any) -> None:

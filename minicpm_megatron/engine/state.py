@@ -51,7 +51,7 @@ class EngineState:
 
     def fragments(self) -> Iterator[Fragment]:
         """What this rank must save: together the ranks' fragments hold every element once."""
-        first_replica = parallel_state.get_data_parallel_rank() == 0
+        first_replica = parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
         for parameter, spec in self._parameters():
             if getattr(parameter, "ds_pipe_replicated", False):  # the first stage saves what the last ties to
                 continue
@@ -113,7 +113,7 @@ class EngineState:
         group, address, _ = optimizer.grad_position[optimizer.get_param_id(parameter)]
         owner = optimizer.fp32_partitioned_groups_flat[group]
         size = parameter.ds_tensor.ds_numel
-        start = size * parallel_state.get_data_parallel_rank()
+        start = size * parallel_state.get_data_parallel_rank(with_context_parallel=True)
         # the last partitions may be padding in part or whole
         valid = max(0, min(size, parameter.ds_numel - start))
         return [Piece(start, owner.data.narrow(0, address, valid), owner, address)] if valid else []

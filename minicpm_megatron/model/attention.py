@@ -1,4 +1,5 @@
-"""The attention core of the spec: flash-attn where it is installed and fits, torch's SDPA everywhere else.
+"""The attention core of the spec: flash-attn where it is installed and fits, torch's SDPA everywhere else, and ring
+or Ulysses attention where context parallelism divides the sequence.
 
 Both compute softmax(q k^T / sqrt(d_head)) v with grouped key/value heads; MiniCPM does not use muP's 1/d scaling of
 attention (section 3.1 of arXiv 2404.06395).
@@ -11,10 +12,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core import parallel_state
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
 from minicpm_megatron.model.config import MiniCPMConfig
+from minicpm_megatron.model.context_parallel import ring_attention, ulysses_attention
 
 try:
     from flash_attn import flash_attn_func
@@ -35,8 +38,9 @@ class MiniCPMCoreAttention(torch.nn.Module):
         **_: Any,
     ) -> None:
         super().__init__()
+        self.across_ranks = None
         if config.context_parallel_size > 1:
-            raise NotImplementedError("MiniCPMCoreAttention sees whole sequences; context parallelism splits them")
+            self.across_ranks = ulysses_attention if config.cp_comm_type == "a2a" else ring_attention
         self.attn_mask_type = attn_mask_type
         self.softmax_scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
 
@@ -65,6 +69,12 @@ class MiniCPMCoreAttention(torch.nn.Module):
             raise NotImplementedError("attention bias and packed sequences")
         mask_type = attn_mask_type or self.attn_mask_type
         causal = mask_type == AttnMaskType.causal
+        if self.across_ranks is not None:
+            if not causal:
+                raise NotImplementedError(f"attention of type {mask_type} over context-parallel ranks")
+            group = parallel_state.get_context_parallel_group()
+            context = self.across_ranks(query, key, value, group=group, scale=self.softmax_scale)
+            return context.reshape(context.size(0), context.size(1), -1)
         if self._flash_fits(query, causal or mask_type == AttnMaskType.no_mask):
             context = flash_attn_func(
                 query.transpose(0, 1),

@@ -107,6 +107,7 @@ class MiniCPMConfig(TransformerConfig):
             tensor_model_parallel_size=parallel.tensor_model_parallel_size,
             pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
             context_parallel_size=parallel.context_parallel_size,
+            cp_comm_type=parallel.cp_comm_type,
             expert_model_parallel_size=parallel.expert_model_parallel_size,
             sequence_parallel=parallel.sequence_parallel,
             use_cpu_initialization=not torch.cuda.is_available(),

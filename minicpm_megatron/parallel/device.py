@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from minicpm_megatron.parallel.zigzag import zigzag
+
 
 class _NoRngTracker:
     """Stands where Megatron-Core keeps CUDA generators; every fork leaves the random state alone."""
@@ -69,6 +71,7 @@ def prepare() -> torch.device:
 
 
 def _patch_megatron_for_cpu() -> None:
+    from megatron.core.models.common.embeddings import rotary_pos_embedding
     from megatron.core.tensor_parallel import random as megatron_random
 
     # an object, not an index: torch.empty(device=0) would mean CUDA device 0
@@ -78,6 +81,10 @@ def _patch_megatron_for_cpu() -> None:
     # activation recompute saves and restores the generators around the second forward pass
     megatron_random._get_cuda_rng_state = lambda *args, **kwargs: torch.empty(0)
     megatron_random._set_cuda_rng_state = lambda *args, **kwargs: None
+    # Megatron-Core's own builds an index in pinned memory, which only CUDA has
+    rotary_pos_embedding.get_pos_emb_on_this_cp_rank = lambda emb, dim, group: zigzag(
+        emb, group.size(), group.rank(), dim
+    )
 
 
 def rng_state() -> dict[str, torch.Tensor]:

@@ -19,7 +19,7 @@ class MegatronMPU:
     """Megatron-Core's `parallel_state` as DeepSpeed's `mpu`.
 
     DeepSpeed asks for three names that `parallel_state` no longer has (get_model_parallel_group, _world_size, _rank);
-    here they are tensor parallelism, over which DeepSpeed reduces norms. Every other name is Megatron-Core's own.
+    here they are tensor parallelism, over which DeepSpeed reduces norms. What is not named here is Megatron-Core's own.
     """
 
     def get_model_parallel_group(self) -> dist.ProcessGroup:
@@ -30,6 +30,26 @@ class MegatronMPU:
 
     def get_model_parallel_rank(self) -> int:
         return parallel_state.get_tensor_model_parallel_rank()
+
+    # DeepSpeed's sequence parallelism is Megatron-Core's context parallelism: gradients are summed over its ranks and
+    # averaged over data-parallel ones, and ZeRO divides over both
+    def get_sequence_parallel_group(self) -> dist.ProcessGroup:
+        return parallel_state.get_context_parallel_group()
+
+    def get_sequence_parallel_world_size(self) -> int:
+        return parallel_state.get_context_parallel_world_size()
+
+    def get_sequence_parallel_rank(self) -> int:
+        return parallel_state.get_context_parallel_rank()
+
+    def get_sequence_data_parallel_group(self) -> dist.ProcessGroup:
+        return parallel_state.get_data_parallel_group(with_context_parallel=True)
+
+    def get_sequence_data_parallel_world_size(self) -> int:
+        return parallel_state.get_data_parallel_world_size(with_context_parallel=True)
+
+    def get_sequence_data_parallel_rank(self) -> int:
+        return parallel_state.get_data_parallel_rank(with_context_parallel=True)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(parallel_state, name)
@@ -62,6 +82,13 @@ def initialize(
             os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it, launcher or not
             store = dist.HashStore()
             dist.init_process_group(device.backend(), store=store, rank=0, world_size=1, timeout=timeout)
+        elif init_method is None:
+            common, _, _ = next(dist.rendezvous("env://", rank(), layout.world_size, timeout=timeout))
+            # torchrun with a fixed port restarts ranks on the store of those that died, full of their addresses
+            attempt = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", common)
+            dist.init_process_group(
+                device.backend(), store=attempt, rank=rank(), world_size=layout.world_size, timeout=timeout
+            )
         else:
             dist.init_process_group(
                 device.backend(), init_method=init_method, rank=rank(), world_size=layout.world_size, timeout=timeout

@@ -80,6 +80,7 @@ def check_recipe(recipe: Recipe) -> None:
     """
     _check_tensor_parallel(recipe)
     _check_pipeline(recipe)
+    _check_context_parallel(recipe)
     refuse_unless(
         recipe.data.sequence_length <= recipe.model.max_position_embeddings,
         "data.sequence_length",
@@ -144,6 +145,34 @@ def _check_pipeline(recipe: Recipe) -> None:
             f"a pipeline cannot run with ZeRO {recipe.deepspeed.zero_stage} in {recipe.training.precision}",
             "set it to 1",
         )
+
+
+def _check_context_parallel(recipe: Recipe) -> None:
+    parallel, length = recipe.parallel, recipe.data.sequence_length
+    ranks = parallel.context_parallel_size
+    if ranks == 1:
+        return
+    refuse_unless(
+        parallel.pipeline_model_parallel_size == 1,
+        "parallel.context_parallel_size",
+        "DeepSpeed's pipeline has no place for context-parallel ranks",
+        "set one of the two sizes to 1",
+    )
+    tensor = parallel.tensor_model_parallel_size
+    unit = 2 * ranks * (tensor if parallel.sequence_parallel else 1)
+    refuse_unless(
+        length % unit == 0,
+        "data.sequence_length",
+        f"{length} tokens do not divide over {ranks} context-parallel ranks with two chunks each",
+        f"give a multiple of {unit}",
+    )
+    heads = recipe.model.num_attention_heads // tensor
+    refuse_unless(
+        parallel.cp_comm_type == "p2p" or heads % ranks == 0,
+        "parallel.cp_comm_type",
+        f"Ulysses divides the {heads} heads of a tensor-parallel rank over {ranks} context-parallel ranks",
+        f"use p2p, or a divisor of {heads} ranks",
+    )
 
 
 def batch_sizes(recipe: Recipe) -> Iterator[tuple[str, int]]:
@@ -229,12 +258,9 @@ def check_trainable(recipe: Recipe) -> None:
     """Refuse what a recipe can describe, and a dry run can count, but the trainer cannot run yet.
 
     Raises:
-        UserError: context or expert parallelism, or a mixture of experts, is asked for.
+        UserError: expert parallelism, or a mixture of experts, is asked for.
     """
-    for field, size in (
-        ("parallel.context_parallel_size", recipe.parallel.context_parallel_size),
-        ("parallel.expert_model_parallel_size", recipe.parallel.expert_model_parallel_size),
-    ):
+    for field, size in (("parallel.expert_model_parallel_size", recipe.parallel.expert_model_parallel_size),):
         refuse_unless(size == 1, field, f"{size} is not yet supported in training", "set it to 1")
     refuse_unless(
         recipe.model.num_moe_experts is None,

@@ -133,7 +133,9 @@ class ParallelRecipe(Section):
     pipeline_layers: Annotated[tuple[Count, ...], Field(strict=False)] | None = None
     """Transformer layers on each pipeline stage; null: as even in parameters as can be, embedding and head counted."""
     context_parallel_size: Count = 1
-    """Ranks that share each sequence (more than 1 not yet supported in training)."""
+    """Ranks that share each sequence."""
+    cp_comm_type: Literal["p2p", "a2a"] = "p2p"
+    """How context-parallel ranks attend, in Megatron-Core's names: p2p is ring attention, a2a is Ulysses."""
     expert_model_parallel_size: Count = 1
     """Ranks that share the experts (more than 1 not yet supported in training)."""
     sequence_parallel: bool = False
@@ -168,6 +170,8 @@ class TrainingRecipe(Section):
     """Activations computed again in backward: none, the attention core, or whole layers."""
     stop_after: Count | None = None
     """End after this many steps, the schedule unchanged."""
+    hang_timeout: Positive = 600.0
+    """Seconds without progress after which the run ends and names the ranks that the others wait for."""
 
 
 class OptimizerRecipe(Section):

@@ -10,6 +10,7 @@ import torch
 from minicpm_megatron.data.dataset import SampleSource
 from minicpm_megatron.data.sampling import batch
 from minicpm_megatron.parallel import device
+from minicpm_megatron.parallel.zigzag import zigzag
 
 
 class BatchReader:
@@ -19,20 +20,37 @@ class BatchReader:
         samples: the training order, or a held-out set.
         micro_batch_size: samples a forward pass.
         rank, size: of the data-parallel group.
+        context_rank, context_size: of the context-parallel group, which shares each sequence in Megatron-Core's
+            zigzag order.
     """
 
-    def __init__(self, samples: SampleSource, *, micro_batch_size: int, rank: int, size: int) -> None:
+    def __init__(
+        self,
+        samples: SampleSource,
+        *,
+        micro_batch_size: int,
+        rank: int,
+        size: int,
+        context_rank: int = 0,
+        context_size: int = 1,
+    ) -> None:
         self.samples, self.micro_batch_size = samples, micro_batch_size
         self.rank, self.size = rank, size
+        self.context_rank, self.context_size = context_rank, context_size
 
     def micro_batches(self, first_sample: int, global_batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """This rank's part of the global batch [first_sample, first_sample + global_batch_size).
 
         Yields:
-            (tokens, labels), int64 [micro_batch_size, sequence_length] each, labels one token ahead.
+            (tokens, labels), int64 [micro_batch_size, sequence_length / context_size] each, labels one token ahead.
         """
         mine = batch(first_sample, global_batch_size, self.rank, self.size, self.micro_batch_size)
         for indices in mine:
             rows = np.stack([self.samples[int(index)] for index in indices])
             both = torch.from_numpy(rows).to(device.device())
-            yield both[:, :-1].contiguous(), both[:, 1:].contiguous()
+            yield self._part(both[:, :-1]), self._part(both[:, 1:])
+
+    def _part(self, whole: torch.Tensor) -> torch.Tensor:
+        if self.context_size > 1:
+            whole = zigzag(whole, self.context_size, self.context_rank, dim=1)
+        return whole.contiguous()

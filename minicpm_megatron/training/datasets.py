@@ -108,4 +108,6 @@ def _rank_keywords(recipe: Recipe) -> dict[str, int]:
         "micro_batch_size": recipe.training.micro_batch_size,
         "rank": parallel_state.get_data_parallel_rank(),
         "size": parallel_state.get_data_parallel_world_size(),
+        "context_rank": parallel_state.get_context_parallel_rank(),
+        "context_size": parallel_state.get_context_parallel_world_size(),
     }

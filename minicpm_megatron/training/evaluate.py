@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -30,14 +31,21 @@ class HeldOut:
 
 
 @torch.no_grad()
-def evaluate(engine: Engine, sets: dict[str, HeldOut]) -> dict[str, dict[str, float]]:
-    """Mean cross-entropy of every set in nats: name -> {"loss_per_token", "loss_per_byte"}; the same on all ranks."""
+def evaluate(
+    engine: Engine, sets: dict[str, HeldOut], on_batch: Callable[[str], None] = lambda name: None
+) -> dict[str, dict[str, float]]:
+    """Mean cross-entropy of every set in nats: name -> {"loss_per_token", "loss_per_byte"}; the same on all ranks.
+
+    Args:
+        on_batch: called with the name of the set before each global batch.
+    """
     engine.eval()
     results = {}
     for name, held_out in sets.items():
         total = torch.zeros((), dtype=torch.float64, device=device.device())
         count = torch.zeros_like(total)
         for batch in range(held_out.batches):
+            on_batch(name)
             first = batch * held_out.global_batch_size
             for tokens, labels in held_out.reader.micro_batches(first, held_out.global_batch_size):
                 total += engine.loss_sum(tokens, labels)

@@ -7,22 +7,9 @@ import time
 import torch
 
 from minicpm_megatron.parallel import device
-from minicpm_megatron.recipe import ModelRecipe, count_parameters
+from minicpm_megatron.recipe.flops import PEAK_FLOPS, flops_per_token
 
-# dense bf16 peaks in FLOP/s from NVIDIA's data sheets; what is not listed is measured
-PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "B200": 2250e12}
-
-
-def flops_per_token(model: ModelRecipe, sequence_length: int) -> float:
-    """FLOPs of forward and backward for one token, in the convention of PaLM's appendix B.
-
-    6 for every weight that multiplies the token (the LM head too, the embedding lookup not), plus 12 x layers x
-    heads x d_head x sequence_length for attention, which is counted as if it were not causal. Recomputed activations
-    do not count: they are not model FLOPs.
-    """
-    matrices = count_parameters(model).active_non_embedding + model.hidden_size * model.vocab_size
-    attention = model.num_layers * model.num_attention_heads * model.kv_channels * sequence_length
-    return 6.0 * matrices + 12.0 * attention
+__all__ = ["flops_per_token", "peak_flops"]
 
 
 def peak_flops(precision: str) -> float:
@@ -32,7 +19,7 @@ def peak_flops(precision: str) -> float:
     """
     if not device.on_cpu():
         name = torch.cuda.get_device_name()
-        known = [peak for key, peak in PEAKS.items() if key in name]
+        known = [peak for key, peak in PEAK_FLOPS.items() if key in name]
         if known and precision == "bf16":
             return known[0]
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import math
 import time
 from pathlib import Path
@@ -26,6 +27,7 @@ from minicpm_megatron.training.evaluate import HeldOut, evaluate
 from minicpm_megatron.training.flops import flops_per_token, peak_flops
 from minicpm_megatron.training.metrics import MetricsLog, StepRecord
 from minicpm_megatron.training.start import check_same_past
+from minicpm_megatron.training.watchdog import Watchdog
 
 CHECKPOINTS = "checkpoints"
 BYTES_PER_PARAMETER = 12  # a checkpoint holds the fp32 weight and Adam's two moments
@@ -50,14 +52,19 @@ class Trainer:
         self.recipe = recipe
         self.layout = recipe.check_world_size(groups.world_size())
         self.data = open_data(recipe)  # what is wrong with the data is told before the ranks wait for each other
-        groups.initialize(self.layout)
+        # longer than the watchdog's patience, so that it speaks before torch.distributed gives up without a name
+        groups.initialize(self.layout, timeout=datetime.timedelta(seconds=2 * recipe.training.hang_timeout + 60))
         self.folder = recipe.run_directory
+        self.watchdog = Watchdog(
+            self.folder, rank=groups.rank(), size=groups.world_size(), timeout=recipe.training.hang_timeout
+        )
         self.checkpointer = Checkpointer(
             self.folder / CHECKPOINTS,
             keep_last=recipe.checkpoint.keep_last,
             keep_every=recipe.checkpoint.keep_every,
             on_corrupt=recipe.checkpoint.on_corrupt,
             group=dist.group.WORLD,
+            on_phase=lambda phase: self.watchdog.tick(f"saving step {self.step}: {phase}"),
         )
         self.checkpointer.preflight(count_parameters(recipe.model).total * BYTES_PER_PARAMETER)
         self.config = MiniCPMConfig.from_recipe(
@@ -112,7 +119,7 @@ class Trainer:
         self.checkpointer.on_all(log.check)
         signals = guards.SignalGuard()
         try:
-            with log:
+            with log, self.watchdog:
                 self.engine.train()
                 if self.evaluation_due:
                     self._evaluate(log, sets)
@@ -138,10 +145,12 @@ class Trainer:
         return self.step
 
     def _evaluate(self, log: MetricsLog, sets: dict[str, HeldOut]) -> None:
-        log.evaluation(self.step, self.plan.tokens(self.step), evaluate(self.engine, sets))
+        results = evaluate(self.engine, sets, on_batch=lambda name: self.watchdog.tick(f"evaluating {name}"))
+        log.evaluation(self.step, self.plan.tokens(self.step), results)
         self.evaluation_due = False
 
     def _one_step(self, reader: Any, log: MetricsLog, signals: guards.SignalGuard) -> bool:
+        self.watchdog.tick(f"step {self.step + 1}")
         device.synchronize()
         began = time.perf_counter()
         samples = self.plan.global_batch_size(self.step)

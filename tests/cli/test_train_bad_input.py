@@ -86,7 +86,19 @@ CASES: dict[str, tuple[list[str] | Callable[[Path], list[str]], str]] = {
         ["parallel.pipeline_model_parallel_size=2", "deepspeed.zero_stage=3"],
         "a pipeline cannot run with ZeRO 3",
     ),
-    "context parallelism, not yet trainable": (["parallel.context_parallel_size=2"], "parallel.context_parallel_size"),
+    "context parallelism in a pipeline": (
+        ["parallel.context_parallel_size=2", "parallel.pipeline_model_parallel_size=2"],
+        "DeepSpeed's pipeline has no place for context-parallel ranks",
+    ),
+    "sequences that context parallelism does not divide": (
+        ["parallel.context_parallel_size=2", "data.sequence_length=30"],
+        "30 tokens do not divide over 2 context-parallel ranks",
+    ),
+    "heads that Ulysses does not divide": (
+        ["parallel.context_parallel_size=8", "parallel.cp_comm_type=a2a"],
+        "parallel.cp_comm_type: Ulysses divides the 4 heads",
+    ),
+    "expert parallelism, not yet trainable": (["parallel.expert_model_parallel_size=2"], "expert_model_parallel_size"),
     "vocabulary smaller than the data's": (["model.vocab_size=300"], "train.bin: made for a vocabulary of 512"),
     "no such data": (["data.train=[{prefix: nowhere/at-all}]"], "nowhere/at-all"),
     "samples longer than the model": (["data.sequence_length=4096"], "data.sequence_length"),

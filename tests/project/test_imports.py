@@ -19,6 +19,7 @@ ALLOWED = {
     "versions": set(),
     "storage": set(),
     "recipe": set(),
+    "planning": {"recipe"},
     "methods": {"recipe"},
     "data": {"recipe"},
     "parallel": {"recipe"},
@@ -119,6 +120,7 @@ def test_data_and_recipe_start_without_torch(path):
     [
         ("minicpm_megatron", {"torch", "megatron", "deepspeed"}),
         ("minicpm_megatron.recipe", {"torch", "megatron", "deepspeed"}),
+        ("minicpm_megatron.planning", {"torch", "megatron", "deepspeed"}),
         ("minicpm_megatron.data.preprocess", {"torch", "megatron", "deepspeed"}),
         ("minicpm_megatron.convert", {"megatron", "deepspeed", "transformers"}),
         ("minicpm_megatron.cli.train", {"torch", "megatron", "deepspeed"}),

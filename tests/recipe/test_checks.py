@@ -110,7 +110,6 @@ def test_world_sizes_that_do_not_fit(changes: dict[str, Any], world_size: int, l
 @pytest.mark.parametrize(
     ("changes", "field"),
     [
-        ({"parallel__context_parallel_size": 2}, "parallel.context_parallel_size: 2"),
         ({"parallel__expert_model_parallel_size": 2}, "parallel.expert_model_parallel_size: 2"),
         ({"model__num_moe_experts": 4}, "model.num_moe_experts: a mixture of experts"),
     ],

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,7 @@ def train(rank: int, case: dict[str, Any]) -> dict[str, Any]:
     """Run the command's own `main`, killed before update case["kill_at"] if that is given.
 
     Args:
-        case: "arguments" of the command; "kill_at": the step that rank "kill_rank" does not survive; "poison": what
+        case: "arguments" of the command; "hang_at": the step in which rank "hang_rank" does "hang"; "kill_at": the step that rank "kill_rank" does not survive; "poison": what
             is done to the numbers of that step on rank "poison_rank", see `_poison` (the checkpoint of the step is
             copied to before/ first); "begin_with": a checkpoint that
             the run finds as its own.
@@ -132,6 +133,8 @@ def train(rank: int, case: dict[str, Any]) -> dict[str, Any]:
     def one_step(self: Trainer, *arguments: Any) -> bool:
         if self.step == case.get("kill_at") and rank == case.get("kill_rank", 1):
             os.kill(os.getpid(), signal.SIGKILL)
+        if self.step == case.get("hang_at") and rank == case.get("hang_rank", 1):
+            _hang(case["hang"])
         if self.step == case.get("poison_at") and rank == case.get("poison_rank", 1):
             shutil.copytree(
                 self.checkpointer.directory / f"step-{self.step}", self.folder / "before", dirs_exist_ok=True
@@ -156,6 +159,17 @@ def train(rank: int, case: dict[str, Any]) -> dict[str, Any]:
     except SystemExit as end:
         status = end.code
     return {"status": status, "samples": samples}
+
+
+def _hang(how: str) -> None:
+    """Stop making progress: in the middle of something, or as a process that is stopped from outside."""
+    if how == "sleep":
+        time.sleep(100)
+    if os.fork() == 0:  # a stopped process cannot end itself
+        time.sleep(12)
+        os.kill(os.getppid(), signal.SIGKILL)
+        os._exit(0)
+    os.kill(os.getpid(), signal.SIGSTOP)
 
 
 def _poison(trainer: Trainer, how: str) -> None:

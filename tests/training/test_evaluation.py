@@ -33,6 +33,7 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list
         "dp2": nano.case(recipe, "dp2", stop),
         "tp2": nano.case(recipe, "tp2", stop, "parallel.tensor_model_parallel_size=2", "deepspeed.zero_stage=0"),
         "pp2": nano.case(recipe, "pp2", stop, "parallel.pipeline_model_parallel_size=2"),
+        "cp2": nano.case(recipe, "cp2", stop, "parallel.context_parallel_size=2"),
         "zero3": nano.case(recipe, "zero3", stop, "deepspeed.zero_stage=3"),
         "none": nano.case(recipe, "none", stop, "evaluation.interval=null"),
     }
@@ -51,7 +52,7 @@ def _direct(folder: Path, run: str, name: str, samples: int) -> float:
     return float(torch.stack(losses).mean())
 
 
-@pytest.mark.parametrize("run", ["dp2", "tp2", "pp2", "zero3"])
+@pytest.mark.parametrize("run", ["dp2", "tp2", "pp2", "cp2", "zero3"])
 def test_the_loss_is_the_mean_over_the_whole_set(run: str, jobs: tuple[Path, dict[str, list[Outcome]]]) -> None:
     folder, outcomes = jobs
     nano.check(outcomes[run])

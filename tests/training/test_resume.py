@@ -42,6 +42,7 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list
         ("zero3", 2, "1", ["deepspeed.zero_stage=3"]),
         ("alone", 1, "pipeline", []),
         ("pp2", 2, "3", ["parallel.pipeline_model_parallel_size=2"]),
+        ("cp2", 2, "pipeline", ["parallel.context_parallel_size=2", "deepspeed.zero_stage=3"]),
     ):
         begun = str(folder / "runs" / f"whole-{origin}-fp32" / "checkpoints" / "step-10")
         cases[name] = nano.case(recipe, name, *overrides, ranks=ranks, begin_with=begun)
@@ -76,7 +77,7 @@ def test_a_killed_run_goes_on_bit_for_bit(
     assert curve[-1] < curve[0] - 0.3
 
 
-@pytest.mark.parametrize("name", ["tp2", "zero3", "alone", "pp2"])
+@pytest.mark.parametrize("name", ["tp2", "zero3", "alone", "pp2", "cp2"])
 def test_another_layout_goes_on_from_the_same_checkpoint(
     name: str, jobs: tuple[Path, dict[str, list[Outcome]]]
 ) -> None:
@@ -89,6 +90,7 @@ def test_another_layout_goes_on_from_the_same_checkpoint(
         "zero3": [2, 1, 1, 3],
         "alone": [1, 1, 1, 1],
         "pp2": [2, 1, 2, 1],
+        "cp2": [2, 1, 1, 3],
     }[name]
     whole = [record[2] for record in nano.losses(runs / "whole-1-fp32")[nano.HALF : nano.STEPS]]
     other = [record[2] for record in nano.losses(runs / name)[: nano.HALF]]

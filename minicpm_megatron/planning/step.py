@@ -1,0 +1,158 @@
+"""How long one optimizer step takes, and how much of the GPUs' peak it uses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from minicpm_megatron.planning.cluster import Cluster
+from minicpm_megatron.planning.communication import Traffic, Work, all_traffic
+from minicpm_megatron.recipe.checks import Layout, refuse_unless
+from minicpm_megatron.recipe.flops import attention_flops_per_token, flops_per_token, head_flops_per_token
+from minicpm_megatron.recipe.memory import (
+    FP32,
+    MemoryEstimate,
+    Stage,
+    estimate_memory,
+    layer_elements,
+    logits_bytes,
+    parameters_on_rank,
+    pipeline_stages,
+)
+from minicpm_megatron.recipe.schema import Recipe
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One recipe on one layout.
+
+    Attributes:
+        memory: bytes on the fullest rank.
+        products, memory_bound: seconds a step of the slowest stage in matrix products, and in what only moves memory.
+        traffic: every kind of communication.
+        optimizer: seconds of the update.
+        micro_batches: m, of the first batch size of the run.
+        step_seconds: all of it, bubble included.
+        tokens_per_second: of all GPUs together.
+        utilisation: model FLOP/s over the stated peak.
+    """
+
+    recipe: Recipe
+    layout: Layout
+    memory: MemoryEstimate
+    products: float
+    memory_bound: float
+    traffic: tuple[Traffic, ...]
+    optimizer: float
+    micro_batches: int
+    step_seconds: float
+    tokens_per_second: float
+    utilisation: float
+
+    @property
+    def bubble(self) -> float:
+        """Idle fraction of the pipeline's time, (p - 1) / (m + p - 1).
+
+        Narayanan et al. 2021, section 2.2.1, has (p - 1) / m of the time without it.
+        """
+        stages = self.layout.pipeline_model_parallel_size
+        return (stages - 1) / (self.micro_batches + stages - 1)
+
+    @property
+    def bubble_seconds(self) -> float:
+        """Seconds a step that the slowest stage waits for the others."""
+        busy = self.products + self.memory_bound + sum(self.micro_batches * t.micro_batch_seconds for t in self.traffic)
+        return busy * (self.layout.pipeline_model_parallel_size - 1) / self.micro_batches
+
+    def sent(self, traffic: Traffic) -> float:
+        """Bytes a step of one kind."""
+        return self.micro_batches * traffic.micro_batch_bytes + traffic.step_bytes
+
+    def exposed(self, traffic: Traffic) -> float:
+        """Exposed seconds a step of one kind."""
+        return self.micro_batches * traffic.micro_batch_seconds + traffic.step_seconds
+
+    @property
+    def exposed_seconds(self) -> float:
+        """Exposed seconds a step of all kinds."""
+        return sum(self.exposed(each) for each in self.traffic)
+
+
+def predict(recipe: Recipe, cluster: Cluster) -> Prediction:
+    """The step of `recipe` with its own parallel sizes on all GPUs of `cluster`.
+
+    step = (m + p - 1) (products + memory-bound + exposed communication of a micro-batch) + reductions + optimizer.
+
+    Raises:
+        UserError: the recipe does not fit the number of GPUs, or is not in bf16, whose peaks alone are stated.
+    """
+    refuse_unless(
+        recipe.training.precision == "bf16",
+        "training.precision",
+        f"peak rates are stated for bf16, not for {recipe.training.precision}",
+        "set it to bf16",
+    )
+    layout = recipe.check_world_size(cluster.gpus)
+    work = Work(recipe, layout, cluster)
+    stages = pipeline_stages(recipe, layout)
+    products, memory_bound = max((stage_seconds(work, stage) for stage in stages), key=sum)
+    traffic = tuple(all_traffic(work))
+    micro_batches = layout.gradient_accumulation_steps[0]
+    micro_batch = products + memory_bound + sum(each.micro_batch_seconds for each in traffic)
+    optimizer = max(optimizer_seconds(work, stage) for stage in stages)
+    step = (micro_batches + len(stages) - 1) * micro_batch + sum(each.step_seconds for each in traffic) + optimizer
+    tokens = recipe.training.global_batch_size * recipe.data.sequence_length
+    model_flops = tokens * flops_per_token(recipe.model, recipe.data.sequence_length)
+    return Prediction(
+        recipe=recipe,
+        layout=layout,
+        memory=estimate_memory(recipe, layout),
+        products=micro_batches * products,
+        memory_bound=micro_batches * memory_bound,
+        traffic=traffic,
+        optimizer=optimizer,
+        micro_batches=micro_batches,
+        step_seconds=step,
+        tokens_per_second=tokens / step,
+        utilisation=model_flops / step / (cluster.gpus * cluster.gpu.flops),
+    )
+
+
+def stage_seconds(work: Work, stage: Stage) -> tuple[float, float]:
+    """(matrix products, memory-bound operations) of one micro-batch on one rank of `stage`.
+
+    Products: `flops_per_token` of the stage's layers, and of the head on the last, over tp; what is recomputed costs
+    its forward again, a third. Attention is counted as if not causal: flash kernels do 7/12 of that at a lower rate.
+    Memory: each kept element of a layer (`layer_elements`) is written and read in forward, read in backward, and its
+    gradient written and read: 5 passes, 7 with full recompute; logits are written and read; gradients are added up.
+    """
+    recipe, layout, model = work.recipe, work.layout, work.recipe.model
+    length, recompute = recipe.data.sequence_length, recipe.training.recompute
+    attention = attention_flops_per_token(model, length)
+    layers = flops_per_token(model, length) - head_flops_per_token(model)
+    again = {"none": 0.0, "selective": attention / 3, "full": layers / 3}[recompute]
+    flops = (layers + again) * stage.layers / model.num_layers + (head_flops_per_token(model) if stage.last else 0.0)
+    moved = (
+        stage.layers * layer_elements(recipe, layout) * work.tokens * work.element * (7 if recompute == "full" else 5)
+    )
+    moved += 2 * logits_bytes(recipe, layout) if stage.last else 0.0
+    for count, replicas in parameters_on_rank(model, layout, stage):
+        moved += count * (work.element + 2 * _gradient_sum_bytes(recipe, replicas))
+    products = work.cluster.product_seconds(work.tokens * flops / layout.tensor_model_parallel_size)
+    return products, work.cluster.memory_seconds(moved)
+
+
+def _gradient_sum_bytes(recipe: Recipe, replicas: int) -> float:
+    """Bytes a parameter of the sum over micro-batches, which is read and written for each of them."""
+    zero = recipe.deepspeed.zero_stage
+    return 2.0 if zero == 0 else FP32 / (replicas if zero >= 2 else 1)
+
+
+def optimizer_seconds(work: Work, stage: Stage) -> float:
+    """Adam reads and writes its two moments and the fp32 weights, reads an fp32 gradient and writes the new weight:
+    28 + e bytes for each parameter the rank updates."""
+    divided = work.recipe.deepspeed.zero_stage >= 1
+    updated = sum(
+        count / (replicas if divided else 1)
+        for count, replicas in parameters_on_rank(work.recipe.model, work.layout, stage)
+    )
+    return work.cluster.memory_seconds(updated * (2 * 3 * FP32 + FP32 + work.element))

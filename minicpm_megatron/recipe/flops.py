@@ -1,0 +1,29 @@
+"""FLOPs of a model and the stated peaks of GPUs. Imports no torch, so that a plan needs none."""
+
+from __future__ import annotations
+
+from minicpm_megatron.recipe.parameters import count_parameters
+from minicpm_megatron.recipe.schema import ModelRecipe
+
+# dense bf16 FLOP/s from NVIDIA's data sheets (without sparsity), by a part of the device's name
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "B200": 2250e12}
+
+
+def flops_per_token(model: ModelRecipe, sequence_length: int) -> float:
+    """FLOPs of forward and backward for one token, in the convention of PaLM's appendix B.
+
+    6 for every weight that multiplies the token (the LM head too, the embedding lookup not), plus attention.
+    Recomputed activations do not count: they are not model FLOPs.
+    """
+    layers = 6.0 * count_parameters(model).active_non_embedding
+    return layers + head_flops_per_token(model) + attention_flops_per_token(model, sequence_length)
+
+
+def head_flops_per_token(model: ModelRecipe) -> float:
+    """The LM head's part of `flops_per_token`: 6 H V."""
+    return 6.0 * model.hidden_size * model.vocab_size
+
+
+def attention_flops_per_token(model: ModelRecipe, sequence_length: int) -> float:
+    """The attention core's part: 12 x layers x heads x d_head x sequence_length, as if it were not causal."""
+    return 12.0 * model.num_layers * model.num_attention_heads * model.kv_channels * sequence_length

@@ -1,0 +1,133 @@
+"""Ends a run whose ranks wait for each other, and says which rank the others wait for, and in what.
+
+A collective that hangs says nothing by itself: every rank but one is inside it. So a thread of each rank looks at how
+long ago the rank last made progress. When that is too long it writes down what the rank is doing into the run's folder,
+where all ranks can read it, and the ranks that are in no collective, or do not answer, are named.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from minicpm_megatron.storage.atomic import write_json
+
+COLLECTIVES = os.path.join("torch", "distributed", "distributed_c10d.py")
+EXIT_HANG = 1
+_LONGEST_LOOK = 5.0  # seconds between two looks at the clock
+
+
+class Watchdog:
+    """Watches this rank from a thread of its own; use as a context manager.
+
+    Args:
+        folder: shared by all ranks of the run.
+        rank, size: of the job.
+        timeout: seconds without a `tick` after which the run is ended with status 1.
+    """
+
+    def __init__(self, folder: Path, *, rank: int, size: int, timeout: float) -> None:
+        self.folder, self.rank, self.size, self.timeout = folder, rank, size, timeout
+        self._doing, self._last = "starting", time.monotonic()
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def __enter__(self) -> Watchdog:
+        self._file(self.rank).unlink(missing_ok=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def tick(self, doing: str) -> None:
+        """Progress was made, and this is what comes next."""
+        self._doing, self._last = doing, time.monotonic()
+
+    def _file(self, rank: int) -> Path:
+        return self.folder / f"hang-rank-{rank}.json"
+
+    def _watch(self) -> None:
+        while not self._over.wait(min(_LONGEST_LOOK, self.timeout / 4)):
+            if time.monotonic() - self._last > self.timeout:
+                self._end()
+
+    def _end(self) -> None:
+        """Write down what this rank does, wait for the others to do so, and leave; the lowest rank speaks."""
+        try:
+            write_json(self._file(self.rank), {"doing": self._doing, "host": socket.gethostname(), **_whereabouts()})
+            # the others noticed their last progress at most one look earlier or later
+            deadline = time.monotonic() + 2 * min(_LONGEST_LOOK, self.timeout / 4) + 1
+            while time.monotonic() < deadline and any(not self._file(rank).exists() for rank in range(self.size)):
+                time.sleep(0.1)
+            found = {rank: _read(self._file(rank)) for rank in range(self.size)}
+            if self.rank == min(rank for rank, entry in found.items() if entry):
+                print(report(found, self.timeout), file=sys.stderr, flush=True)
+            else:
+                time.sleep(1.0)  # a launcher ends everyone as soon as one leaves
+        finally:
+            os._exit(EXIT_HANG)
+
+
+def report(found: dict[int, dict[str, Any]], timeout: float) -> str:
+    """What the ranks wrote down, in words: first those that the others seem to wait for.
+
+    Args:
+        found: rank -> "doing", "host", "collective" (None outside of one) and "place"; empty where it did not answer.
+        timeout: seconds that passed.
+    """
+    silent = [rank for rank, entry in found.items() if not entry]
+    outside = [rank for rank, entry in found.items() if entry and entry["collective"] is None]
+    waiting: dict[tuple[str, str], list[int]] = {}
+    for rank, entry in found.items():
+        if entry and entry["collective"] is not None:
+            waiting.setdefault((entry["collective"], entry["doing"]), []).append(rank)
+    lines = [f"error: no progress for {timeout:g} s; the run is ended, start it again to go on"]
+    lines += [f"  rank {rank} does not answer: its process is stopped or gone" for rank in silent]
+    lines += [
+        f"  rank {rank} on {found[rank]['host']} is in no collective: {found[rank]['doing']}, in {found[rank]['place']}"
+        for rank in outside
+    ]
+    for (collective, doing), ranks in waiting.items():
+        subject = f"ranks {', '.join(map(str, ranks))} wait" if len(ranks) > 1 else f"rank {ranks[0]} waits"
+        lines.append(f"  {subject} in {collective}: {doing}")
+    if not silent and not outside:
+        lines.append("  every rank waits in a collective: they are not in the same one, or the network is gone")
+    return "\n".join(lines)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_bytes()))
+    except (OSError, ValueError):
+        return {}
+
+
+def _whereabouts() -> dict[str, str | None]:
+    """The collective that any thread of this process is in, and where its main thread is."""
+    collective = None
+    for frame in sys._current_frames().values():
+        names = [each.f_code.co_name for each in _outwards(frame) if each.f_code.co_filename.endswith(COLLECTIVES)]
+        if names:
+            collective = names[-1]
+    frame = sys._current_frames()[threading.main_thread().ident or 0]
+    return {
+        "collective": collective,
+        "place": f"{frame.f_code.co_name} ({frame.f_code.co_filename}:{frame.f_lineno})",
+    }
+
+
+def _outwards(frame: FrameType | None) -> list[FrameType]:
+    frames = []
+    while frame is not None:
+        frames.append(frame)
+        frame = frame.f_back
+    return frames

@@ -1,0 +1,114 @@
+"""Bytes and seconds of every kind of parallelism, worked by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from minicpm_megatron.planning import communication
+from minicpm_megatron.planning.cluster import Cluster
+from minicpm_megatron.recipe import count_parameters
+from tests.planning.tiny import GPU, PARAMETERS, recipe, work
+
+HIDDEN = 256  # bytes of one hidden state of a micro-batch
+TP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+
+
+def moe(**parallel: Any) -> dict[str, Any]:
+    return {"model": {"num_moe_experts": 4, "moe_router_topk": 2}, "parallel": parallel}
+
+
+def test_the_model_is_the_one_counted_by_hand() -> None:
+    assert count_parameters(recipe().model).total == PARAMETERS
+
+
+def test_tensor_parallelism_gathers_and_scatters_ten_times_a_layer() -> None:
+    traffic = communication.tensor_parallel(work(2, parallel=TP2))
+    assert traffic.micro_batch_bytes == 4 * 10 * HIDDEN / 2
+    assert traffic.micro_batch_seconds == pytest.approx(5120 / 0.8e8)
+    again = communication.tensor_parallel(work(2, parallel=TP2, training={"recompute": "full"}))
+    assert again.micro_batch_bytes == 4 * 14 * HIDDEN / 2
+
+
+def test_two_experts_a_token_move_it_twice() -> None:
+    traffic = communication.tensor_parallel(work(2, **moe(**TP2)))
+    assert traffic.micro_batch_bytes == 4 * (5 + 10) * HIDDEN / 2
+
+
+@pytest.mark.parametrize(("stages", "ways"), [(2, 1), (4, 2)])
+def test_a_stage_sends_each_way_and_the_tied_gradient_once(stages: int, ways: int) -> None:
+    traffic = communication.pipeline_parallel(work(stages, parallel={"pipeline_model_parallel_size": stages}))
+    assert traffic.micro_batch_bytes == ways * HIDDEN
+    assert traffic.step_bytes == 32 * 8 * 2
+    assert traffic.micro_batch_seconds == pytest.approx(2 * HIDDEN / 0.8e8)
+
+
+def test_an_untied_head_needs_no_all_reduce() -> None:
+    untied = work(2, parallel={"pipeline_model_parallel_size": 2}, model={"untie_embeddings_and_output_weights": True})
+    assert communication.pipeline_parallel(untied).step_bytes == 0
+
+
+def test_a_ring_turns_once_forward_and_twice_backward() -> None:
+    # 4 tokens a rank: keys and values are 4 layers x 4 tokens x 2 x 2 groups x 2 channels x 2 bytes
+    traffic = communication.context_parallel(work(4, parallel={"context_parallel_size": 4}))
+    assert traffic.micro_batch_bytes == 3 * 3 * (4 * 4 * 2 * 2 * 2 * 2)
+    again = work(4, parallel={"context_parallel_size": 4}, training={"recompute": "selective"})
+    assert communication.context_parallel(again).micro_batch_bytes == 4 * 3 * (4 * 4 * 2 * 2 * 2 * 2)
+
+
+def test_all_to_all_exchanges_queries_keys_values_and_output() -> None:
+    traffic = communication.context_parallel(work(2, parallel={"context_parallel_size": 2, "cp_comm_type": "a2a"}))
+    assert traffic.micro_batch_bytes == 2 * (4 * 8 * (4 + 2 + 2 + 4) * 2 * 2) / 2
+    assert traffic.micro_batch_seconds == pytest.approx(traffic.micro_batch_bytes / 0.8e8)
+
+
+def test_tokens_go_to_their_experts_and_back() -> None:
+    traffic = communication.expert_parallel(work(2, **moe(expert_model_parallel_size=2)))
+    assert traffic.micro_batch_bytes == 2 * 2 * 4 * (2 * HIDDEN / 2)
+
+
+def test_experts_are_reduced_over_fewer_ranks() -> None:
+    gradients, _ = communication.data_parallel(work(4, **moe(expert_model_parallel_size=2)))
+    experts, router = 4 * 4 * 384 // 2, 4 * 4 * 8
+    dense = PARAMETERS - 4 * 384 + router
+    assert gradients.step_bytes == 2 * 2 * (dense * 3 / 4 + experts / 2)
+
+
+@pytest.mark.parametrize(
+    ("stage", "gradients", "weights"),
+    # (each micro-batch, once a step) in units of the parameters' bytes that are elsewhere
+    [(0, (0, 2), (0, 0)), (1, (0, 2), (0, 1)), (2, (2, 0), (0, 1)), (3, (1, 0), (2, 0))],
+)
+def test_what_each_zero_stage_reduces_and_gathers(
+    stage: int, gradients: tuple[int, int], weights: tuple[int, int]
+) -> None:
+    unit = PARAMETERS * 2 * 3 / 4
+    found = communication.data_parallel(work(4, deepspeed__zero_stage=stage))
+    assert [(each.micro_batch_bytes / unit, each.step_bytes / unit) for each in found] == [gradients, weights]
+
+
+def test_nothing_is_sent_by_one_gpu() -> None:
+    for traffic in communication.all_traffic(work(1)):
+        assert (traffic.micro_batch_bytes, traffic.step_bytes) == (0, 0)
+        assert (traffic.micro_batch_seconds, traffic.step_seconds) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("size", "stride", "per_node", "near"),
+    [(8, 1, 8, 8), (16, 1, 8, 8), (4, 2, 8, 4), (32, 2, 8, 4), (2, 8, 8, 1), (3, 1, 8, 1), (2, 1, 1, 1), (2, 1, 99, 2)],
+)
+def test_members_of_a_group_that_share_a_node(size: int, stride: int, per_node: int, near: int) -> None:
+    assert Cluster(GPU, 48 if per_node < 48 else 24, per_node).members_per_node(size, stride) == near
+
+
+def test_a_collective_waits_for_the_slower_of_node_and_network() -> None:
+    cluster = Cluster(GPU, 16, 8)
+    # 150 of 160 bytes are sent; the node takes in 80 over eight ports of 1e7
+    assert cluster.gather_seconds(150, 16, 1) == pytest.approx(max(150 / 1e8, 80 / 8e7) / 0.8)
+    # two ranks in two nodes: 80 of 160 bytes over one port
+    assert cluster.gather_seconds(80, 2, 8) == pytest.approx(80 / 1e7 / 0.8)
+    # of 15 others 7 are in the node
+    assert cluster.all_to_all_seconds(150, 16, 1) == pytest.approx(max(70 / 1e8, 80 / 1e7) / 0.8)
+    assert cluster.neighbour_seconds(80, 8, 1) == pytest.approx(80 / 1e8 / 0.8)
+    assert cluster.neighbour_seconds(80, 16, 1) == pytest.approx(80 / 1e7 / 0.8)
