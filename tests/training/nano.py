@@ -113,10 +113,10 @@ def train(rank: int, case: dict[str, Any]) -> dict[str, Any]:
     """Run the command's own `main`, killed before update case["kill_at"] if that is given.
 
     Args:
-        case: "arguments" of the command; "hang_at": the step in which rank "hang_rank" does "hang"; "kill_at": the step that rank "kill_rank" does not survive; "poison": what
-            is done to the numbers of that step on rank "poison_rank", see `_poison` (the checkpoint of the step is
-            copied to before/ first); "begin_with": a checkpoint that
-            the run finds as its own.
+        case: "arguments" of the command; "kill_at": the step that rank "kill_rank" does not survive; "hang_at": the step
+            in which rank "hang_rank" does "hang", see `_hang`; "poison": what is done to the numbers of step
+            "poison_at" on rank "poison_rank", see `_poison` (the checkpoint of the step is copied to before/ first);
+            "begin_with": a checkpoint that the run finds as its own.
 
     Returns:
         "status", and "samples": [first sample, size, hash of this rank's tokens] of each batch.
@@ -166,7 +166,7 @@ def _hang(how: str) -> None:
     if how == "sleep":
         time.sleep(100)
     if os.fork() == 0:  # a stopped process cannot end itself
-        time.sleep(12)
+        time.sleep(25)
         os.kill(os.getppid(), signal.SIGKILL)
         os._exit(0)
     os.kill(os.getpid(), signal.SIGSTOP)
