@@ -113,8 +113,8 @@ def train(rank: int, case: dict[str, Any]) -> dict[str, Any]:
     """Run the command's own `main`, killed before update case["kill_at"] if that is given.
 
     Args:
-        case: "arguments" of the command; "kill_at": the step that rank "kill_rank" does not survive; "hang_at": the step
-            in which rank "hang_rank" does "hang", see `_hang`; "poison": what is done to the numbers of step
+        case: "arguments" of the command; "kill_at": the step that rank "kill_rank" does not survive; "hang_at": the
+            step in which rank "hang_rank" does "hang", see `_hang`; "poison": what is done to the numbers of step
             "poison_at" on rank "poison_rank", see `_poison` (the checkpoint of the step is copied to before/ first);
             "begin_with": a checkpoint that the run finds as its own.
 
