@@ -27,30 +27,30 @@ TWO = {
     "ZeRO 1 accumulation 2": {"zero": 1, "micro": 2},
     "TP2 SP recompute": {"tp": 2, "sp": True, "recompute": "full"},
     "TP2 ZeRO 3": {"tp": 2, "zero": 3},
-    "PP2": {"pp": 2, "micro": 2},
     "CP2 ring": {"cp": 2},
     "CP2 Ulysses": {"cp": 2, "kind": "a2a"},
     "CP2 ring ZeRO 1 recompute": {"cp": 2, "zero": 1, "recompute": "full"},
     "CP2 Ulysses ZeRO 3": {"cp": 2, "kind": "a2a", "zero": 3, "micro": 2},
+    "PP2": {"pp": 2, "micro": 2},
     "PP2 ZeRO 1 recompute": {"pp": 2, "zero": 1, "micro": 2, "recompute": "full"},
 }
 FOUR = {
     "TP2 DP2 ZeRO 1": {"tp": 2, "zero": 1},
     "TP2 SP DP2 ZeRO 2": {"tp": 2, "sp": True, "zero": 2},
-    "PP2 DP2 ZeRO 1": {"pp": 2, "zero": 1, "micro": 2},
     "CP2 ring DP2 ZeRO 2": {"cp": 2, "zero": 2},
     "CP2 Ulysses TP2 SP ZeRO 1": {"cp": 2, "tp": 2, "sp": True, "kind": "a2a", "zero": 1},
     "CP4 ring": {"cp": 4},
     "CP4 Ulysses ZeRO 1": {"cp": 4, "kind": "a2a", "zero": 1},
+    "PP2 DP2 ZeRO 1": {"pp": 2, "zero": 1, "micro": 2},
     "PP2 TP2": {"pp": 2, "tp": 2, "micro": 2},
     "PP2 TP2 SP ZeRO 1": {"pp": 2, "tp": 2, "sp": True, "zero": 1, "micro": 2},
 }
 BF16_TWO = {f"bf16 ZeRO {stage}": {"zero": stage, "precision": "bf16"} for stage in range(4)}
 BF16_TWO |= {
     "bf16 TP2 SP ZeRO 0": {"tp": 2, "sp": True, "precision": "bf16"},
-    "bf16 PP2 ZeRO 1": {"pp": 2, "zero": 1, "micro": 2, "precision": "bf16"},
     "bf16 CP2 ring ZeRO 1": {"cp": 2, "zero": 1, "precision": "bf16"},
     "bf16 CP2 Ulysses ZeRO 2": {"cp": 2, "zero": 2, "kind": "a2a", "precision": "bf16"},
+    "bf16 PP2 ZeRO 1": {"pp": 2, "zero": 1, "micro": 2, "precision": "bf16"},
 }
 UNTIED = {"TP2 SP": {"tp": 2, "sp": True}, "ZeRO 3": {"zero": 3}, "PP2": {"pp": 2, "micro": 2}}
 UNEVEN = {
