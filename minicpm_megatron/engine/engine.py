@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import deepspeed
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from minicpm_megatron.engine import patches
 from minicpm_megatron.engine.config import clips_itself, deepspeed_config
 from minicpm_megatron.methods.mup import RateLedger, mup_param_groups
 from minicpm_megatron.model.config import MiniCPMConfig
@@ -46,9 +47,7 @@ class Engine:
     """
 
     def __init__(self, model: torch.nn.Module, config: MiniCPMConfig, recipe: Recipe, layout: Layout) -> None:
-        import deepspeed
-
-        _quiet()
+        patches.prepare()
         self.recipe, self.layout, self.config = recipe, layout, config
         self.deepspeed_config = deepspeed_config(recipe, layout)
         # names are taken before ZeRO-3 replaces the parameters' storage
@@ -226,8 +225,3 @@ def _undo_first_step(optimizer: Any) -> None:
                 for parameter, master in zip(low, high, strict=True):
                     master.copy_(parameter)
         optimizer.optimizer.state.clear()
-
-
-def _quiet() -> None:
-    """DeepSpeed tells every rank's story at INFO; warnings stay."""
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)

@@ -19,6 +19,7 @@ from deepspeed.runtime.pipe import schedule
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from deepspeed.runtime.utils import partition_balanced
 
+from minicpm_megatron.engine import patches
 from minicpm_megatron.engine.engine import Engine, MicroBatch
 from minicpm_megatron.model.config import MiniCPMConfig
 from minicpm_megatron.model.loss import token_losses
@@ -92,6 +93,7 @@ def build_pipeline(config: MiniCPMConfig, recipe: Recipe) -> MiniCPMPipeline:
         num_pp=stages, num_mp=tensor, num_dp=dist.get_world_size() // (stages * tensor)
     )
     # it asks DeepSpeed's own module for ranks, which joins the process group that exists
+    patches.prepare()
     deepspeed.init_distributed(dist_backend=device.backend(), auto_mpi_discovery=False, verbose=False)
     with contextlib.redirect_stdout(io.StringIO()):  # it prints its seeds
         return MiniCPMPipeline(

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from minicpm_megatron.engine import patches
 from minicpm_megatron.engine.engine import Engine
 from minicpm_megatron.engine.state import EngineState
 from minicpm_megatron.errors import UserError
@@ -121,6 +122,8 @@ class Two(torch.nn.Module):
 
 def schedule(rank: int, case: dict[str, Any]) -> dict[str, list[list[float]]]:
     """Rates of both groups before every update, under DeepSpeed's engine, whole and cut after the fifth."""
+
+    patches.prepare()
 
     def start() -> Any:
         model = Two()

@@ -1,0 +1,26 @@
+"""Starting an engine compiles nothing, and a lock that a killed compilation left behind keeps no run waiting."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tests.distributed.forked import run_forked
+from tests.engine.test_engine import _engine
+
+
+def start(rank: int, case: dict[str, Any]) -> list[str]:
+    """Files of DeepSpeed's compiled extensions once an engine has started."""
+    _engine(case)
+    return sorted(path.name for path in Path(case["folder"]).rglob("*") if path.is_file())
+
+
+def test_no_extension_is_compiled_and_a_stale_lock_is_harmless(tmp_path, monkeypatch):
+    stale = tmp_path / "deepspeed_shm_comm" / "lock"
+    stale.parent.mkdir()
+    stale.touch()
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    (outcomes,) = run_forked(
+        "tests.engine.test_patches:start", [{"stage": 1, "precision": "fp32", "folder": str(tmp_path)}]
+    )
+    assert [outcome.result for outcome in outcomes] == [["lock"], ["lock"]], outcomes[0].log
