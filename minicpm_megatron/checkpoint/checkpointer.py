@@ -13,7 +13,9 @@ from typing import Any, BinaryIO, Literal
 import torch.distributed as dist
 from torch import Tensor
 
+from minicpm_megatron.checkpoint.background import BackgroundSave, Staging
 from minicpm_megatron.checkpoint.find import clean_leftovers, newest_valid
+from minicpm_megatron.checkpoint.names import step_folder
 from minicpm_megatron.checkpoint.publish import SMALL_FILES, publish
 from minicpm_megatron.checkpoint.ranks import Ranks
 from minicpm_megatron.checkpoint.retention import retain
@@ -54,8 +56,8 @@ class Checkpointer:
         directory: the folder; made on the first save.
         keep_last, keep_every: retention, see `retention.retain`.
         on_corrupt: what to do when the newest checkpoint is damaged.
-        group: process group of the run; None: one process.
-        on_phase: called with the name of every phase of a save (`publish.PHASES`).
+        group: process group of the run, used by nothing else while a save is under way; None: one process.
+        on_phase: called with the name of every phase of a save that is waited for (`publish.PHASES`).
     """
 
     def __init__(
@@ -73,6 +75,8 @@ class Checkpointer:
         self.ranks = Ranks(group)
         self.on_phase = on_phase
         self._lock: BinaryIO | None = None
+        self._staging = Staging()
+        self._under_way: BackgroundSave | None = None
 
     def preflight(self, bytes_needed: int) -> None:
         """Find out before the first step whether a save can succeed, and keep other runs out of the folder.
@@ -140,24 +144,58 @@ class Checkpointer:
         rank_tensors: dict[str, Tensor],
         state: dict[str, Any],
         facts: dict[str, Any],
+        wait: bool = True,
     ) -> Path:
-        """Publish a checkpoint and remove those that need not be kept; see `publish.publish`."""
-        folder = publish(
-            self.directory,
-            step,
-            fragments,
-            rank_tensors=rank_tensors,
-            state=state,
-            facts=facts,
-            ranks=self.ranks,
-            on_phase=self.on_phase,
-        )
-        if self.ranks.rank == 0:
-            try:
-                retain(self.directory, keep_last=self.keep_last, keep_every=self.keep_every, verified=step)
-            except OSError as error:
-                log.warning("old checkpoints in %s could not be removed: %s", self.directory, error.strerror)
-        return folder
+        """Publish a checkpoint and remove those that need not be kept; see `publish.publish`.
+
+        A save that is still under way is waited for first, so that there are never two.
+
+        Args:
+            wait: return when the checkpoint is published, holding one tensor at a time in host memory. False: copy
+                what this rank saves into host memory, and let a thread publish it; `wait` raises what happens there.
+        """
+        self.wait()
+
+        def publish_and_retain(pieces: Iterable[Fragment], on_phase: Callable[[str], None]) -> Path:
+            folder = publish(
+                self.directory,
+                step,
+                pieces,
+                rank_tensors=rank_tensors,
+                state=state,
+                facts=facts,
+                ranks=self.ranks,
+                on_phase=on_phase,
+            )
+            if self.ranks.rank == 0:
+                self._retain(step)
+            return folder
+
+        if wait:
+            return publish_and_retain(fragments, self.on_phase)
+        staged = self._staging.copy(fragments)
+        self._under_way = BackgroundSave(lambda: publish_and_retain(staged, lambda phase: None))
+        return step_folder(self.directory, step)
+
+    def _retain(self, step: int) -> None:
+        try:
+            retain(self.directory, keep_last=self.keep_last, keep_every=self.keep_every, verified=step)
+        except OSError as error:
+            log.warning("old checkpoints in %s could not be removed: %s", self.directory, error.strerror)
+
+    def settled(self) -> bool:
+        """Whether this rank's part of an asynchronous save has ended and `wait` has not been called since."""
+        return self._under_way is not None and self._under_way.done()
+
+    def wait(self) -> None:
+        """Wait for the save that is under way, if there is one.
+
+        Raises:
+            UserError: it failed; on every rank, with the same words.
+        """
+        under_way, self._under_way = self._under_way, None
+        if under_way is not None:
+            under_way.wait()
 
     def on_first(self, action: Callable[[], Any]) -> Any:
         """Do `action` on rank 0 and have its (JSON) value, or its UserError, on every rank."""
@@ -168,6 +206,7 @@ class Checkpointer:
 
         A rank that left alone would let the others wait in their next collective.
         """
+        self.wait()  # its collectives are the thread's as long as there is one
         value, fault = None, None
         try:
             value = action()

@@ -243,6 +243,9 @@ class CheckpointRecipe(Section):
     """Newest checkpoints kept."""
     keep_every: Count | None = None
     """Checkpoints whose step is a multiple of this are kept for ever."""
+    async_save: bool = True
+    """Copy the state to host memory and write it while training goes on. The last save, and one after a signal or a
+    fault, are always waited for."""
     on_corrupt: Literal["stop", "previous"] = "stop"
     """When the newest checkpoint fails verification: stop, or resume from the one before."""
 

@@ -83,17 +83,22 @@ class Verdict:
     Attributes:
         loss: mean over the tokens of the global batch, in nats.
         stop: some rank was asked to stop.
+        saved: on every rank the asynchronous save has ended.
     """
 
     loss: float
     stop: bool
+    saved: bool
 
 
-def exchange(loss: torch.Tensor, stop: bool) -> Verdict:
-    """Average `loss` over all ranks and learn whether any wants to stop; one small collective a step."""
-    shared = torch.stack([loss.detach().float(), torch.tensor(float(stop), device=loss.device)])
+def exchange(loss: torch.Tensor, *, stop: bool, saved: bool) -> Verdict:
+    """Average `loss` over all ranks and learn what they noticed; one small collective a step."""
+    noticed = torch.tensor([float(stop), float(saved)], device=loss.device)
+    shared = torch.cat([loss.detach().float().view(1), noticed])
     dist.all_reduce(shared)
-    return Verdict(loss=float(shared[0]) / dist.get_world_size(), stop=bool(shared[1] > 0))
+    total, stops, saves = shared.tolist()
+    size = dist.get_world_size()
+    return Verdict(loss=total / size, stop=stops > 0, saved=saves == size)
 
 
 def announce(text: str) -> None:

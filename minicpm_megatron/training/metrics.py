@@ -1,7 +1,8 @@
 """What a run tells: one readable line on the console, metrics.jsonl for programs, TensorBoard for eyes.
 
-Only rank 0 writes. metrics.jsonl holds a line for every step ("kind": "train") and every evaluation ("kind":
-"evaluation"); after a resume the lines of steps that will be done again are dropped first, so each step stands once.
+Only rank 0 writes. metrics.jsonl holds a line for every step ("kind": "train"), every evaluation ("evaluation") and
+every checkpoint ("checkpoint"); after a resume the lines of steps that will be done again are dropped first, so each
+step stands once.
 """
 
 from __future__ import annotations
@@ -148,6 +149,12 @@ class MetricsLog:
             for name, values in results.items()
         ]
         print(f"evaluation at step {step}, nats per token: " + ", ".join(parts), flush=True)
+
+    def saved(self, step: int, stall: float) -> None:
+        """Note a checkpoint, and the seconds that training waited for it."""
+        values = {"stall_seconds": stall}
+        self._write("checkpoint", step, values)
+        self._scalars("checkpoint", step, values)
 
     def _line(self, record: StepRecord, memory_bytes: int) -> str:
         rate = self._tokens / self._seconds

@@ -53,7 +53,8 @@ class Trainer:
         self.layout = recipe.check_world_size(groups.world_size())
         self.data = open_data(recipe)  # what is wrong with the data is told before the ranks wait for each other
         # longer than the watchdog's patience, so that it speaks before torch.distributed gives up without a name
-        groups.initialize(self.layout, timeout=datetime.timedelta(seconds=2 * recipe.training.hang_timeout + 60))
+        patience = datetime.timedelta(seconds=2 * recipe.training.hang_timeout + 60)
+        groups.initialize(self.layout, timeout=patience)
         self.folder = recipe.run_directory
         self.watchdog = Watchdog(
             self.folder, rank=groups.rank(), size=groups.world_size(), timeout=recipe.training.hang_timeout
@@ -63,7 +64,8 @@ class Trainer:
             keep_last=recipe.checkpoint.keep_last,
             keep_every=recipe.checkpoint.keep_every,
             on_corrupt=recipe.checkpoint.on_corrupt,
-            group=dist.group.WORLD,
+            # of its own, for the thread that saves; over gloo, so that it waits for no kernel
+            group=dist.new_group(backend="gloo", timeout=patience),
             on_phase=lambda phase: self.watchdog.tick(f"saving step {self.step}: {phase}"),
         )
         self.checkpointer.preflight(count_parameters(recipe.model).total * BYTES_PER_PARAMETER)
@@ -131,8 +133,11 @@ class Trainer:
                     if self.evaluation_due and not stop:
                         self._evaluate(log, sets)
                     interval = self.recipe.checkpoint.interval
-                    if stop or self.step == self.total or interval and self.step % interval == 0:
-                        self._save()
+                    last = stop or self.step == self.total
+                    if last or interval and self.step % interval == 0:
+                        began = time.perf_counter()
+                        self._save(wait=last or not self.recipe.checkpoint.async_save)
+                        log.saved(self.step, time.perf_counter() - began)
                     if stop:
                         cause = "a failure to write metrics" if log.failure else signals.received or "another rank"
                         guards.announce(
@@ -158,7 +163,11 @@ class Trainer:
         factor = self.schedule.factor(self.plan.position(self.step))
         self.engine.set_rates(factor)
         loss = self.engine.accumulate(reader.micro_batches(self.plan.samples(self.step), samples), accumulation)
-        verdict = guards.exchange(loss, signals.requested() or log.failure is not None)
+        verdict = guards.exchange(
+            loss, stop=signals.requested() or log.failure is not None, saved=self.checkpointer.settled()
+        )
+        if verdict.saved:
+            self.checkpointer.wait()  # raises what went wrong, on all ranks in the same step
         if not math.isfinite(verdict.loss):
             self._stop_non_finite("loss", verdict.loss, samples)
         update = self.engine.step()
@@ -190,13 +199,13 @@ class Trainer:
             "samples": [first, first + samples],
             "lr": self.recipe.optimizer.lr * self.schedule.factor(self.plan.position(self.step)),
         }
-        path = self._save(event)
+        path = self._save(wait=True, non_finite=event)
         raise NonFinite(
             f"the {what} of step {self.step + 1} is {value} (samples {first} to {first + samples - 1}); the state "
             f"before it is saved in {path}"
         )
 
-    def _save(self, non_finite: dict[str, Any] | None = None) -> Path:
+    def _save(self, *, wait: bool, non_finite: dict[str, Any] | None = None) -> Path:
         state = {
             "step": self.step,
             "samples": self.plan.samples(self.step),
@@ -219,7 +228,7 @@ class Trainer:
             "data": self.data.fingerprint,
         }
         return self.checkpointer.save(
-            self.step, self.state.fragments(), rank_tensors=device.rng_state(), state=state, facts=facts
+            self.step, self.state.fragments(), rank_tensors=device.rng_state(), state=state, facts=facts, wait=wait
         )
 
     def _resume(self, folder: Path) -> None:

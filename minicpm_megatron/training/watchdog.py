@@ -17,6 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from minicpm_megatron.checkpoint import background
 from minicpm_megatron.storage.atomic import write_json
 
 COLLECTIVES = os.path.join("torch", "distributed", "distributed_c10d.py")
@@ -112,9 +113,10 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _whereabouts() -> dict[str, str | None]:
-    """The collective that any thread of this process is in, and where its main thread is."""
+    """The collective that any thread of this process but the saving one is in, and where its main thread is."""
     collective = None
-    for frame in sys._current_frames().values():
+    saving = {thread.ident for thread in threading.enumerate() if thread.name == background.THREAD}
+    for frame in (frame for thread, frame in sys._current_frames().items() if thread not in saving):
         names = [each.f_code.co_name for each in _outwards(frame) if each.f_code.co_filename.endswith(COLLECTIVES)]
         if names:
             collective = names[-1]

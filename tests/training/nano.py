@@ -113,7 +113,8 @@ def train(rank: int, case: dict[str, Any]) -> dict[str, Any]:
     """Run the command's own `main`, killed before update case["kill_at"] if that is given.
 
     Args:
-        case: "arguments" of the command; "kill_at": the step that rank "kill_rank" does not survive; "hang_at": the
+        case: "arguments" of the command; "kill_at": the step that rank "kill_rank" does not survive, in the middle of
+            an asynchronous save only where "in_save" is set; "hang_at": the
             step in which rank "hang_rank" does "hang", see `_hang`; "poison": what is done to the numbers of step
             "poison_at" on rank "poison_rank", see `_poison` (the checkpoint of the step is copied to before/ first);
             "begin_with": a checkpoint that the run finds as its own.
@@ -131,6 +132,8 @@ def train(rank: int, case: dict[str, Any]) -> dict[str, Any]:
     step, read = Trainer._one_step, BatchReader.micro_batches
 
     def one_step(self: Trainer, *arguments: Any) -> bool:
+        if self.step in (case.get("kill_at"), case.get("poison_at")) and not case.get("in_save"):
+            self.checkpointer.wait()  # the test counts on the one before
         if self.step == case.get("kill_at") and rank == case.get("kill_rank", 1):
             os.kill(os.getpid(), signal.SIGKILL)
         if self.step == case.get("hang_at") and rank == case.get("hang_rank", 1):
