@@ -21,7 +21,7 @@ from minicpm_megatron.checkpoint.ranks import Ranks
 from minicpm_megatron.checkpoint.retention import retain
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.storage import lock
-from minicpm_megatron.storage.manifest import problems
+from minicpm_megatron.storage.manifest import Unreadable, problems
 from minicpm_megatron.storage.sharded import CheckpointReader, Fragment
 
 log = logging.getLogger(__name__)
@@ -110,15 +110,43 @@ class Checkpointer:
             )
 
     def find_latest(self) -> Path | None:
-        """The newest valid checkpoint, or None where there never was one; see `find.newest_valid`."""
+        """The newest valid checkpoint, or None where there never was one; see `find.newest_valid`.
+
+        The ranks share the reading.
+        """
 
         def find() -> str | None:
-            clean_leftovers(self.directory)
-            found = newest_valid(self.directory, self.on_corrupt)
-            return None if found is None else str(found)
+            if self.ranks.rank > 0:
+                while (folder := self.ranks.from_first(None)) is not None:
+                    self._verify_part(Path(folder))
+                return None
+            try:
+                clean_leftovers(self.directory)
+                found = newest_valid(self.directory, self.on_corrupt, self._verify)
+                return None if found is None else str(found)
+            finally:
+                self.ranks.from_first(None)
 
-        found = self.on_first(find)
+        found = self.ranks.from_first(self.on_all(find))
         return None if found is None else Path(found)
+
+    def _verify(self, folder: Path) -> list[str]:
+        """`manifest.problems`, asked by rank 0 while the others wait for a folder."""
+        self.ranks.from_first(str(folder))
+        return self._verify_part(folder)
+
+    def _verify_part(self, folder: Path) -> list[str]:
+        found: list[str] = []
+        fault = None
+        try:
+            found = problems(folder, self.ranks.rank, self.ranks.size)
+        except Unreadable as error:
+            fault = [error.what, error.where, error.fix]
+        outcomes = self.ranks.gather({"found": found, "fault": fault})
+        for what, where, fix in (outcome["fault"] for outcome in outcomes if outcome["fault"]):
+            if self.ranks.rank == 0:  # which decides what it means
+                raise Unreadable(what, where=where, fix=fix)
+        return list(dict.fromkeys(line for outcome in outcomes for line in outcome["found"]))
 
     def open(self, folder: Path, *, verified: bool = True) -> LoadedCheckpoint:
         """Open a checkpoint on every rank.
@@ -130,7 +158,7 @@ class Checkpointer:
             UserError: a file is damaged, or the manifest malformed.
         """
         if not verified:
-            found = self.on_first(lambda: problems(folder))
+            found = self.on_all(lambda: self._verify_part(folder))
             if found:
                 raise UserError(f"the checkpoint is damaged: {found[0]}", where=str(folder), fix="choose another one")
         reader = self.on_all(lambda: CheckpointReader(folder))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -27,8 +28,14 @@ log = logging.getLogger(__name__)
 CHECKPOINTS = "checkpoints"
 
 
-def newest_valid(directory: Path, on_corrupt: Literal["stop", "previous"]) -> Path | None:
+def newest_valid(
+    directory: Path,
+    on_corrupt: Literal["stop", "previous"],
+    problems: Callable[[Path], list[str]] = problems,
+) -> Path | None:
     """The newest checkpoint whose every byte is what was written, or None where there never was one.
+
+    `problems` verifies a folder, as `manifest.problems` does.
 
     A checkpoint that fails is renamed to step-N.corrupt and named in the log; one that the disk fails to read keeps
     its name, because it may be whole.

@@ -84,8 +84,11 @@ def _records(value: dict[str, Any], path: Path) -> list[FileRecord]:
         raise UserError("the manifest is incomplete", where=str(path)) from None
 
 
-def problems(folder: Path) -> list[str]:
+def problems(folder: Path, part: int = 0, parts: int = 1) -> list[str]:
     """Everything in which `folder` differs from its manifest; every file is read in full. Empty: verified.
+
+    Args:
+        part, parts: look at every `parts`-th file only, from number `part` on.
 
     Raises:
         Unreadable: the disk fails, which leaves the question open.
@@ -97,7 +100,7 @@ def problems(folder: Path) -> list[str]:
     except UserError as error:
         return [str(error)]
     found = []
-    for record in records(manifest, folder):
+    for record in records(manifest, folder)[part::parts]:
         path = folder / record.name
         try:
             if not path.is_file():

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from minicpm_megatron.checkpoint import Checkpointer
 from minicpm_megatron.checkpoint.publish import PHASES
 from minicpm_megatron.errors import UserError
+from minicpm_megatron.storage import manifest
 from tests.checkpoint.synthetic import ROWS, content, names, save, world
 from tests.distributed.launch import init_gloo, run_on_ranks
 
@@ -101,6 +102,33 @@ def _failure(directory: Path, action: str, rows: int = ROWS) -> str:
     except UserError as error:
         return str(error)
     return "no error"
+
+
+def verify_worker(folder: str) -> dict[str, Any]:
+    """What each rank reads to verify a checkpoint, and what all of them know of one that rank 1's disk cannot read."""
+    init_gloo(30)
+    rank, read, sound = dist.get_rank(), [], manifest.file_sha256
+    checkpointer = world(Path(folder), on_corrupt="previous")
+    save(checkpointer, 1)
+    save(checkpointer, 2)
+
+    def hashed(path: Path) -> str:
+        read.append(f"{path.parent.name}/{path.name}")
+        if rank == 1 and path.parent.name == "step-2" and len(read) > 1:
+            raise OSError(5, "Input/output error", str(path))
+        return sound(path)
+
+    manifest.file_sha256 = hashed
+    found = [str(checkpointer.find_latest()) for _ in range(2)]
+    return {"found": found, "read": read}
+
+
+def test_ranks_share_the_reading_and_what_they_find(tmp_path: Path) -> None:
+    one, two = run_on_ranks("tests.checkpoint.test_ranks:verify_worker", 2, folder=str(tmp_path))
+    assert one["found"] == two["found"] == [str(tmp_path / "step-2"), str(tmp_path / "step-1")]
+    for rank, said in enumerate((one, two)):
+        assert said["read"] == [f"step-{step}/rank-{rank:05}.safetensors" for step in (2, 2, 1)]
+    assert names(tmp_path) == ["latest", "step-1", "step-2"], "a disk that fails to read condemns nothing"
 
 
 def fault_worker(folder: str, small: str | None, read_only: str | None) -> dict[str, Any]:
