@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from minicpm_megatron.errors import UserError
+from minicpm_megatron.parallel import device
 from minicpm_megatron.recipe import Layout, Recipe
 
 # what a run is, is said by the recipe alone: key of DeepSpeed's JSON -> key of the recipe
@@ -24,6 +25,8 @@ OWNED = {
     "bf16.enabled": "training.precision",
     "fp16.enabled": "training.precision",
     "zero_optimization.stage": "deepspeed.zero_stage",
+    "zero_optimization.offload_optimizer.device": "deepspeed.offload_optimizer",
+    "zero_optimization.offload_param.device": "deepspeed.offload_param",
     "data_types.grad_accum_dtype": "training.precision",
     "pipeline.pipe_partitioned": "parallel.sequence_parallel",
     "pipeline.grad_partitioned": "parallel.sequence_parallel",
@@ -33,6 +36,9 @@ REFUSED = {
     "optimizer": "DeepSpeed would build groups without muP's rates; use the recipe's optimizer section",
     "amp": "use training.precision of the recipe",
 }
+# ZeRO++'s quantization (arXiv 2306.10209); its hierarchical partition needs nothing
+ON_CUDA = tuple(f"zero_optimization.zero_quantized_{what}" for what in ("weights", "nontrainable_weights", "gradients"))
+OFFLOADED = ("offload_optimizer", "offload_param")
 NO_REPORT = 1_000_000_000  # steps between DeepSpeed's own progress lines: ours say more
 
 
@@ -69,6 +75,10 @@ def _from_recipe(recipe: Recipe, layout: Layout) -> dict[str, Any]:
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": NO_REPORT,
     }
+    for part in OFFLOADED:
+        if (place := getattr(recipe.deepspeed, part)) != "none":
+            # page-locked memory is what makes the copies fast, and only CUDA has it
+            config["zero_optimization"][part] = {"device": place, "pin_memory": not device.on_cpu()}
     if stage > 0 and training.precision == "bf16":
         # sums of many bf16 gradients lose the small ones
         config["data_types"] = {"grad_accum_dtype": "fp32"}
@@ -109,6 +119,8 @@ def _overlay(ours: dict[str, Any], theirs: dict[str, Any], path: str) -> dict[st
     merged = copy.deepcopy(ours)
     for dotted, value in _leaves(theirs):
         mine = _get(ours, dotted)
+        if mine is None and dotted in (f"zero_optimization.{part}.device" for part in OFFLOADED):
+            mine = "none"
         if value == "auto":
             if mine is None:
                 raise UserError(f'{dotted} is "auto", for which there is no value', where=path, fix="give a value")
@@ -119,6 +131,8 @@ def _overlay(ours: dict[str, Any], theirs: dict[str, Any], path: str) -> dict[st
                 where=path,
                 fix=f"remove it, or change {OWNED[dotted]}",
             )
+        if dotted in ON_CUDA and value and device.on_cpu():
+            raise UserError(f"{dotted} has kernels for CUDA only", where=path, fix="remove it, or run on GPUs")
         _set(merged, dotted, value)
     return merged
 

@@ -60,9 +60,7 @@ class Engine:
             weight_decay=recipe.optimizer.weight_decay,
             weight_decay_mode=recipe.optimizer.weight_decay_mode,
         )
-        optimizer = torch.optim.AdamW(
-            groups, lr=recipe.optimizer.lr, betas=recipe.optimizer.betas, eps=recipe.optimizer.eps, fused=True
-        )
+        optimizer = _adamw(groups, recipe)
         if recipe.deepspeed.zero_stage == 3 and layout.context_parallel_size > 1:
             # DeepSpeed 0.19 itself would divide weights over the data-parallel ranks alone, and then look for their
             # parts on the context-parallel ones, too
@@ -186,6 +184,20 @@ class Engine:
     def eval(self) -> None:
         """Evaluation mode."""
         self.deepspeed.eval()
+
+
+def _adamw(groups: list[dict[str, Any]], recipe: Recipe) -> torch.optim.Optimizer:
+    """AdamW where the optimizer state is: torch's, or DeepSpeed's on the host of a CUDA device."""
+    settings: dict[str, Any] = {
+        "lr": recipe.optimizer.lr,
+        "betas": recipe.optimizer.betas,
+        "eps": recipe.optimizer.eps,
+    }
+    if recipe.deepspeed.offload_optimizer != "none" and not device.on_cpu():
+        from deepspeed.ops.adam import DeepSpeedCPUAdam  # compiles itself when it is first made
+
+        return DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)
+    return torch.optim.AdamW(groups, fused=True, **settings)
 
 
 def _gradient_norm(parameters: list[torch.nn.Parameter]) -> float:

@@ -163,6 +163,9 @@ def _one_norm(optimizer: Any) -> torch.Tensor:
     DeepSpeed 0.19 sums each group over the ranks of a copy of the model by itself. Stages do not have the same muP
     groups, since only the first and the last hold an embedding: those in between would leave the others waiting.
     """
+    if optimizer.cpu_offload:  # which has the norms of gradients that have left the device
+        parameters = [parameter for group in optimizer.params_in_partition for parameter in group]
+        return optimizer.complete_grad_norm_calculation_for_cpu_offload(parameters)
     gradients, parameters = [], []
     for group in range(len(optimizer.bit16_groups)):
         own = (part for part in optimizer.averaged_gradients[group] if not getattr(part, "_zero_padding", False))

@@ -124,6 +124,7 @@ class EngineState:
             piece.master.copy_(flat.narrow(0, piece.start, piece.master.numel()))
             if hasattr(parameter, "ds_id"):
                 parameter.ds_tensor.data.narrow(0, 0, piece.master.numel()).copy_(piece.master)
+                parameter.ds_secondary_tensor = None  # ZeRO++'s second copy, made anew from this one
         if not hasattr(parameter, "ds_id"):
             parameter.data.copy_(shard)
 

@@ -80,6 +80,7 @@ def check_recipe(recipe: Recipe) -> None:
     """
     _check_tensor_parallel(recipe)
     _check_pipeline(recipe)
+    _check_offload(recipe)
     _check_context_parallel(recipe)
     refuse_unless(
         recipe.data.sequence_length <= recipe.model.max_position_embeddings,
@@ -145,6 +146,22 @@ def _check_pipeline(recipe: Recipe) -> None:
             f"a pipeline cannot run with ZeRO {recipe.deepspeed.zero_stage} in {recipe.training.precision}",
             "set it to 1",
         )
+
+
+def _check_offload(recipe: Recipe) -> None:
+    deepspeed = recipe.deepspeed
+    refuse_unless(
+        deepspeed.offload_optimizer == "none" or deepspeed.zero_stage >= 1,
+        "deepspeed.offload_optimizer",
+        "ZeRO 0 keeps no optimizer state of its own that could be offloaded",
+        "set deepspeed.zero_stage to 1 or more",
+    )
+    refuse_unless(
+        deepspeed.offload_param == "none" or (deepspeed.zero_stage == 3 and deepspeed.offload_optimizer != "none"),
+        "deepspeed.offload_param",
+        "weights are offloaded by ZeRO 3, together with the optimizer",
+        "set deepspeed.zero_stage to 3 and deepspeed.offload_optimizer to cpu",
+    )
 
 
 def _check_context_parallel(recipe: Recipe) -> None:

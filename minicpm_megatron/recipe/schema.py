@@ -221,6 +221,12 @@ class DeepSpeedRecipe(Section):
 
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
     """0 none, 1 optimizer state, 2 and gradients, 3 and weights divided over the data-parallel ranks."""
+    offload_optimizer: Literal["none", "cpu"] = "none"
+    """cpu: master weights and Adam's moments stay in host memory and are stepped there (ZeRO-Offload, arXiv
+    2101.06840); needs zero_stage 1 or more."""
+    offload_param: Literal["none", "cpu"] = "none"
+    """cpu: weights stay in host memory until they are gathered (ZeRO-Infinity, arXiv 2104.07857); needs zero_stage 3
+    and offload_optimizer."""
     config: PathText | None = None
     """A DeepSpeed JSON laid over ours; contradictions with the recipe are refused."""
 

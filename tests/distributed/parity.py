@@ -5,9 +5,11 @@ The real engine, 20 steps; the schedule warms up, so that no step amplifies roun
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import time
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -46,7 +48,8 @@ def run_layouts(world: int, layouts: dict[str, dict[str, Any]], **keywords: Any)
 
     Args:
         layouts: name -> sizes tp, pp, cp (default 1), zero (0), sp (False), kind (p2p), micro (all of a rank's part of
-            the batch), recompute (none), precision (fp32), layers (by parameters).
+            the batch), recompute (none), precision (fp32), layers (by parameters), offload ({}: what of DeepSpeed's
+            to where), json ({}: zero_optimization of a DeepSpeed JSON).
         keywords: untied, num_layers.
     """
     results = run_on_ranks("tests.distributed.parity:train", world, timeout=280, layouts=layouts, **keywords)[0]
@@ -104,7 +107,7 @@ def train(layouts: dict[str, dict[str, Any]], untied: bool = False, num_layers: 
                 },
                 "optimizer": {"lr": 0.002},
                 "schedule": {"warmup": 10, "total": STEPS, "decay": 5, "decay_shape": "linear"},
-                "deepspeed": {"zero_stage": case.get("zero", 0)},
+                "deepspeed": {"zero_stage": case.get("zero", 0), "config": _json(case), **case.get("offload", {})},
             }
         )
         layout = recipe.check_world_size(world)
@@ -131,6 +134,14 @@ def train(layouts: dict[str, dict[str, Any]], untied: bool = False, num_layers: 
             lines.append([float(total) / world, update.gradient_norm])
         results[name] = Run(lines, time.perf_counter() - began)._asdict()
     return results
+
+
+def _json(case: dict[str, Any]) -> str | None:
+    if "json" not in case:
+        return None
+    path = f"{os.environ['MINICPM_TEST_STORE']}.{os.environ['RANK']}.json"
+    Path(path).write_text(json.dumps({"zero_optimization": case["json"]}))
+    return path
 
 
 def digits(first: float, second: float) -> float:

@@ -16,6 +16,7 @@ ALONE = {
     "recompute selective": {"recompute": "selective"},
     "ZeRO 1 alone": {"zero": 1},
 }
+OPTIMIZER, WEIGHTS = {"offload_optimizer": "cpu"}, {"offload_param": "cpu"}
 TWO = {
     "DP2": {},
     "DP2 accumulation 2": {"micro": 2},
@@ -31,7 +32,10 @@ TWO = {
     "CP2 Ulysses": {"cp": 2, "kind": "a2a"},
     "CP2 ring ZeRO 1 recompute": {"cp": 2, "zero": 1, "recompute": "full"},
     "CP2 Ulysses ZeRO 3": {"cp": 2, "kind": "a2a", "zero": 3, "micro": 2},
+    "ZeRO 2 offload": {"zero": 2, "offload": OPTIMIZER},
+    "ZeRO 3 offload of weights, too": {"zero": 3, "offload": OPTIMIZER | WEIGHTS, "micro": 2},
     "PP2": {"pp": 2, "micro": 2},
+    "PP2 ZeRO 1 offload": {"pp": 2, "zero": 1, "micro": 2, "offload": OPTIMIZER},
     "PP2 ZeRO 1 recompute": {"pp": 2, "zero": 1, "micro": 2, "recompute": "full"},
 }
 FOUR = {
@@ -39,6 +43,7 @@ FOUR = {
     "TP2 SP DP2 ZeRO 2": {"tp": 2, "sp": True, "zero": 2},
     "CP2 ring DP2 ZeRO 2": {"cp": 2, "zero": 2},
     "CP2 Ulysses TP2 SP ZeRO 1": {"cp": 2, "tp": 2, "sp": True, "kind": "a2a", "zero": 1},
+    "ZeRO 3 hpZ": {"zero": 3, "json": {"zero_hpz_partition_size": 2}},
     "CP4 ring": {"cp": 4},
     "CP4 Ulysses ZeRO 1": {"cp": 4, "kind": "a2a", "zero": 1},
     "PP2 DP2 ZeRO 1": {"pp": 2, "zero": 1, "micro": 2},
@@ -47,6 +52,8 @@ FOUR = {
 }
 BF16_TWO = {f"bf16 ZeRO {stage}": {"zero": stage, "precision": "bf16"} for stage in range(4)}
 BF16_TWO |= {
+    "bf16 ZeRO 1 offload": {"zero": 1, "offload": OPTIMIZER, "precision": "bf16"},
+    "bf16 ZeRO 3 offload of weights, too": {"zero": 3, "offload": OPTIMIZER | WEIGHTS, "precision": "bf16"},
     "bf16 TP2 SP ZeRO 0": {"tp": 2, "sp": True, "precision": "bf16"},
     "bf16 CP2 ring ZeRO 1": {"cp": 2, "zero": 1, "precision": "bf16"},
     "bf16 CP2 Ulysses ZeRO 2": {"cp": 2, "zero": 2, "kind": "a2a", "precision": "bf16"},

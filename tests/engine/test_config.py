@@ -8,6 +8,7 @@ import pytest
 
 from minicpm_megatron.engine.config import deepspeed_config
 from minicpm_megatron.errors import UserError
+from minicpm_megatron.parallel import device
 from minicpm_megatron.recipe import build
 
 
@@ -60,6 +61,7 @@ def test_a_users_file_is_laid_over_ours(tmp_path):
         ({"zero_optimization": {"stage": 3}}, "zero_optimization.stage is 3, but deepspeed.zero_stage"),
         ({"fp16": {"enabled": True}}, "fp16.enabled is True, but training.precision"),
         ({"bf16": {"enabled": False}}, "bf16.enabled is False, but training.precision"),
+        ({"zero_optimization": {"offload_param": {"device": "cpu"}}}, "device is 'cpu', but deepspeed.offload_param"),
         ({"scheduler": {"type": "WarmupLR"}}, "a 'scheduler' block is not accepted"),
         ({"optimizer": {"type": "AdamW"}}, "a 'optimizer' block is not accepted"),
         ({"activation_checkpointing": {"partition_activations": "auto"}}, 'is "auto", for which there is no value'),
@@ -72,6 +74,14 @@ def test_contradictions_are_refused_by_name(tmp_path, theirs, message):
     with pytest.raises(UserError, match="ds.json") as refusal:
         resolve(tmp_path, theirs)
     assert message in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+@pytest.mark.skipif(not device.on_cpu(), reason="here it is accepted")
+def test_zero_plus_plus_is_passed_through_but_for_what_needs_cuda(tmp_path):
+    config = resolve(tmp_path, {"zero_optimization": {"zero_hpz_partition_size": 2, "zero_quantized_weights": False}})
+    assert config["zero_optimization"]["zero_hpz_partition_size"] == 2
+    with pytest.raises(UserError, match="zero_quantized_gradients has kernels for CUDA only"):
+        resolve(tmp_path, {"zero_optimization": {"zero_quantized_gradients": True}})
 
 
 def test_a_missing_file_is_named():

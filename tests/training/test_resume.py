@@ -15,6 +15,7 @@ from tests.training import nano
 pytestmark = pytest.mark.timeout(900)  # one fixture runs every job of the file
 
 COMBINATIONS = [(stage, precision) for stage in (0, 1, 2, 3, "pipeline") for precision in ("fp32", "bf16")]
+OFFLOAD = ["deepspeed.offload_optimizer=cpu", "deepspeed.offload_param=cpu"]
 GROWTH = 'training.batch_growth=[{"after_tokens": 3000, "global_batch_size": 16}]'
 
 
@@ -37,12 +38,16 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list
         cases[f"whole {key}"] = nano.case(recipe, f"whole-{key}", *overrides)
         cases[f"killed {key}"] = nano.case(recipe, f"cut-{key}", *overrides, **extra)
         cases[f"resumed {key}"] = nano.case(recipe, f"cut-{key}", *overrides)
+    plus_plus = folder / "zero-plus-plus.json"
+    plus_plus.write_text('{"zero_optimization": {"zero_hpz_partition_size": 2}}')
     for name, ranks, origin, overrides in (
         ("tp2", 2, "1", ["parallel.tensor_model_parallel_size=2"]),
         ("zero3", 2, "1", ["deepspeed.zero_stage=3"]),
         ("alone", 1, "pipeline", []),
         ("pp2", 2, "3", ["parallel.pipeline_model_parallel_size=2"]),
         ("cp2", 2, "pipeline", ["parallel.context_parallel_size=2", "deepspeed.zero_stage=3"]),
+        ("offload", 2, "3", ["deepspeed.offload_optimizer=cpu"]),
+        ("hpz", 2, "1", ["deepspeed.zero_stage=3", *OFFLOAD, f"deepspeed.config={plus_plus}"]),
     ):
         begun = str(folder / "runs" / f"whole-{origin}-fp32" / "checkpoints" / "step-10")
         cases[name] = nano.case(recipe, name, *overrides, ranks=ranks, begin_with=begun)
@@ -77,7 +82,7 @@ def test_a_killed_run_goes_on_bit_for_bit(
     assert curve[-1] < curve[0] - 0.3
 
 
-@pytest.mark.parametrize("name", ["tp2", "zero3", "alone", "pp2", "cp2"])
+@pytest.mark.parametrize("name", ["tp2", "zero3", "alone", "pp2", "cp2", "offload", "hpz"])
 def test_another_layout_goes_on_from_the_same_checkpoint(
     name: str, jobs: tuple[Path, dict[str, list[Outcome]]]
 ) -> None:
@@ -91,6 +96,8 @@ def test_another_layout_goes_on_from_the_same_checkpoint(
         "alone": [1, 1, 1, 1],
         "pp2": [2, 1, 2, 1],
         "cp2": [2, 1, 1, 3],
+        "offload": [2, 1, 1, 1],
+        "hpz": [2, 1, 1, 3],
     }[name]
     whole = [record[2] for record in nano.losses(runs / "whole-1-fp32")[nano.HALF : nano.STEPS]]
     other = [record[2] for record in nano.losses(runs / name)[: nano.HALF]]
