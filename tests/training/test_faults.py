@@ -27,7 +27,11 @@ SPIKE = 100.0
 SKIPPED = {3: "nan loss", 6: "infinite gradient", 13: "loss spike", 16: "gradient spike"}
 KILLED = 15  # a step after the first spike and before the second, which a resumed run judges
 FAULTY, CHECKPOINT, PASSED = 13, 10, 2  # the step that is undone, where it goes back to, batches passed over after it
-LAYOUTS = {"first": ["deepspeed.zero_stage=1"], "third": ["deepspeed.zero_stage=3", "training.precision=bf16"]}
+LAYOUTS = {
+    "first": ["deepspeed.zero_stage=1"],
+    "third": ["deepspeed.zero_stage=3", "training.precision=bf16"],
+    "pipeline": ["parallel.pipeline_model_parallel_size=2"],
+}
 
 
 class Scaled(torch.autograd.Function):
@@ -60,7 +64,9 @@ def worker(rank: int, case: dict[str, Any]) -> dict[str, Any]:
             always; "left_out": numbers of the steps that do not happen; "shift": samples that every position is
             moved by; "kill_after_rollback": the step not survived once the run has gone back.
     """
+    from minicpm_megatron.engine import pipeline
     from minicpm_megatron.engine.engine import Engine
+    from minicpm_megatron.model.loss import token_losses
 
     step, losses, read = nano.Trainer._one_step, Engine.losses, BatchReader.micro_batches
     broken = case.get("broken", {})
@@ -80,12 +86,19 @@ def worker(rank: int, case: dict[str, Any]) -> dict[str, Any]:
         training = torch.is_grad_enabled()  # and no evaluation
         return read(self, first + training * case.get("shift", 0), size)
 
+    def fault() -> str | None:
+        return broken.get(str(now["first"])) or ("nan loss" if now["step"] == case.get("broken_step") else None)
+
     def disturbed(self: Engine, *batch: torch.Tensor) -> torch.Tensor:
-        found = losses(self, *batch)
-        how = broken.get(str(now["first"])) or ("nan loss" if now["step"] == case.get("broken_step") else None)
+        found, how = losses(self, *batch), fault()
         return found if how is None or rank == 0 or not torch.is_grad_enabled() else _disturb(found, how)
 
+    def loss_of_a_pipeline(config: Any, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        found, how = token_losses(config, logits, labels), fault()
+        return found if how is None or not torch.is_grad_enabled() else _disturb(found, how)
+
     nano.Trainer._one_step, Engine.losses, BatchReader.micro_batches = one_step, disturbed, micro_batches
+    pipeline.token_losses = loss_of_a_pipeline
     return nano.train(rank, case)
 
 
@@ -107,7 +120,7 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list
         "left out": nano.case(recipe, "left-out", "checkpoint.interval=7", left_out=list(SKIPPED)),
     }
     for name, layout in LAYOUTS.items():
-        spike = {"broken": {_position(FAULTY): "loss spike" if name == "first" else "infinite gradient"}}
+        spike = {"broken": {_position(FAULTY): "infinite gradient" if name == "third" else "loss spike"}}
         begun = str(folder / "runs" / f"{name}-begun" / "checkpoints" / f"step-{CHECKPOINT}")
         cases |= {
             f"{name}, begun": nano.case(recipe, f"{name}-begun", *layout, f"training.stop_after={CHECKPOINT}"),
