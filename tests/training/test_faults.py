@@ -141,6 +141,12 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list
         "many rollbacks": nano.case(recipe, "always", *back, "faults.max_consecutive=2", broken_step=FAULTY),
         "one more rollback": nano.case(recipe, "always", *back, "faults.max_consecutive=2", broken_step=FAULTY),
     }
+    short, at_four = "training.stop_after=6", {_position(4): "nan loss"}
+    cases |= {
+        "stopped at once": nano.case(recipe, "start", short, broken={"0": "nan loss"}),
+        "back to the start": nano.case(recipe, "start", short, *back, "faults.rollback_skip=0", broken=at_four),
+        "from later data": nano.case(recipe, "later", short, shift=4 * BATCH),
+    }
     outcomes = run_forked("tests.training.test_faults:worker", list(cases.values()))
     return folder / "runs", dict(zip(cases, outcomes, strict=True))
 
@@ -246,6 +252,16 @@ def test_too_many_faults_end_the_run(jobs: Any) -> None:
         said = f"the loss of step {FAULTY} is nan (samples {first} to {first + BATCH - 1})"
         assert line == f"stopped: {said}; {ending}", "also when it is started again"
     assert len(read_metrics(runs / "always" / METRICS, "event")) == 2
+
+
+def test_a_rollback_to_the_start_forgets_all_updates(jobs: Any) -> None:
+    runs, outcomes = jobs
+    assert _stopped(outcomes["stopped at once"]).endswith(f"is saved in {_checkpoint(runs / 'start', 0)}")
+    nano.check(outcomes["back to the start"])
+    nano.check(outcomes["from later data"])
+    assert nano.losses(runs / "start") == nano.losses(runs / "later")
+    first, second = _checkpoint(runs / "start", 6), _checkpoint(runs / "later", 6)
+    assert nano.tensors(first) == nano.tensors(second)
 
 
 def test_without_a_checkpoint_there_is_no_rollback(jobs: Any) -> None:
