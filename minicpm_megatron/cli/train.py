@@ -72,15 +72,16 @@ def _train(recipe: Recipe, branch: tuple[Path, int, str] | None) -> int:
     _only_our_lines()
     # seconds of imports, after everything that can be refused without them
     from minicpm_megatron.parallel import groups
+    from minicpm_megatron.training.faults import FaultyStep
     from minicpm_megatron.training.report import finish
-    from minicpm_megatron.training.trainer import NonFinite, Trainer
+    from minicpm_megatron.training.trainer import Trainer
 
     try:
         trainer = Trainer(recipe, branch)
         finished = trainer.run() == trainer.total
         if finished and groups.rank() == 0:
             finish(trainer.folder, recipe)
-    except NonFinite as error:
+    except FaultyStep as error:
         if groups.rank() == 0:
             print(f"stopped: {error}", flush=True)
         return 1

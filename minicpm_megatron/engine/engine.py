@@ -10,6 +10,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.utils import combine_grad_norm_groups, get_global_norm_of_tensors
 from megatron.core import parallel_state
 
 from minicpm_megatron.engine import patches
@@ -126,6 +127,9 @@ class Engine:
         Returns:
             Mean of their losses in nats per token, fp32, over this rank's tokens or over those of all ranks.
         """
+        # DeepSpeed ends a step where its own count of micro-batches is a multiple of those of a step. After a batch
+        # that grew, or a step that was discarded, that need not be where ours ends.
+        self.deepspeed.micro_steps = 0
         total = torch.zeros((), device=device.device())
         for number, (tokens, labels) in enumerate(micro_batches, 1):
             loss = self.losses(tokens, labels).mean()
@@ -147,6 +151,53 @@ class Engine:
         """Backward of one micro-batch's mean loss (averaged over accumulation and data-parallel ranks)."""
         self.deepspeed.backward(loss)
 
+    def gradient_norm(self) -> float:
+        """The 2-norm that `step` would report, without stepping; inf or nan where a gradient is not finite."""
+        optimizer = self.optimizer
+        if self.recipe.deepspeed.zero_stage == 0:
+            return _gradient_norm(self._parameters_with_gradient())
+        if hasattr(optimizer, "scaled_global_norm"):  # ZeRO 1 in fp32, ZeRO 2
+            norm = optimizer.scaled_global_norm()
+        elif hasattr(optimizer, "get_grads_for_norm"):  # ZeRO 1 in bf16
+            norm = get_global_norm_of_tensors(optimizer.get_grads_for_norm()[0], mpu=optimizer.mpu)
+        else:
+            norm = combine_grad_norm_groups(optimizer._get_norm_groups())
+        # one of DeepSpeed's functions says -1 for a norm that is not finite
+        return float(norm) if norm >= 0 else math.inf
+
+    def discard(self) -> None:
+        """End the last micro-batch of a step without an update: its gradients are dropped.
+
+        Weights, moments and Adam's count of steps stay as they are in every bit, and the next step is the one of an
+        engine that never saw the batch.
+        """
+        if self.recipe.deepspeed.zero_stage == 0:
+            self.deepspeed.zero_grad()
+            return
+        # DeepSpeed itself drops gradients that are not finite, with all that it keeps beside them
+        if self.recipe.deepspeed.offload_optimizer != "none":  # it knows gradients on the host by their norms
+            norms = self.optimizer.norm_for_param_grads
+            norms.update(dict.fromkeys(norms, torch.tensor(math.inf)))
+        else:
+            for gradient in self._accumulated():
+                gradient.fill_(math.inf)
+        self._update()
+        self._forget_offloaded()
+
+    def _forget_offloaded(self) -> None:
+        """Drop what ZeRO 1 and 2 of DeepSpeed 0.19 would add to the next step: a refused step's offloaded gradients."""
+        if self.recipe.deepspeed.offload_optimizer != "none" and self.recipe.deepspeed.zero_stage < 3:
+            gradients = self.optimizer.averaged_gradients
+            gradients.update(dict.fromkeys(gradients))
+
+    def _accumulated(self) -> list[torch.Tensor]:
+        """This rank's gradients where ZeRO keeps them at the end of a step's last micro-batch."""
+        if hasattr(self.optimizer, "fp32_groups_gradients_flat"):  # ZeRO 1 in bf16
+            return self.optimizer.fp32_groups_gradients_flat
+        if hasattr(self.optimizer, "grad_partitions_flat_buffer"):  # ZeRO 3
+            return [self.optimizer.grad_partitions_flat_buffer]
+        return [gradient for group in self.optimizer.averaged_gradients.values() for gradient in group]
+
     def step(self) -> Update:
         """End the last micro-batch of a step: clip, and update unless a gradient is not finite."""
         if self.recipe.deepspeed.zero_stage == 0:
@@ -154,18 +205,19 @@ class Engine:
         skipped = self.deepspeed.skipped_steps
         self._update()
         applied = self.deepspeed.skipped_steps == skipped
+        if not applied:
+            self._forget_offloaded()
         norm = self.deepspeed.get_global_grad_norm()
         value = float("nan") if norm is None else float(norm)
         return Update(value, applied and math.isfinite(value))
 
     def _step_whole(self) -> Update:
         """The step where every rank holds whole gradients, in the parameters' own precision."""
-        parameters = [parameter for parameter in self.module.parameters() if parameter.grad is not None]
+        parameters = self._parameters_with_gradient()
         gradients: list[Any] = [parameter.grad for parameter in parameters]
         norm = _gradient_norm(parameters)
         if not math.isfinite(norm):
-            # the optimizer must not see it: empty gradients make its step a no-op
-            self.deepspeed.zero_grad()
+            self.discard()  # the optimizer must not see it
             return Update(norm, applied=False)
         self._norm = norm
         limit = self.recipe.training.gradient_clipping
@@ -173,6 +225,9 @@ class Engine:
             torch._foreach_mul_(gradients, limit / norm)
         self._update()
         return Update(norm, applied=True)
+
+    def _parameters_with_gradient(self) -> list[torch.nn.Parameter]:
+        return [parameter for parameter in self.module.parameters() if parameter.grad is not None]
 
     def _update(self) -> None:
         self.deepspeed.step()

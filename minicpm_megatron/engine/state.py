@@ -76,6 +76,8 @@ class EngineState:
         """Take weights and, unless `updates` is None, Adam's moments from a checkpoint of any layout."""
         if updates:
             self._allocate_moments(updates)
+        elif updates == 0:
+            self.inner.state.clear()  # an engine that goes back to its start has some
         for parameter, spec in self._parameters():
             shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
             self._load_weights(parameter, reader.read_shard(spec, WEIGHT, shape))

@@ -91,6 +91,13 @@ def check_recipe(recipe: Recipe) -> None:
     )
     _check_batches(recipe)
     check_schedule(recipe.schedule)
+    for field, answer in (("non_finite", recipe.faults.non_finite), ("spike", recipe.faults.spike)):
+        refuse_unless(
+            answer != "rollback" or recipe.checkpoint.interval is not None,
+            f"faults.{field}",
+            "there are no checkpoints to go back to",
+            "give checkpoint.interval, or choose skip",
+        )
 
 
 def _check_tensor_parallel(recipe: Recipe) -> None:

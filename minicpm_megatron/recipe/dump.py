@@ -18,6 +18,7 @@ DEFINING: dict[str, tuple[str, ...] | None] = {
     "training": ("global_batch_size", "batch_growth", "precision", "gradient_clipping", "seed"),
     "optimizer": None,
     "schedule": None,
+    "faults": None,
 }
 
 

@@ -256,6 +256,27 @@ class CheckpointRecipe(Section):
     """When the newest checkpoint fails verification: stop, or resume from the one before."""
 
 
+class FaultsRecipe(Section):
+    """What is done about a step whose numbers are wrong: stop before the update, skip the update, or go back."""
+
+    non_finite: Literal["stop", "skip", "rollback"] = "stop"
+    """When a loss or gradient is not finite. skip: the batch is consumed without an update. rollback: go on from the
+    newest checkpoint with the data after the batch."""
+    spike: Literal["ignore", "stop", "skip", "rollback"] = "ignore"
+    """When the loss or the gradient norm spikes; judged before the update."""
+    spike_sigmas: Positive = 6.0
+    """A spike lies more than this many standard deviations above the mean of the last steps (OLMo-core's
+    SkipStepOptimizer)."""
+    spike_window: Annotated[int, Field(ge=4)] = 128
+    """Steps, skipped ones left out, that the mean is taken over; without half of them there is no judgement
+    (OLMo-core's SkipStepOptimizer)."""
+    rollback_skip: Annotated[int, Field(ge=0)] = 100
+    """Global batches that a rollback passes over after the faulty one, besides those since the checkpoint (PaLM, arXiv
+    2204.02311, section 5.1: went back about 100 steps and passed over 200 to 500 batches)."""
+    max_consecutive: Count = 3
+    """Steps skipped in a row, or rollbacks to one checkpoint; one more ends the run."""
+
+
 class LoggingRecipe(Section):
     """What is seen."""
 
@@ -293,6 +314,7 @@ class Recipe(Section):
     deepspeed: DeepSpeedRecipe = Field(default_factory=DeepSpeedRecipe)
     evaluation: EvaluationRecipe = Field(default_factory=EvaluationRecipe)
     checkpoint: CheckpointRecipe = Field(default_factory=CheckpointRecipe)
+    faults: FaultsRecipe = Field(default_factory=FaultsRecipe)
     logging: LoggingRecipe = Field(default_factory=LoggingRecipe)
     run: RunRecipe = Field(default_factory=RunRecipe)
 

@@ -1,4 +1,4 @@
-"""What ends a run early: signals, a launcher that has died, and losses that are not finite.
+"""What ends a run early: signals and a launcher that has died; and what ranks tell each other in a step.
 
 Ranks must stop at the same step, so each keeps what it noticed to itself until the exchange that every step makes.
 """
@@ -15,6 +15,8 @@ from types import FrameType
 import psutil
 import torch
 import torch.distributed as dist
+
+from minicpm_megatron.parallel import device
 
 # A launcher may pass one Ctrl-C on twice, as SIGINT and then SIGTERM; only the same signal again, later than this
 # many seconds, means that the user does not want to wait.
@@ -99,6 +101,13 @@ def exchange(loss: torch.Tensor, *, stop: bool, saved: bool) -> Verdict:
     total, stops, saves = shared.tolist()
     size = dist.get_world_size()
     return Verdict(loss=total / size, stop=stops > 0, saved=saves == size)
+
+
+def agree(value: float) -> float:
+    """Rank 0's `value`, so that no rounding makes ranks decide differently."""
+    shared = torch.tensor(value, dtype=torch.float64, device=device.device())
+    dist.broadcast(shared, 0)
+    return float(shared)
 
 
 def announce(text: str) -> None:

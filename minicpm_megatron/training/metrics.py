@@ -2,14 +2,16 @@
 
 Only rank 0 writes. metrics.jsonl holds a line for every step ("kind": "train"), every evaluation ("evaluation") and
 every checkpoint ("checkpoint"); after a resume the lines of steps that will be done again are dropped first, so each
-step stands once.
+step stands once. What undid them is told in a line of its own ("event").
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -30,18 +32,20 @@ class StepRecord:
         tokens: tokens consumed once it is done.
         loss: mean cross-entropy in nats per token over the global batch.
         lr: base rate x schedule factor (the embedding's and the norms' rate).
-        gradient_norm: before clipping.
+        gradient_norm: before clipping; None: not known.
         seconds: wall time of the step.
         step_tokens: tokens of the step.
+        skipped: why no update was made; None: it was.
     """
 
     step: int
     tokens: int
     loss: float
     lr: float
-    gradient_norm: float
+    gradient_norm: float | None
     seconds: float
     step_tokens: int
+    skipped: str | None = None
 
 
 class MetricsLog:
@@ -80,12 +84,15 @@ class MetricsLog:
         self.failure: UserError | None = None
         if folder is not None:
             self.path = folder / METRICS
-            try:
-                self._open(folder, evaluate_again)
-            except OSError as error:
-                self._fail(error)
+            self._open(folder, evaluate_again)
 
-    def _open(self, folder: Path, evaluate_again: bool) -> None:
+    def _open(self, folder: Path, evaluate_again: bool = False) -> None:
+        try:
+            self._open_files(folder, evaluate_again)
+        except OSError as error:
+            self._fail(error)
+
+    def _open_files(self, folder: Path, evaluate_again: bool) -> None:
         truncate_after(self.path, self.start, evaluate_again=evaluate_again)
         self._file = open(self.path, "a", encoding="utf-8")
         if self.recipe.logging.tensorboard:
@@ -102,6 +109,9 @@ class MetricsLog:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._close()
+
+    def _close(self) -> None:
         try:
             if self._file is not None:
                 self._file.flush()
@@ -111,6 +121,23 @@ class MetricsLog:
                 self._board.close()
         except OSError as error:
             self._fail(error)
+        self._file = self._board = None
+
+    def rewind(self, step: int) -> None:
+        """Drop what was told of the steps after `step`, which will be done again."""
+        if self._file is not None:
+            self._close()
+            self.start = step
+            self._open(self.path.parent)
+
+    def event(self, step: int, text: str) -> None:
+        """Note what happened to the run when `step` steps were done."""
+        if self._file is None:
+            return
+        self._write("event", step, {"event": text})
+        if self._board is not None:
+            self._board.add_text("event", text, step)
+        print(text, flush=True)
 
     def step(self, record: StepRecord, memory_bytes: int) -> None:
         """Note one step; a console line every logging.interval steps."""
@@ -118,21 +145,24 @@ class MetricsLog:
             return
         rate = record.step_tokens / record.seconds
         achieved = rate * self.flops_per_token
-        values = {
-            "loss": record.loss,
+        values: dict[str, float | None] = {
+            "loss": _finite(record.loss),
             "lr": record.lr,
-            "gradient_norm": record.gradient_norm,
+            "gradient_norm": _finite(record.gradient_norm),
             "tokens_per_second": rate,
             "model_flops_per_second": achieved,
             "utilisation": achieved / self.peak_flops,
             "memory_bytes": memory_bytes,
         }
-        self._write("train", record.step, {"tokens": record.tokens, "seconds": record.seconds, **values})
+        skipped = {"skipped": True, "cause": record.skipped} if record.skipped else {}
+        self._write("train", record.step, {"tokens": record.tokens, "seconds": record.seconds, **values, **skipped})
         self._scalars("train", record.step, values)
         self._tokens += record.step_tokens
         self._seconds += record.seconds
         self._steps += 1
-        if record.step % self.recipe.logging.interval == 0 or record.step in (self.start + 1, self.total):
+        if record.skipped:
+            print(f"skipped: {record.skipped}", flush=True)
+        elif record.step % self.recipe.logging.interval == 0 or record.step in (self.start + 1, self.total):
             print(self._line(record, memory_bytes), flush=True)
             self._tokens = self._seconds = 0.0
             self._steps = 0
@@ -157,12 +187,13 @@ class MetricsLog:
         self._scalars("checkpoint", step, values)
 
     def _line(self, record: StepRecord, memory_bytes: int) -> str:
+        norm = math.nan if record.gradient_norm is None else record.gradient_norm
         rate = self._tokens / self._seconds
         achieved = rate * self.flops_per_token
         left = (self.total - record.step) * self._seconds / self._steps
         return (
             f"step {record.step:>{len(str(self.total))}}/{self.total} | loss {record.loss:.4f} | lr {record.lr:.2e} | "
-            f"grad {record.gradient_norm:.3f} | {human(record.tokens)} tokens | {rate:,.0f} tokens/s | "
+            f"grad {norm:.3f} | {human(record.tokens)} tokens | {rate:,.0f} tokens/s | "
             f"{human(achieved)}FLOP/s ({achieved / self.peak_flops:.0%}) | {memory_bytes / 2**30:.2f} GiB | "
             f"ETA {duration(left)}"
         )
@@ -183,14 +214,20 @@ class MetricsLog:
             fix="free some space and start again; the run goes on from its newest checkpoint",
         )
 
-    def _scalars(self, prefix: str, step: int, values: dict[str, float]) -> None:
+    def _scalars(self, prefix: str, step: int, values: Mapping[str, float | None]) -> None:
         if self._board is None or self.failure is not None:
             return
         try:
             for name, value in values.items():
-                self._board.add_scalar(f"{prefix}/{name}", value, step)
+                if value is not None:
+                    self._board.add_scalar(f"{prefix}/{name}", value, step)
         except OSError as error:
             self._fail(error)
+
+
+def _finite(value: float | None) -> float | None:
+    """What JSON has numbers for."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 def read_metrics(path: Path, kind: str = "train") -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 from minicpm_megatron.data.statistics import blend_entropy
 from minicpm_megatron.methods.schedules import WSD, build_schedule
@@ -16,7 +17,7 @@ DECAY_COLOUR = "#e8eef7"
 
 def finish(folder: Path, recipe: Recipe) -> None:
     """Draw the loss curve of a run and print where its results are."""
-    records = read_metrics(folder / METRICS)
+    records = _updates(folder)
     if not records:
         return
     entropy = blend_entropy([(source.prefix, source.weight) for source in recipe.data.train])
@@ -31,6 +32,11 @@ def finish(folder: Path, recipe: Recipe) -> None:
     if effect:
         print("held-out loss over the decay stage, nats per token: " + ", ".join(effect))
     print(f"metrics: {folder / METRICS}, picture: {folder / PICTURE}, TensorBoard: tensorboard --logdir {folder}")
+
+
+def _updates(folder: Path) -> list[dict[str, Any]]:
+    """The metrics of the steps that were not skipped."""
+    return [record for record in read_metrics(folder / METRICS) if not record.get("skipped")]
 
 
 def decay_effect(folder: Path, recipe: Recipe) -> list[str]:
@@ -60,7 +66,7 @@ def draw_loss(folder: Path, recipe: Recipe, entropy: float) -> Path:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    train = read_metrics(folder / METRICS)
+    train = _updates(folder)
     steps = [record["step"] for record in train]
     losses = [record["loss"] for record in train]
     figure, (upper, lower) = pyplot.subplots(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import math
 import time
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from minicpm_megatron.storage.atomic import write_bytes, write_json
 from minicpm_megatron.training import guards
 from minicpm_megatron.training.datasets import check_unchanged, held_out_sets, open_data, train_reader
 from minicpm_megatron.training.evaluate import HeldOut, evaluate
+from minicpm_megatron.training.faults import GRADIENT_NORM, LOSS, Fault, FaultPolicy, FaultyStep
 from minicpm_megatron.training.flops import flops_per_token, peak_flops
 from minicpm_megatron.training.metrics import MetricsLog, StepRecord
 from minicpm_megatron.training.start import check_same_past
@@ -31,10 +31,6 @@ from minicpm_megatron.training.watchdog import Watchdog
 
 CHECKPOINTS = "checkpoints"
 BYTES_PER_PARAMETER = 12  # a checkpoint holds the fp32 weight and Adam's two moments
-
-
-class NonFinite(RuntimeError):
-    """A loss or a gradient was not finite; the weights before the update are saved."""
 
 
 class Trainer:
@@ -84,6 +80,7 @@ class Trainer:
         self.state = EngineState(self.engine)
         self.schedule, self.plan = build_schedule(recipe.schedule), BatchPlan(recipe)
         self.step = 0
+        self.faults = FaultPolicy(recipe.faults)
         self.origin: dict[str, Any] | None = None
         self.evaluation_due = False
         # what libraries drew at start-up is not the run's; a checkpoint's own state replaces this
@@ -103,7 +100,7 @@ class Trainer:
             Steps done.
 
         Raises:
-            NonFinite: a loss or gradient was not finite.
+            FaultyStep: a loss or gradient was not finite or spiked, and the recipe stops there.
             UserError: a checkpoint or the metrics could not be written.
         """
         main = groups.rank() == 0
@@ -126,7 +123,10 @@ class Trainer:
                 if self.evaluation_due:
                     self._evaluate(log, sets)
                 while self.step < self.total:
+                    before = self.step
                     stop = self._one_step(reader, log, signals)
+                    if self.step <= before:  # gone back; whoever asked to stop is heard after the next step
+                        continue
                     interval = self.recipe.evaluation.interval
                     self.evaluation_due = bool(interval and (self.step % interval == 0 or self.step == self.total))
                     # who asked to stop does not want to wait; a resumed run makes up for it
@@ -162,17 +162,21 @@ class Trainer:
         accumulation = self.engine.set_global_batch_size(samples)
         factor = self.schedule.factor(self.plan.position(self.step))
         self.engine.set_rates(factor)
-        loss = self.engine.accumulate(reader.micro_batches(self.plan.samples(self.step), samples), accumulation)
+        first = self.plan.samples(self.step) + self.faults.offset
+        loss = self.engine.accumulate(reader.micro_batches(first, samples), accumulation)
         verdict = guards.exchange(
             loss, stop=signals.requested() or log.failure is not None, saved=self.checkpointer.settled()
         )
         if verdict.saved:
             self.checkpointer.wait()  # raises what went wrong, on all ranks in the same step
-        if not math.isfinite(verdict.loss):
-            self._stop_non_finite("loss", verdict.loss, samples)
-        update = self.engine.step()
-        if not update.applied:
-            self._stop_non_finite("gradient norm", update.gradient_norm, samples)
+        fault, norm = self._update(verdict.loss)
+        if fault is not None:
+            answer = self.faults.answer(fault)
+            if answer == "rollback":
+                self._roll_back(fault, first, samples, log)
+                return verdict.stop
+            if answer == "stop" or not self.faults.skip():
+                self._stop_before(fault, first, samples)
         self.step += 1
         device.synchronize()
         log.step(
@@ -181,31 +185,70 @@ class Trainer:
                 tokens=self.plan.tokens(self.step),
                 loss=verdict.loss,
                 lr=self.recipe.optimizer.lr * factor,
-                gradient_norm=update.gradient_norm,
+                gradient_norm=norm,
                 seconds=time.perf_counter() - began,
                 step_tokens=samples * self.recipe.data.sequence_length,
+                skipped=None if fault is None else fault.at(self.step, first, samples),
             ),
             device.peak_memory_bytes(),
         )
         return verdict.stop
 
-    def _stop_non_finite(self, what: str, value: float, samples: int) -> None:
+    def _update(self, loss: float) -> tuple[Fault | None, float | None]:
+        """Make the update unless something is wrong with the step.
+
+        Returns:
+            The fault for which no update was made, and the gradient norm as far as it is known.
+        """
+        fault, norm = self.faults.judge(LOSS, loss), None
+        if fault is None and self.faults.judges_spikes:
+            norm = guards.agree(self.engine.gradient_norm())
+            fault = self.faults.judge(GRADIENT_NORM, norm)
+        if fault is not None:
+            self.engine.discard()
+            return fault, norm
+        update = self.engine.step()
+        norm = update.gradient_norm if norm is None else norm
+        if not update.applied:
+            return Fault(GRADIENT_NORM, norm), norm
+        self.faults.applied(loss, norm)
+        return None, norm
+
+    def _stop_before(self, fault: Fault, first: int, samples: int) -> None:
         """Save the weights before the update, with what happened, and end the run."""
-        first = self.plan.samples(self.step)
         event = {
-            "what": what,
-            "value": str(value),
+            "what": fault.what,
+            "value": str(fault.value),
             "step": self.step + 1,
             "samples": [first, first + samples],
             "lr": self.recipe.optimizer.lr * self.schedule.factor(self.plan.position(self.step)),
         }
-        path = self._save(wait=True, non_finite=event)
-        raise NonFinite(
-            f"the {what} of step {self.step + 1} is {value} (samples {first} to {first + samples - 1}); the state "
-            f"before it is saved in {path}"
+        path, said = self._save(wait=True, fault=event), fault.at(self.step + 1, first, samples)
+        if self.faults.answer(fault) == "skip":
+            said += f"; {self.recipe.faults.max_consecutive} steps before it were skipped (faults.max_consecutive)"
+        raise FaultyStep(f"{said}; the state before it is saved in {path}")
+
+    def _roll_back(self, fault: Fault, first: int, samples: int, log: MetricsLog) -> None:
+        """Go back to the newest checkpoint, and on from the data after the faulty batch."""
+        self.watchdog.tick(f"rolling back from step {self.step + 1}")
+        said = fault.at(self.step + 1, first, samples)
+        folder = self.checkpointer.find_latest()
+        if folder is None:
+            raise FaultyStep(f"{said}; there is no checkpoint to go back to")
+        self._load(self.checkpointer.open(folder))
+        end = first + samples * (1 + self.recipe.faults.rollback_skip)
+        if not self.faults.roll_back(self.step, self.plan.samples(self.step), end):
+            times = self.recipe.faults.max_consecutive
+            raise FaultyStep(f"{said}; {times} rollbacks to {folder} have not helped (faults.max_consecutive)")
+        self._save(wait=True)  # a run that is killed from now on must not read what was passed over
+        passed = self.faults.passed_over[-1]
+        log.rewind(self.step)
+        log.event(
+            self.step,
+            f"rolled back to step {self.step}: {said}; passing over samples {passed[0]} to {passed[1] - 1}",
         )
 
-    def _save(self, *, wait: bool, non_finite: dict[str, Any] | None = None) -> Path:
+    def _save(self, *, wait: bool, fault: dict[str, Any] | None = None) -> Path:
         state = {
             "step": self.step,
             "samples": self.plan.samples(self.step),
@@ -214,7 +257,8 @@ class Trainer:
             "origin": self.origin,
             "rates": {group["name"]: group["lr"] for group in self.engine.param_groups},
             "evaluation_due": self.evaluation_due,
-            "non_finite": non_finite,
+            "fault": fault,
+            "faults": self.faults.state(),
         }
         facts = {
             "model": self.recipe.model.model_dump(mode="json"),
@@ -254,6 +298,7 @@ class Trainer:
         self.engine.ledger.check_saved(state.get("rates", {}))
         self.step = int(state["step"])
         self.state.load(loaded.reader, int(state.get("updates", 0)))
+        self.faults.load(state.get("faults", {}))
         tensors = loaded.rank_tensors(groups.rank())
         if tensors:
             device.set_rng_state(tensors)

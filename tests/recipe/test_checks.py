@@ -52,6 +52,7 @@ GROWTH = [{"after_tokens": 10_000, "global_batch_size": 16}, {"after_tokens": 20
             "training.batch_growth.1.after_tokens: 10,000 does not come after 10,000",
         ),
         ({"schedule__decay": None}, r"schedule.decay: .*give about 10 % of the run \(10 steps\)"),
+        ({"faults": {"spike": "rollback"}}, "faults.spike: there are no checkpoints to go back to; give checkpoint"),
         ({"schedule__decay": 91}, "schedule.total: warmup 10 and decay 91 do not fit into 100 steps"),
         ({"schedule__half_life": None}, "schedule.half_life: exponential decay needs its half-life"),
         ({"schedule__decay_shape": "linear"}, "schedule.half_life: 5.* wsd with linear decay has no use for it; set"),

@@ -82,6 +82,7 @@ def test_hash_ignores_what_leaves_the_losses_alone(changes: dict[str, Any]) -> N
         {"training__seed": 1},
         {"optimizer": {"weight_decay": 0.0}},
         {"schedule__half_life": 6},
+        {"faults": {"spike": "skip"}},
     ],
     ids=str,
 )

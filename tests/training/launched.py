@@ -1,4 +1,4 @@
-"""Runs under the real `deepspeed` command, to be interrupted and killed from outside."""
+"""Runs under the real `deepspeed` and `torchrun` commands, to be interrupted and killed from outside."""
 
 from __future__ import annotations
 
@@ -24,19 +24,22 @@ class Job:
     Args:
         run: the run's folder.
         arguments: of examples/train.py.
+        launcher: the command and its own arguments besides the port.
     """
 
-    def __init__(self, run: Path, arguments: list[str]) -> None:
+    def __init__(
+        self, run: Path, arguments: list[str], launcher: tuple[str, ...] = ("deepspeed", "--num_accelerators", "2")
+    ) -> None:
         self.run, self.output = run, run.with_suffix(".log")
         self.output.parent.mkdir(parents=True, exist_ok=True)
         self.begins = self.output.stat().st_size if self.output.exists() else 0
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        deepspeed = Path(sys.executable).with_name("deepspeed")
+        command = [Path(sys.executable).with_name(launcher[0]), *launcher[1:], "--master_port", str(port)]
         with open(self.output, "ab") as output:
             self.process = subprocess.Popen(
-                [deepspeed, "--num_accelerators", "2", "--master_port", str(port), "examples/train.py", *arguments],
+                [*command, "examples/train.py", *arguments],
                 cwd=REPOSITORY,
                 env={**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
                 stdout=output,
@@ -55,12 +58,32 @@ class Job:
         while not any(record["step"] >= step for record in read_metrics(self.run / METRICS)):
             assert time.monotonic() < end and self.process.poll() is None, self.log()
             time.sleep(0.01)
+        self._meet()
+
+    def _meet(self) -> None:
         parent = psutil.Process(self.process.pid)
-        self.family = [parent, *parent.children(recursive=True)]
+        now = [parent, *parent.children(recursive=True)]
+        self.family = [*now, *(process for process in self.family if process not in now)]
 
     def rank(self, number: int) -> int:
         """Process id of a rank."""
-        return next(process.pid for process in self.family if f"--local_rank={number}" in process.cmdline())
+        return next(process.pid for process in self.family if _is_rank(process, number))
+
+    def hold_in_save(self, number: int) -> int:
+        """Stop a rank in the middle of the next save, which then goes on for none; returns its process id.
+
+        Seen from outside by the folder of a save under way, which stays while the others wait for the rank.
+        """
+        saves, rank, end = self.run / "checkpoints", self.rank(number), time.monotonic() + PATIENCE
+        while True:
+            assert time.monotonic() < end and self.process.poll() is None, self.log()
+            if any(saves.glob("step-*.tmp")):
+                os.kill(rank, signal.SIGSTOP)
+                time.sleep(0.2)  # the others come to where they wait for it
+                if any(saves.glob("step-*.tmp")):
+                    return rank
+                os.kill(rank, signal.SIGCONT)  # too late for this save
+            time.sleep(0.0005)
 
     def signal_group(self, number: signal.Signals) -> None:
         """What a terminal does on Ctrl-C."""
@@ -79,3 +102,10 @@ class Job:
                     process.kill()
                 except psutil.NoSuchProcess:
                     continue
+
+
+def _is_rank(process: psutil.Process, number: int) -> bool:
+    try:
+        return process.is_running() and process.environ().get("RANK") == str(number)
+    except psutil.Error:  # gone, or another attempt's
+        return False

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.recipe import Recipe, load_recipe
 from minicpm_megatron.training.metrics import METRICS, MetricsLog, StepRecord, duration, human, read_metrics
+from minicpm_megatron.training.report import draw_loss
 from tests.training import nano
 
 FLOPS, PEAK = 2e6, 4e9
@@ -104,6 +107,29 @@ def test_a_rank_that_does_not_write_leaves_no_trace(recipe: Recipe, capsys: pyte
         log.step(record(1), 0)
         log.evaluation(1, 1000, {"en": {"loss_per_token": 1.0, "loss_per_byte": 1.0}})
     assert capsys.readouterr().out == ""
+
+
+def test_a_skipped_step_and_what_undid_steps_are_told(
+    recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path, recipe, range(0, 2))
+    with MetricsLog(tmp_path, recipe, start=2, total=10, flops_per_token=FLOPS, peak_flops=PEAK) as log:
+        skipped = replace(record(3, math.nan), gradient_norm=None, skipped="the loss is nan")
+        log.step(skipped, memory_bytes=0)
+        log.step(record(4), memory_bytes=0)
+        log.rewind(3)
+        log.event(3, "rolled back")
+        log.step(record(4, loss=2.5), memory_bytes=0)
+        log.check()
+    lines = [json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / METRICS).read_text().splitlines()]
+    told = [(line["kind"], line["step"], line.get("loss")) for line in lines if line["kind"] != "evaluation"]
+    assert told == [("train", 1, 3.0), ("train", 2, 3.0), ("train", 3, None), ("event", 3, None), ("train", 4, 2.5)]
+    (third,) = (line for line in lines if line["step"] == 3 and line["kind"] == "train")
+    assert (third["skipped"], third["cause"], third["gradient_norm"]) == (True, "the loss is nan", None)
+    assert scalars(tmp_path, "train/loss") == {1: 3.0, 2: 3.0, 4: 2.5}
+    said = capsys.readouterr().out.splitlines()
+    assert "skipped: the loss is nan" in said and "rolled back" in said
+    draw_loss(tmp_path, recipe, entropy=4.0)
 
 
 def test_a_place_that_cannot_be_written_is_told_when_asked(recipe: Recipe, tmp_path: Path) -> None:

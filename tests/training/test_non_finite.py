@@ -55,10 +55,10 @@ def test_the_run_stops_with_the_weights_before_the_update(
     line = f"stopped: the {what} of step {AT + 1} is"
     assert sum(line in rank.log for rank in outcomes[name]) == 1 and "Traceback" not in outcomes[name][0].log
     bad, good = runs / name / "checkpoints" / f"step-{AT}", runs / name / "before"
-    event = nano.state(bad)["non_finite"]
+    event = nano.state(bad)["fault"]
     assert (event["what"], event["step"], event["samples"]) == (what, AT + 1, [8 * AT, 8 * AT + 8])
     assert event["value"] in (value, "nan"), "an infinite gradient may become nan in the norm"
-    assert nano.state(good)["non_finite"] is None
+    assert nano.state(good)["fault"] is None
     mine, theirs = CheckpointReader(bad), CheckpointReader(good)
     for tensor in theirs.names():
         for kind in ("param", "exp_avg", "exp_avg_sq"):
@@ -80,4 +80,4 @@ def test_started_again_it_is_met_again_and_mended_it_goes_on(jobs: tuple[Path, d
         said[0] == said[1] == [f"stopped: the gradient norm of step {AT + 1} is inf (samples {8 * AT} to {8 * AT + 7})"]
     )
     nano.check(outcomes["mended"])
-    assert nano.state(runs / "again" / "checkpoints" / f"step-{AT + 1}")["non_finite"] is None
+    assert nano.state(runs / "again" / "checkpoints" / f"step-{AT + 1}")["fault"] is None

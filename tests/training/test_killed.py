@@ -1,0 +1,106 @@
+"""Ranks killed in the middle of a step, of a save, and of the save that SIGTERM asked for: no number shows it."""
+
+from __future__ import annotations
+
+import os
+import signal
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributed.forked import Outcome, run_forked
+from tests.training import nano
+from tests.training.launched import Job
+
+pytestmark = pytest.mark.timeout(900)  # one fixture runs every job of the file
+
+TOTAL, INTERVAL = 60, 5
+# where a rank dies -> the checkpoint that is the newest then
+KILLED = {"step": 10, "save": 10, "grace": 10}
+
+
+def worker(rank: int, case: dict[str, Any]) -> dict[str, Any]:
+    """`nano.train` on which SIGKILL falls in the middle of step 13, of the save after step 15, or of the one that
+    SIGTERM in step 13 asked for."""
+    from minicpm_megatron.engine.engine import Engine
+
+    step, backward = nano.Trainer._one_step, Engine.backward
+    where, now = case.get("where"), {"step": 0, "backward": 0}
+
+    def die(dies: bool) -> None:
+        if dies:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def one_step(self: Any, *arguments: Any) -> bool:
+        now["step"], now["backward"] = self.step + 1, 0
+        if where == "save" and self.step + 1 == 15:
+            self.checkpointer.on_phase = lambda phase: die(rank == 1 and phase == "write")
+        if where == "grace" and self.step + 1 == 13:
+            os.kill(os.getpid(), signal.SIGTERM)
+            self.checkpointer.on_phase = lambda phase: die(phase == "written")  # a scheduler kills all
+        return step(self, *arguments)
+
+    def backward_of_the_second(self: Engine, loss: Any) -> None:
+        now["backward"] += 1
+        die(where == "step" and rank == 0 and (now["step"], now["backward"]) == (13, 2))
+        backward(self, loss)
+
+    nano.Trainer._one_step, Engine.backward = one_step, backward_of_the_second
+    return nano.train(rank, case)
+
+
+def _restarted(arguments: list[str], run: Path) -> str:
+    """One torchrun that starts its ranks again by itself, after one of them has died in a save."""
+    job = Job(run, arguments, ("torchrun", "--nproc_per_node", "2", "--max-restarts", "1"))
+    job.reach(INTERVAL + 2)
+    os.kill(job.hold_in_save(1), signal.SIGKILL)
+    assert job.end() == 0, job.log()
+    return job.log()
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, dict[str, list[Outcome]]]:
+    """(folder of the runs, what torchrun said, outcomes of forked runs)."""
+    folder = tmp_path_factory.mktemp("killed")
+    recipe = nano.write_recipe(
+        folder,
+        schedule={"total": TOTAL, "decay": TOTAL // 2},
+        evaluation={"interval": 10},
+        checkpoint={"interval": INTERVAL},
+    )
+    cases = {"whole": nano.case(recipe, "whole")}
+    for where in KILLED:
+        cases[where] = nano.case(recipe, where, "training.stop_after=20", where=where)
+        cases[f"{where} again"] = nano.case(recipe, where, "training.stop_after=20")
+    with ThreadPoolExecutor() as pool:
+        forked = pool.submit(run_forked, "tests.training.test_killed:worker", list(cases.values()))
+        said = _restarted(["--recipe", str(recipe), "name=restarted"], folder / "runs" / "restarted")
+        return folder / "runs", said, dict(zip(cases, forked.result(), strict=True))
+
+
+def _same(first: Path, second: Path, step: int) -> None:
+    """Both runs came to `step` with the same weights, moments, random state and losses."""
+    tensors = [nano.tensors(run / "checkpoints" / f"step-{step}") for run in (first, second)]
+    assert tensors[0] == tensors[1] and len(tensors[0]) == 2
+    losses = [[record for record in nano.losses(run) if record[0] <= step] for run in (first, second)]
+    assert losses[0] == losses[1] and len(losses[0]) == step + step // 10
+
+
+@pytest.mark.parametrize("where", KILLED)
+def test_a_kill_anywhere_is_made_up_for(where: str, runs: Any) -> None:
+    folder, _, outcomes = runs
+    nano.check(outcomes["whole"])
+    statuses = [rank.status for rank in outcomes[where]]
+    assert -signal.SIGKILL in statuses and 0 not in statuses
+    assert all("checkpoint saved" not in rank.log for rank in outcomes[where])
+    nano.check(outcomes[f"{where} again"])
+    assert f"at step {KILLED[where]}\n" in outcomes[f"{where} again"][0].log
+    _same(folder / "whole", folder / where, 20)
+
+
+def test_torchrun_starts_the_ranks_again_by_itself(runs: Any) -> None:
+    folder, said, _ = runs
+    assert said.count("resuming from") == 1, said
+    _same(folder / "whole", folder / "restarted", TOTAL)
