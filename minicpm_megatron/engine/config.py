@@ -7,7 +7,6 @@ takes our value, and whatever contradicts the recipe is refused by name.
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.parallel import device
 from minicpm_megatron.recipe import Layout, Recipe
+from minicpm_megatron.recipe.deepspeed_json import read_deepspeed_json
 
 # what a run is, is said by the recipe alone: key of DeepSpeed's JSON -> key of the recipe
 OWNED = {
@@ -58,7 +58,7 @@ def deepspeed_config(recipe: Recipe, layout: Layout) -> dict[str, Any]:
     """
     ours = _from_recipe(recipe, layout)
     path = recipe.deepspeed.config
-    return ours if path is None else _overlay(ours, _read(Path(path)), path)
+    return ours if path is None else _overlay(ours, read_deepspeed_json(Path(path)), path)
 
 
 def _from_recipe(recipe: Recipe, layout: Layout) -> dict[str, Any]:
@@ -88,28 +88,6 @@ def _from_recipe(recipe: Recipe, layout: Layout) -> dict[str, Any]:
         alike = recipe.parallel.tensor_model_parallel_size > 1 and not recipe.parallel.sequence_parallel
         config["pipeline"] = {"pipe_partitioned": alike, "grad_partitioned": alike}
     return config
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_no_duplicates)
-    except OSError as error:
-        raise UserError(
-            f"cannot read the DeepSpeed JSON: {error.strerror}", where=str(path), fix="check deepspeed.config"
-        ) from None
-    except ValueError as error:
-        raise UserError(f"not valid JSON: {error}", where=str(path), fix="correct the file") from None
-    if not isinstance(content, dict):
-        raise UserError("the DeepSpeed JSON is not an object", where=str(path), fix="put its keys in braces")
-    return content
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = [key for key, _ in pairs]
-    for key in keys:
-        if keys.count(key) > 1:
-            raise ValueError(f"key {key!r} is given twice")
-    return dict(pairs)
 
 
 def _overlay(ours: dict[str, Any], theirs: dict[str, Any], path: str) -> dict[str, Any]:

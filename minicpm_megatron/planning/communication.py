@@ -1,18 +1,31 @@
 """Bytes that one GPU sends for each kind of parallelism, and how long it waits for them.
 
-T are the tokens of a micro-batch on the rank, H hidden_size, e bytes an element, L the layers of the fullest pipeline
-stage, m micro-batches a step. No overlap with computation is counted, since the engine turns DeepSpeed's off, but for
-the ring of context parallelism, which hides behind attention by construction.
+T are the tokens of a micro-batch on the rank, H hidden_size, e bytes an element, L the layers of the pipeline stage, m
+micro-batches a step. Sent is counted as rings send it: of M bytes among n ranks an all-gather, a reduce-scatter and an
+all-to-all send M (n - 1) / n, an all-reduce twice that, a point-to-point message M. Messages of a few bytes (norms,
+losses to be printed, flags) are not counted. `benchmarks/plan_check.py` counts the same in real runs.
+No overlap with computation is counted, since the engine turns DeepSpeed's off, but for the ring of context parallelism,
+which hides behind attention by construction.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from minicpm_megatron.planning.cluster import Cluster
 from minicpm_megatron.recipe.checks import Layout
 from minicpm_megatron.recipe.flops import attention_flops_per_token
-from minicpm_megatron.recipe.memory import ELEMENT_BYTES, parameters_on_rank, pipeline_stages, tokens_on_rank
+from minicpm_megatron.recipe.memory import (
+    ELEMENT_BYTES,
+    FP32,
+    Stage,
+    exchanged_groups,
+    live_parameters,
+    parameters_on_rank,
+    persistent_parameters,
+    tokens_on_rank,
+)
 from minicpm_megatron.recipe.schema import Recipe
 
 
@@ -32,14 +45,23 @@ class Traffic:
     micro_batch_seconds: float = 0.0
     step_seconds: float = 0.0
 
+    def sent(self, micro_batches: int) -> float:
+        """Bytes of a step."""
+        return micro_batches * self.micro_batch_bytes + self.step_bytes
+
+    def exposed(self, micro_batches: int) -> float:
+        """Exposed seconds of a step."""
+        return micro_batches * self.micro_batch_seconds + self.step_seconds
+
 
 @dataclass(frozen=True)
 class Work:
-    """What the formulas need of one recipe on one layout of one cluster."""
+    """What the formulas need of one pipeline stage of one recipe on one layout of one cluster."""
 
     recipe: Recipe
     layout: Layout
     cluster: Cluster
+    stage: Stage
 
     @property
     def tokens(self) -> float:
@@ -48,10 +70,6 @@ class Work:
     @property
     def element(self) -> int:
         return ELEMENT_BYTES[self.recipe.training.precision]
-
-    @property
-    def layers(self) -> int:
-        return max(stage.layers for stage in pipeline_stages(self.recipe, self.layout))
 
     @property
     def hidden_bytes(self) -> float:
@@ -79,36 +97,59 @@ def all_traffic(work: Work) -> list[Traffic]:
     ]
 
 
-def tensor_parallel(work: Work) -> Traffic:
-    """All-gathers and reduce-scatters of tensor with sequence parallelism (Korthikanti et al. 2022, section 4.2.2).
+def busiest_traffic(stages: Sequence[Work], micro_batches: int) -> tuple[Traffic, ...]:
+    """Every kind as the stage has it that sends most of it."""
+    kinds = zip(*map(all_traffic, stages), strict=True)
+    return tuple(max(kind, key=lambda each: each.sent(micro_batches)) for kind in kinds)
 
-    A layer has two blocks. Each gathers its input and scatters its output in forward, mirrors both in backward and
-    gathers the input once more for the weights' gradients: 5 x T H e (tp - 1) / tp a block, 7 with full recompute. The
-    experts' block of a mixture moves every token once for each of its k experts.
+
+def tensor_parallel(work: Work) -> Traffic:
+    """What tensor-parallel ranks exchange, in units of u = T H e (tp - 1) / tp.
+
+    Sequence parallelism (Korthikanti et al. 2022, section 4.2.2): each of a layer's two blocks gathers its input and
+    scatters its output in forward, mirrors both in backward and gathers the input once more for the weights' gradients:
+    5 u a block, 7 u with full recompute. The embedding scatters and gathers, 2 u; the head gathers twice and scatters,
+    3 u; gradients of norms' weights are all-reduced.
+    Without it (Shoeybi et al. 2019, arXiv 1909.08053) a block all-reduces its output in forward and its input's
+    gradient in backward: 4 u, 6 u with full recompute; embedding and head 2 u each; pipeline stages send
+    parts of what is whole on every rank, so that each gathers its input, its output again and the gradient of that.
+    The loss all-reduces three fp32 numbers a token. The experts' block of a mixture moves every token once for each of
+    its k experts.
     """
-    tp = work.layout.tensor_model_parallel_size
-    each = 2 * work.passes("full") + 1
-    blocks = 1 + work.experts_per_token
-    sent = work.layers * each * blocks * work.hidden_bytes * (tp - 1) / tp
+    tp, stage, sequence_parallel = (
+        work.layout.tensor_model_parallel_size,
+        work.stage,
+        work.recipe.parallel.sequence_parallel,
+    )
+    blocks = stage.layers * (1 + work.experts_per_token)
+    passes, head = work.passes("full"), 3 if sequence_parallel else 2
+    units = blocks * (2 * passes + sequence_parallel) + 2 * stage.first + head * stage.last
+    if not sequence_parallel:
+        units += (not stage.first) + 2 * (not stage.last)
+    reduced = 3 * FP32 * work.tokens * stage.last
+    if sequence_parallel:
+        reduced += (2 * stage.layers + stage.last) * work.recipe.model.hidden_size * work.element
+    sent = (units * work.hidden_bytes + 2 * reduced) * (tp - 1) / tp
     return Traffic("tensor", sent, micro_batch_seconds=work.cluster.gather_seconds(sent, tp, 1))
 
 
 def pipeline_parallel(work: Work) -> Traffic:
-    """Point-to-point of a stage between two others: T H e / tp forward and as much backward for each micro-batch
-    (Narayanan et al. 2021, arXiv 2104.04473, section 4.1), and once a step the all-reduce of a tied embedding's
-    gradient between first and last stage, V H e / tp."""
-    layout, model = work.layout, work.recipe.model
+    """Point-to-point: T H e / tp to the next stage and as much back to the one before for each micro-batch (Narayanan
+    et al. 2021, arXiv 2104.04473, section 4.1), and once a step the all-reduce of a tied embedding's gradient between
+    first and last stage: V H / tp in the precision in which gradients are summed."""
+    layout, model, stage = work.layout, work.recipe.model, work.stage
     tp, stages = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
     if stages == 1:
         return Traffic("pipeline")
     stride = layout.world_size // stages
     one_way = work.hidden_bytes / tp
-    tied = (
-        0.0 if model.untie_embeddings_and_output_weights else model.vocab_size * model.hidden_size * work.element / tp
-    )
+    tied = 0.0
+    if (stage.first or stage.last) and not model.untie_embeddings_and_output_weights:
+        # in bf16 a pipeline is at ZeRO 1, which sums in fp32; two ranks all-reduce with 2 (n - 1) / n = 1
+        tied = model.vocab_size * model.hidden_size * FP32 / tp
     return Traffic(
         "pipeline",
-        one_way * min(2, stages - 1),
+        one_way * ((not stage.first) + (not stage.last)),
         tied,
         work.cluster.neighbour_seconds(2 * one_way, stages, stride),
         work.cluster.neighbour_seconds(tied, stages, stride),
@@ -118,24 +159,25 @@ def pipeline_parallel(work: Work) -> Traffic:
 def context_parallel(work: Work) -> Traffic:
     """Attention over the cp ranks of a sequence, by parallel.cp_comm_type.
 
-    p2p, the ring (Liu et al. 2023, arXiv 2310.01889): keys and values, 2 T n_kv d e / tp, go round in cp - 1 steps; in
-    backward they do again, with their gradients. Exposed is what takes longer than (cp - 1) / cp of attention.
+    p2p, the ring (Liu et al. 2023, arXiv 2310.01889): keys and values, 2 T n_kv d e / tp, go round in cp - 1 steps, in
+    backward again, and their gradients go home in cp steps, in fp32. Exposed is what takes longer than (cp - 1) / cp of
+    attention.
     a2a (Jacobs et al. 2023, arXiv 2309.14509): queries, keys, values and output change from a part of the sequence to a
     part of the heads, T (2 n_q + 2 n_kv) d e / tp x (cp - 1) / cp each in forward and backward; n_kv counts what is
-    repeated where a rank has fewer than cp groups.
+    repeated where several ranks need a group.
     """
     layout, model, cp = work.layout, work.recipe.model, work.layout.context_parallel_size
     tp, passes = layout.tensor_model_parallel_size, work.passes("selective")
     if cp == 1:
         return Traffic("context")
-    channel_bytes = work.layers * work.tokens * model.kv_channels * work.element / tp
+    channels = work.stage.layers * work.tokens * model.kv_channels / tp
     if work.recipe.parallel.cp_comm_type == "a2a":
-        heads = 2 * (model.num_attention_heads + max(model.num_query_groups, tp * cp))
-        sent = passes * heads * channel_bytes * (cp - 1) / cp
+        heads = 2 * (model.num_attention_heads + exchanged_groups(model, layout))
+        sent = passes * heads * channels * work.element * (cp - 1) / cp
         return Traffic("context", sent, micro_batch_seconds=work.cluster.all_to_all_seconds(sent, cp, tp))
-    sent = (passes + 1) * (cp - 1) * 2 * model.num_query_groups * channel_bytes
+    sent = 2 * model.num_query_groups * channels * (passes * (cp - 1) * work.element + cp * FP32)
     attention = work.tokens * attention_flops_per_token(model, work.recipe.data.sequence_length)
-    hidden = work.cluster.product_seconds(attention * work.layers / model.num_layers / tp) * (cp - 1) / cp
+    hidden = work.cluster.product_seconds(attention * work.stage.layers / model.num_layers / tp) * (cp - 1) / cp
     exposed = max(0.0, work.cluster.neighbour_seconds(sent, cp, tp) - hidden)
     return Traffic("context", sent, micro_batch_seconds=exposed)
 
@@ -146,7 +188,7 @@ def expert_parallel(work: Work) -> Traffic:
     layout, ep = work.layout, work.layout.expert_model_parallel_size
     tp = layout.tensor_model_parallel_size
     each = work.experts_per_token * work.hidden_bytes / tp * (ep - 1) / ep
-    sent = 2 * work.passes("full") * work.layers * each
+    sent = 2 * work.passes("full") * work.stage.layers * each
     return Traffic("expert", sent, micro_batch_seconds=work.cluster.all_to_all_seconds(sent, ep, tp))
 
 
@@ -156,25 +198,28 @@ def data_parallel(work: Work) -> tuple[Traffic, Traffic]:
 
     ZeRO 0: all-reduce of gradients 2 x. ZeRO 1: the same (DeepSpeed 0.19 all-reduces where the paper scatters), and x
     to gather the new weights. ZeRO 2: gradients are reduced after every micro-batch, m 2 x. ZeRO 3: gradients m x
-    (reduce-scatter), weights gathered in forward and in backward, m 2 x.
+    (reduce-scatter); weights m x, and what forward does not keep for backward (`live_parameters`) again; parameters too
+    small to divide are gathered once a step.
+    DeepSpeed 0.19 reduces in fp32 where there is context parallelism at ZeRO 1 and 2.
     """
-    layout, zero = work.layout, work.recipe.deepspeed.zero_stage
+    recipe, layout, zero = work.recipe, work.layout, work.recipe.deepspeed.zero_stage
     tp = layout.tensor_model_parallel_size
     strides = (tp, tp * layout.expert_model_parallel_size)
-    fullest = max(
-        (parameters_on_rank(work.recipe.model, layout, stage) for stage in pipeline_stages(work.recipe, layout)),
-        key=lambda parameters: sum(count for count, _ in parameters),
-    )
-    sent = seconds = 0.0
-    for (count, replicas), stride in zip(fullest, strides, strict=False):
+    sent = seconds = total = 0.0
+    for (count, replicas), stride in zip(parameters_on_rank(recipe.model, layout, work.stage), strides, strict=False):
         once = count * work.element * (replicas - 1) / replicas
         sent += once
         seconds += work.cluster.gather_seconds(once, replicas, stride)
-    reduce, gather = (1 if zero == 3 else 2), (0, 1, 1, 2)[zero]
-    return (
-        _each("gradients", reduce * sent, reduce * seconds, micro_batch=zero >= 2),
-        _each("weights", gather * sent, gather * seconds, micro_batch=zero == 3),
-    )
+        total += count
+    wide = FP32 / work.element if layout.context_parallel_size > 1 and zero in (1, 2) else 1
+    reduce = wide * (1 if zero == 3 else 2)
+    gradients = _each("gradients", reduce * sent, reduce * seconds, micro_batch=zero >= 2)
+    if zero < 3:
+        return gradients, _each("weights", min(zero, 1) * sent, min(zero, 1) * seconds, micro_batch=False)
+    persistent = persistent_parameters(recipe, layout, work.stage)
+    kept = persistent / total
+    often = 1 - kept + (total - persistent - live_parameters(recipe, total - persistent)) / total
+    return gradients, Traffic("weights", often * sent, kept * sent, often * seconds, kept * seconds)
 
 
 def _each(kind: str, sent: float, seconds: float, *, micro_batch: bool) -> Traffic:

@@ -88,10 +88,12 @@ def _table(rows: Sequence[Sequence[str]]) -> list[str]:
 
 def _parts(prediction: Prediction) -> Iterator[str]:
     memory = {name: size / GIB for name, size in asdict(prediction.memory).items()}
-    sending = [each for each in prediction.traffic if prediction.sent(each)]
+    sending = [each for each in prediction.traffic if each.sent(prediction.micro_batches)]
     yield "GiB a GPU: " + _pairs(memory, ".2f")
     yield "activations by recompute: " + _pairs({k: v / GIB for k, v in _activations(prediction).items()}, ".2f")
-    yield "GB sent by a GPU in a step: " + _pairs({each.kind: prediction.sent(each) / 1e9 for each in sending}, ".3g")
+    yield "GB sent by a GPU in a step: " + _pairs(
+        {each.kind: each.sent(prediction.micro_batches) / 1e9 for each in sending}, ".3g"
+    )
     yield "ms a step: " + _pairs({name: seconds * 1e3 for name, seconds in _seconds(prediction).items()}, ".4g")
 
 
@@ -111,7 +113,11 @@ def _activations(prediction: Prediction) -> dict[str, int]:
 
 def _seconds(prediction: Prediction) -> dict[str, float]:
     """The parts that add up to a step; of communication what is exposed."""
-    exposed = {each.kind: prediction.exposed(each) for each in prediction.traffic if prediction.sent(each)}
+    exposed = {
+        each.kind: each.exposed(prediction.micro_batches)
+        for each in prediction.traffic
+        if each.sent(prediction.micro_batches)
+    }
     return {
         "matrix products": prediction.products,
         "memory-bound": prediction.memory_bound,
@@ -129,7 +135,7 @@ def _values(prediction: Prediction) -> dict[str, Any]:
         "micro_batches": prediction.micro_batches,
         "memory_bytes": asdict(prediction.memory) | {"total": prediction.memory.total},
         "activation_bytes_by_recompute": _activations(prediction),
-        "sent_bytes_a_step": {each.kind: prediction.sent(each) for each in prediction.traffic},
+        "sent_bytes_a_step": {each.kind: each.sent(prediction.micro_batches) for each in prediction.traffic},
         "seconds": _seconds(prediction) | {"step": prediction.step_seconds},
         "tokens_per_second": prediction.tokens_per_second,
         "utilisation": prediction.utilisation,

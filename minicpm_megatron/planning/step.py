@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from minicpm_megatron.planning.cluster import Cluster
-from minicpm_megatron.planning.communication import Traffic, Work, all_traffic
+from minicpm_megatron.planning.communication import Traffic, Work, busiest_traffic
 from minicpm_megatron.recipe.checks import Layout, refuse_unless
 from minicpm_megatron.recipe.flops import attention_flops_per_token, flops_per_token, head_flops_per_token
 from minicpm_megatron.recipe.memory import (
     FP32,
     MemoryEstimate,
-    Stage,
     estimate_memory,
     layer_elements,
     logits_bytes,
@@ -63,18 +62,10 @@ class Prediction:
         busy = self.products + self.memory_bound + sum(self.micro_batches * t.micro_batch_seconds for t in self.traffic)
         return busy * (self.layout.pipeline_model_parallel_size - 1) / self.micro_batches
 
-    def sent(self, traffic: Traffic) -> float:
-        """Bytes a step of one kind."""
-        return self.micro_batches * traffic.micro_batch_bytes + traffic.step_bytes
-
-    def exposed(self, traffic: Traffic) -> float:
-        """Exposed seconds a step of one kind."""
-        return self.micro_batches * traffic.micro_batch_seconds + traffic.step_seconds
-
     @property
     def exposed_seconds(self) -> float:
         """Exposed seconds a step of all kinds."""
-        return sum(self.exposed(each) for each in self.traffic)
+        return sum(each.exposed(self.micro_batches) for each in self.traffic)
 
 
 def predict(recipe: Recipe, cluster: Cluster) -> Prediction:
@@ -92,13 +83,12 @@ def predict(recipe: Recipe, cluster: Cluster) -> Prediction:
         "set it to bf16",
     )
     layout = recipe.check_world_size(cluster.gpus)
-    work = Work(recipe, layout, cluster)
-    stages = pipeline_stages(recipe, layout)
-    products, memory_bound = max((stage_seconds(work, stage) for stage in stages), key=sum)
-    traffic = tuple(all_traffic(work))
+    stages = [Work(recipe, layout, cluster, stage) for stage in pipeline_stages(recipe, layout)]
+    products, memory_bound = max(map(stage_seconds, stages), key=sum)
     micro_batches = layout.gradient_accumulation_steps[0]
+    traffic = busiest_traffic(stages, micro_batches)
     micro_batch = products + memory_bound + sum(each.micro_batch_seconds for each in traffic)
-    optimizer = max(optimizer_seconds(work, stage) for stage in stages)
+    optimizer = max(map(optimizer_seconds, stages))
     step = (micro_batches + len(stages) - 1) * micro_batch + sum(each.step_seconds for each in traffic) + optimizer
     tokens = recipe.training.global_batch_size * recipe.data.sequence_length
     model_flops = tokens * flops_per_token(recipe.model, recipe.data.sequence_length)
@@ -117,15 +107,15 @@ def predict(recipe: Recipe, cluster: Cluster) -> Prediction:
     )
 
 
-def stage_seconds(work: Work, stage: Stage) -> tuple[float, float]:
-    """(matrix products, memory-bound operations) of one micro-batch on one rank of `stage`.
+def stage_seconds(work: Work) -> tuple[float, float]:
+    """(matrix products, memory-bound operations) of one micro-batch on one rank of a stage.
 
     Products: `flops_per_token` of the stage's layers, and of the head on the last, over tp; what is recomputed costs
     its forward again, a third. Attention is counted as if not causal: flash kernels do 7/12 of that at a lower rate.
     Memory: each kept element of a layer (`layer_elements`) is written and read in forward, read in backward, and its
     gradient written and read: 5 passes, 7 with full recompute; logits are written and read; gradients are added up.
     """
-    recipe, layout, model = work.recipe, work.layout, work.recipe.model
+    recipe, layout, model, stage = work.recipe, work.layout, work.recipe.model, work.stage
     length, recompute = recipe.data.sequence_length, recipe.training.recompute
     attention = attention_flops_per_token(model, length)
     layers = flops_per_token(model, length) - head_flops_per_token(model)
@@ -147,12 +137,12 @@ def _gradient_sum_bytes(recipe: Recipe, replicas: int) -> float:
     return 2.0 if zero == 0 else FP32 / (replicas if zero >= 2 else 1)
 
 
-def optimizer_seconds(work: Work, stage: Stage) -> float:
+def optimizer_seconds(work: Work) -> float:
     """Adam reads and writes its two moments and the fp32 weights, reads an fp32 gradient and writes the new weight:
     28 + e bytes for each parameter the rank updates."""
     divided = work.recipe.deepspeed.zero_stage >= 1
     updated = sum(
         count / (replicas if divided else 1)
-        for count, replicas in parameters_on_rank(work.recipe.model, work.layout, stage)
+        for count, replicas in parameters_on_rank(work.recipe.model, work.layout, work.stage)
     )
     return work.cluster.memory_seconds(updated * (2 * 3 * FP32 + FP32 + work.element))

@@ -82,6 +82,7 @@ def check_recipe(recipe: Recipe) -> None:
     _check_pipeline(recipe)
     _check_offload(recipe)
     _check_context_parallel(recipe)
+    _check_expert_parallel(recipe)
     refuse_unless(
         recipe.data.sequence_length <= recipe.model.max_position_embeddings,
         "data.sequence_length",
@@ -196,6 +197,24 @@ def _check_context_parallel(recipe: Recipe) -> None:
         "parallel.cp_comm_type",
         f"Ulysses divides the {heads} heads of a tensor-parallel rank over {ranks} context-parallel ranks",
         f"use p2p, or a divisor of {heads} ranks",
+    )
+
+
+def _check_expert_parallel(recipe: Recipe) -> None:
+    size, experts = recipe.parallel.expert_model_parallel_size, recipe.model.num_moe_experts
+    if experts is None:
+        refuse_unless(
+            size == 1,
+            "parallel.expert_model_parallel_size",
+            f"{size} ranks would divide experts, and the model has none",
+            "set it to 1 or give model.num_moe_experts",
+        )
+        return
+    refuse_unless(
+        experts % size == 0,
+        "parallel.expert_model_parallel_size",
+        f"{size} does not divide model.num_moe_experts {experts}",
+        f"give a divisor of {experts}",
     )
 
 

@@ -1,7 +1,7 @@
 """How much memory a rank needs, estimated from the recipe alone.
 
-An estimate to choose a layout by, not a measurement: formulas count the tensors that must exist at once, so the
-allocator's slack, kernels' workspaces and what the framework itself occupies come on top.
+Formulas count the tensors that must exist at once, so the allocator's slack, kernels' workspaces and what the framework
+itself occupies come on top. `benchmarks/plan_check.py` measures the same tensors in real runs (docs/parallelism.md).
 Activations follow Korthikanti et al. 2022 (arXiv 2205.05198), redone for this block: RMSNorm, SwiGLU, grouped heads,
 no dropout, and an attention that never stores its S x S scores. State follows ZeRO (Rajbhandari et al. 2020, arXiv
 1910.02054) as DeepSpeed 0.19 keeps it.
@@ -9,17 +9,17 @@ no dropout, and an attention that never stores its S x S scores. State follows Z
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 
 from minicpm_megatron.recipe.checks import Layout
+from minicpm_megatron.recipe.deepspeed_json import zero_sizes
 from minicpm_megatron.recipe.parameters import attention_parameters, count_parameters, mlp_parameters
 from minicpm_megatron.recipe.schema import ModelRecipe, Recipe
 
 FP32 = 4
 ELEMENT_BYTES = {"fp32": 4, "bf16": 2}
-# elements; defaults of DeepSpeed's zero_optimization, which the engine leaves alone
-REDUCE_BUCKET_SIZE = 500_000_000
-STAGE3_MAX_LIVE_PARAMETERS = 1_000_000_000
+ALLREDUCE_BUCKET_SIZE = 500_000_000  # elements; DeepSpeed's MEMORY_OPT_ALLREDUCE_SIZE, which no setting changes
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,11 @@ class MemoryEstimate:
 
     Attributes:
         weights: parameters in the precision of forward and backward.
-        gradients: in the same precision; in bf16 with ZeRO also their fp32 sum.
+        gradients: what is kept of them from one micro-batch to the next.
         optimizer: Adam's two moments and the fp32 master weights.
         activations: kept from forward to backward for every micro-batch in flight.
-        logits: those of one micro-batch, their fp32 copy and its gradient.
+        working: the more of what the loss holds (logits, their fp32 copy, the head's gradient) and what the backward
+            pass of one layer holds (its recomputed activations, their gradients).
         buffers: what communication holds beside all that.
     """
 
@@ -39,7 +40,7 @@ class MemoryEstimate:
     gradients: int
     optimizer: int
     activations: int
-    logits: int
+    working: int
     buffers: int
 
     @property
@@ -78,36 +79,47 @@ def pipeline_stages(recipe: Recipe, layout: Layout) -> list[Stage]:
 
 
 def estimate_memory(recipe: Recipe, layout: Layout) -> MemoryEstimate:
-    """Bytes on the fullest rank of `layout`.
+    """Bytes on the fullest rank of `layout`; see `stage_memory`."""
+    return max(
+        (stage_memory(recipe, layout, stage) for stage in pipeline_stages(recipe, layout)), key=lambda e: e.total
+    )
+
+
+def stage_memory(recipe: Recipe, layout: Layout, stage: Stage, *, fused_norm: bool = True) -> MemoryEstimate:
+    """Bytes on a rank of one stage, in a step of several micro-batches.
 
     With P parameters on the rank, e bytes an element and D data-parallel ranks:
-    weights e P (ZeRO 3: / D); gradients e P (ZeRO 2: / D) and in bf16 their fp32 sum, 4 P with ZeRO 1, whose sum
-    DeepSpeed keeps whole, and 4 P / D above; optimizer 12 P / D with ZeRO 1 or more, because DeepSpeed keeps fp32
-    master weights beside the moments even in fp32; without ZeRO 12 P in bf16 and 8 P in fp32.
+    weights e P (ZeRO 3: / D); gradients e P, ZeRO 2 and 3 4 P / D, and bf16 with ZeRO 1 an fp32 sum of 4 P besides,
+    which DeepSpeed keeps whole; optimizer 12 P / D with ZeRO 1 or more, because DeepSpeed keeps fp32 master weights
+    beside the moments even in fp32; without ZeRO 12 P in bf16 and 8 P in fp32.
+
+    Args:
+        fused_norm: RMSNorm is one kernel, which keeps its input and its output (CUDA). Torch composes it on CPU, where
+            it keeps input and normalised input in fp32 and the output.
     """
-    return max((_on_stage(recipe, layout, stage) for stage in pipeline_stages(recipe, layout)), key=lambda e: e.total)
-
-
-def _on_stage(recipe: Recipe, layout: Layout, stage: Stage) -> MemoryEstimate:
     element = ELEMENT_BYTES[recipe.training.precision]
     zero, half = recipe.deepspeed.zero_stage, recipe.training.precision != "fp32"
     weights = gradients = optimizer = 0.0
     parameters = parameters_on_rank(recipe.model, layout, stage)
     for count, replicas in parameters:
         weights += element * count / (replicas if zero >= 3 else 1)
-        gradients += element * count / (replicas if zero >= 2 else 1)
-        if zero >= 1 and half:
-            gradients += FP32 * count / (replicas if zero >= 2 else 1)
+        gradients += FP32 * count / replicas if zero >= 2 else element * count
+        gradients += FP32 * count if zero == 1 and half else 0
         optimizer += (12 if half or zero >= 1 else 8) * count / (replicas if zero >= 1 else 1)
-    activations, logits = _activations(recipe, layout, stage), logits_bytes(recipe, layout) if stage.last else 0.0
-    during, after = _buffers(recipe, layout, stage, sum(count for count, _ in parameters))
+    norm = _norm_bytes(recipe, layout, fused_norm)
+    layer = _layer_bytes(recipe, layout, norm)
+    activations = _activations(recipe, layout, stage, norm, layer)
+    working = _working(recipe, layout, stage, norm, layer)
+    total = sum(count for count, _ in parameters)
+    during, after = _buffers(recipe, layout, stage, total)
+    fetch = during + _unpacked_bytes(recipe, layout, stage, total) - working
     return MemoryEstimate(
         weights=round(weights),
         gradients=round(gradients),
         optimizer=round(optimizer),
         activations=round(activations),
-        logits=round(logits),
-        buffers=round(during + max(0.0, after - activations - logits)),
+        working=round(working),
+        buffers=round(max(during, fetch, after - activations - working)),
     )
 
 
@@ -118,8 +130,7 @@ def parameters_on_rank(model: ModelRecipe, layout: Layout, stage: Stage) -> list
     and the last stage each hold it.
     """
     tp, dp = layout.tensor_model_parallel_size, layout.data_parallel_size * layout.context_parallel_size
-    own_head = stage.last and (model.untie_embeddings_and_output_weights or not stage.first)
-    vocabulary = count_parameters(model).embedding * (stage.first + own_head)
+    vocabulary = count_parameters(model).embedding * _vocabulary_matrices(model, stage)
     replicated = stage.layers * 2 * model.hidden_size + (model.hidden_size if stage.last else 0)
     dense = (vocabulary + stage.layers * attention_parameters(model)) / tp
     if model.num_moe_experts is None:
@@ -129,25 +140,45 @@ def parameters_on_rank(model: ModelRecipe, layout: Layout, stage: Stage) -> list
     return [(dense + replicated, dp), (experts, max(1, dp // layout.expert_model_parallel_size))]
 
 
+def _vocabulary_matrices(model: ModelRecipe, stage: Stage) -> int:
+    own_head = stage.last and (model.untie_embeddings_and_output_weights or not stage.first)
+    return stage.first + own_head
+
+
 def tokens_on_rank(recipe: Recipe, layout: Layout) -> float:
     """Tokens of one micro-batch that pass through one rank: micro-batch size x sequence length / context parallel."""
     return recipe.training.micro_batch_size * recipe.data.sequence_length / layout.context_parallel_size
 
 
 def layer_elements(recipe: Recipe, layout: Layout) -> float:
-    """Elements that one layer keeps for each token on the rank, without recompute.
+    """Elements that one layer keeps for each token on the rank, without recompute and with fused norms.
 
     4 H (inputs and outputs of both norms; divided only with sequence parallelism), and divided by tensor parallelism:
-    queries, keys and values, the two of them that rotation copies, the attention's output, and 4 F (gate, up,
-    silu(gate), their product) for each expert that serves the token. In a mixture of experts also each expert's input
-    and output.
+    queries, keys and values, the two of them that rotation copies (Ulysses: the copy of the output that is returned),
+    the attention's output, and 5 F (gate, up, silu(gate), a copy of up, their product) for each expert that serves the
+    token. In a mixture of experts also each expert's input and output.
     """
+    return 4 * recipe.model.hidden_size / _outer(recipe, layout) + _inner_elements(recipe, layout)
+
+
+def _inner_elements(recipe: Recipe, layout: Layout) -> float:
     model, tp = recipe.model, layout.tensor_model_parallel_size
     queries, keys = model.num_attention_heads * model.kv_channels, model.num_query_groups * model.kv_channels
     experts = 1 if model.num_moe_experts is None else model.moe_router_topk
-    inner = (queries + 2 * keys) + (queries + keys) + queries + 4 * model.ffn_hidden_size * experts
+    copied = queries + keys
+    if layout.context_parallel_size > 1 and recipe.parallel.cp_comm_type == "a2a":
+        # rotated tensors are sent away, and heads that several ranks need are received by each
+        keys, copied = exchanged_groups(model, layout) * model.kv_channels, queries
+    inner = (queries + 2 * keys) + copied + queries + 5 * model.ffn_hidden_size * experts
     dispatched = 0 if model.num_moe_experts is None else 2 * experts * model.hidden_size
-    return 4 * model.hidden_size / _outer(recipe, layout) + inner / tp + dispatched
+    return inner / tp + dispatched
+
+
+def exchanged_groups(model: ModelRecipe, layout: Layout) -> int:
+    """Key/value heads over all ranks once Ulysses has repeated those that several ranks need."""
+    ranks = layout.tensor_model_parallel_size * layout.context_parallel_size
+    heads, per_group = model.num_attention_heads, model.num_attention_heads // model.num_query_groups
+    return heads // math.gcd(heads // ranks, per_group)
 
 
 def _outer(recipe: Recipe, layout: Layout) -> int:
@@ -155,27 +186,92 @@ def _outer(recipe: Recipe, layout: Layout) -> int:
     return layout.tensor_model_parallel_size if recipe.parallel.sequence_parallel else 1
 
 
-def _activations(recipe: Recipe, layout: Layout, stage: Stage) -> float:
+def _norm_bytes(recipe: Recipe, layout: Layout, fused: bool) -> float:
+    """Bytes a token that one norm keeps."""
+    element = ELEMENT_BYTES[recipe.training.precision]
+    return (2 * element if fused else 2 * FP32 + element) * recipe.model.hidden_size / _outer(recipe, layout)
+
+
+def _layer_bytes(recipe: Recipe, layout: Layout, norm: float) -> float:
+    """Bytes a token that one layer keeps without recompute."""
+    return 2 * norm + ELEMENT_BYTES[recipe.training.precision] * _inner_elements(recipe, layout)
+
+
+def _activations(recipe: Recipe, layout: Layout, stage: Stage, norm: float, layer: float) -> float:
     """Of all micro-batches in flight on one rank.
 
-    Full recompute keeps a layer's input only, and one layer whole. Selective recompute repeats the attention core,
-    whose kept inputs and output are needed anyway: with an attention that stores no scores it saves nothing, and none
-    is subtracted.
+    Full recompute keeps a layer's input only. Selective recompute repeats the attention core, whose kept inputs and
+    output are needed anyway: with an attention that stores no scores it saves nothing, and none is subtracted. A stage
+    that is not the last keeps its output until the gradient arrives; the last also keeps what the final norm does.
     """
-    layer = layer_elements(recipe, layout)
-    kept = stage.layers * layer
+    hidden = ELEMENT_BYTES[recipe.training.precision] * recipe.model.hidden_size / _outer(recipe, layout)
+    kept = stage.layers * (hidden if recipe.training.recompute == "full" else layer)
+    kept += norm if stage.last else hidden
+    return tokens_on_rank(recipe, layout) * kept * stage.in_flight
+
+
+def _working(recipe: Recipe, layout: Layout, stage: Stage, norm: float, layer: float) -> float:
+    """The more of the loss and of one layer's backward, beside all activations.
+
+    Loss: logits in the run's precision and in fp32, which becomes the softmax and then its gradient in place; fp32
+    needs no copy. Head: the gradients of logits, of its input and of its weight.
+    Layer: gradients of the MLP's product, of its two factors and of the layer's output, less the product, which is no
+    longer needed: 2 F + H a token; with full recompute the layer's activations; the final norm's are gone by then. The
+    gradient of a tied embedding waits for the one of the input embedding.
+    DeepSpeed's pipeline has two buffers on the last stage, which hold the logits of two micro-batches until they are
+    replaced by new ones.
+    """
+    model, element = recipe.model, ELEMENT_BYTES[recipe.training.precision]
+    tp, tokens = layout.tensor_model_parallel_size, tokens_on_rank(recipe, layout)
+    hidden = tokens * element * model.hidden_size / _outer(recipe, layout)
+    head = count_parameters(model).embedding / tp * element
+    backward = tokens * element * 2 * model.ffn_hidden_size / tp + hidden
     if recipe.training.recompute == "full":
-        kept = stage.layers * recipe.model.hidden_size / _outer(recipe, layout) + layer
-    element = ELEMENT_BYTES[recipe.training.precision]
-    return tokens_on_rank(recipe, layout) * element * kept * stage.in_flight
+        backward += tokens * layer - hidden
+    if not stage.last:
+        return backward
+    if stage.first and not model.untie_embeddings_and_output_weights:
+        backward += head
+    entry = tokens * element * model.hidden_size  # sequence parallelism gathers and then scatters it
+    logits = tokens * vocabulary_rows(model, layout) * element
+    product, backward = logits + entry + head, backward - tokens * norm
+    if stage.first:
+        return max(logits_bytes(recipe, layout), product, backward)
+    return max(3 * logits, logits + max(logits_bytes(recipe, layout), product), 2 * logits + backward)
+
+
+def vocabulary_rows(model: ModelRecipe, layout: Layout) -> int:
+    """Logits of a token on one rank."""
+    return -(-model.vocab_size // layout.tensor_model_parallel_size)
 
 
 def logits_bytes(recipe: Recipe, layout: Layout) -> float:
-    """V / tp logits a token in the run's precision, as fp32 for the loss, and their fp32 gradient."""
-    rows = -(-recipe.model.vocab_size // layout.tensor_model_parallel_size)
+    """V / tp logits a token in fp32, and in bf16 where that is the run's precision."""
     element = ELEMENT_BYTES[recipe.training.precision]
-    copies = FP32 + FP32 + (element if element != FP32 else 0)
-    return tokens_on_rank(recipe, layout) * rows * copies
+    copies = FP32 + (element if element != FP32 else 0)
+    return tokens_on_rank(recipe, layout) * vocabulary_rows(recipe.model, layout) * copies
+
+
+def persistent_parameters(recipe: Recipe, layout: Layout, stage: Stage) -> float:
+    """Of the parameters of a stage those too small for ZeRO 3 to divide for good: gathered once a step, then kept."""
+    model, tp = recipe.model, layout.tensor_model_parallel_size
+    heads, groups = model.num_attention_heads * model.kv_channels, model.num_query_groups * model.kv_channels
+    experts = (model.num_moe_experts or 1) // layout.expert_model_parallel_size
+    hidden, ffn = model.hidden_size, model.ffn_hidden_size
+    layer = [(2, hidden), (1, hidden * (heads + 2 * groups) / tp), (1, hidden * heads / tp)]
+    layer += [(experts, 2 * hidden * ffn / tp), (experts, hidden * ffn / tp)]
+    ends = [(_vocabulary_matrices(model, stage), hidden * model.vocab_size / tp), (int(stage.last), hidden)]
+    sizes = [*ends, *((stage.layers * count, size) for count, size in layer)]
+    return sum(count * size for count, size in sizes if size < zero_sizes(recipe).param_persistence_threshold)
+
+
+def live_parameters(recipe: Recipe, parameters: float) -> float:
+    """Of `parameters` of a rank those that ZeRO 3 has gathered at once, which forward also keeps for backward.
+
+    DeepSpeed 0.19 fetches ahead until stage3_max_live_parameters are there, and lets none go that it passed over
+    because it was there already: the last of forward stay, however small stage3_max_reuse_distance is.
+    """
+    return min(parameters, zero_sizes(recipe).max_live_parameters)
 
 
 def _buffers(recipe: Recipe, layout: Layout, stage: Stage, parameters: float) -> tuple[float, float]:
@@ -183,9 +279,9 @@ def _buffers(recipe: Recipe, layout: Layout, stage: Stage, parameters: float) ->
 
     During backward: with sequence parallelism one gathered input, H a token (of each expert in a mixture); in a
     ring of context parallelism two blocks of keys and values; at a pipeline stage's border one hidden state each way;
-    ZeRO 1 in fp32 and ZeRO 3 one reduce bucket, ZeRO 2 two; ZeRO 3 also the gathered parameters.
-    After backward: the flat copy that is reduced, one bucket without ZeRO; bf16 at ZeRO 1 joins all gradients, in fp32
-    and in bf16.
+    one reduce bucket at ZeRO 1 in fp32, ZeRO 2 and ZeRO 3; ZeRO 3 also the gathered parameters.
+    After backward: the flat copy that is reduced, at most one bucket without ZeRO, and the fp32 gradients of bf16's
+    update; bf16 at ZeRO 1 joins all gradients, in fp32 and in bf16.
     """
     model, element = recipe.model, ELEMENT_BYTES[recipe.training.precision]
     zero, half = recipe.deepspeed.zero_stage, recipe.training.precision != "fp32"
@@ -198,10 +294,20 @@ def _buffers(recipe: Recipe, layout: Layout, stage: Stage, parameters: float) ->
         elements += 2 * model.hidden_size / _outer(recipe, layout)
     during = elements * tokens_on_rank(recipe, layout) * element
     if zero == 0:
-        return during, element * min(REDUCE_BUCKET_SIZE, parameters)
+        flat = element * min(ALLREDUCE_BUCKET_SIZE, parameters)
+        return during, max(flat, FP32 * parameters if half else 0)
     if zero == 1 and half:
         return during, (FP32 + element) * parameters
-    during += element * REDUCE_BUCKET_SIZE * (2 if zero == 2 else 1)
+    during += element * zero_sizes(recipe).reduce_bucket_size
     if zero == 3:
-        during += element * min(STAGE3_MAX_LIVE_PARAMETERS, parameters)
+        during += element * live_parameters(recipe, parameters)
     return during, 0.0
+
+
+def _unpacked_bytes(recipe: Recipe, layout: Layout, stage: Stage, parameters: float) -> float:
+    """ZeRO 3 copies parameters that it fetched ahead out of what was received, which exists until the last is copied;
+    that is over when the loss is reached."""
+    if recipe.deepspeed.zero_stage < 3:
+        return 0.0
+    divided = parameters - persistent_parameters(recipe, layout, stage)
+    return ELEMENT_BYTES[recipe.training.precision] * min(divided, zero_sizes(recipe).prefetch_bucket_size)

@@ -7,6 +7,7 @@ from typing import Any
 from minicpm_megatron.planning.cluster import Cluster, Gpu
 from minicpm_megatron.planning.communication import Work
 from minicpm_megatron.recipe import Recipe, build
+from minicpm_megatron.recipe.memory import pipeline_stages
 from tests.recipe.fields import minimal_fields
 
 # 4 layers of 4 query heads and 2 groups of 2 channels: a layer has 192 parameters in attention, 384 in the MLP, 16 in
@@ -39,7 +40,8 @@ def recipe(**changes: Any) -> Recipe:
     return build(minimal_fields(**(fields | changes | {"model": model, "training": training})))
 
 
-def work(gpus: int, gpus_per_node: int = 8, **changes: Any) -> Work:
-    """The recipe on so many GPUs."""
+def work(gpus: int, stage: int = 0, **changes: Any) -> Work:
+    """One pipeline stage of the recipe on so many GPUs of one node."""
     one = recipe(**changes)
-    return Work(one, one.check_world_size(gpus), Cluster(GPU, gpus, gpus_per_node))
+    layout = one.check_world_size(gpus)
+    return Work(one, layout, Cluster(GPU, gpus, 8), pipeline_stages(one, layout)[stage])

@@ -37,6 +37,14 @@ GROWTH = [{"after_tokens": 10_000, "global_batch_size": 16}, {"after_tokens": 20
             {"model__num_moe_experts": 2, "model__moe_router_topk": 3},
             "model.moe_router_topk: 3 experts a token of only 2",
         ),
+        (
+            {"parallel__expert_model_parallel_size": 2},
+            "parallel.expert_model_parallel_size: 2 ranks would divide experts, and the model has none",
+        ),
+        (
+            {"parallel__expert_model_parallel_size": 4, "model__num_moe_experts": 6},
+            "parallel.expert_model_parallel_size: 4 does not divide model.num_moe_experts 6; give a divisor of 6",
+        ),
         ({"data__sequence_length": 257}, "data.sequence_length: 257 tokens exceed model.max_position_embeddings 256"),
         ({"training__global_batch_size": 9}, "training.global_batch_size: 9 samples are not a multiple of"),
         (
@@ -96,7 +104,7 @@ def test_layout_gives_data_parallelism_what_is_left() -> None:
             "batch_growth.0.global_batch_size: 10",
         ),
         (
-            {"parallel__expert_model_parallel_size": 2},
+            {"parallel__expert_model_parallel_size": 2, "model__num_moe_experts": 4},
             1,
             "parallel.expert_model_parallel_size: 2 does not divide the 1",
         ),
@@ -111,7 +119,10 @@ def test_world_sizes_that_do_not_fit(changes: dict[str, Any], world_size: int, l
 @pytest.mark.parametrize(
     ("changes", "field"),
     [
-        ({"parallel__expert_model_parallel_size": 2}, "parallel.expert_model_parallel_size: 2"),
+        (
+            {"parallel__expert_model_parallel_size": 2, "model__num_moe_experts": 4},
+            "parallel.expert_model_parallel_size: 2",
+        ),
         ({"model__num_moe_experts": 4}, "model.num_moe_experts: a mixture of experts"),
     ],
 )
