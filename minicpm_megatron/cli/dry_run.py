@@ -8,7 +8,7 @@ from dataclasses import fields
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.methods.schedules import Schedule, build_schedule
 from minicpm_megatron.recipe import BatchPlan, Layout, Recipe, count_parameters, dump_recipe, recipe_hash
-from minicpm_megatron.recipe.memory import MemoryEstimate, estimate_memory
+from minicpm_megatron.recipe.memory import MemoryEstimate, estimate_memory, offloaded_bytes
 
 WIDTH = 100
 GIB = 2**30
@@ -29,7 +29,7 @@ def format_dry_run(recipe: Recipe, world_size: int) -> str:
         ("parameters", _parameters(recipe)),
         ("batches", _batches(recipe, layout)),
         ("schedule", _schedule(recipe, schedule)),
-        ("memory per rank (estimate)", _memory(estimate_memory(recipe, layout))),
+        ("memory per rank (estimate)", _memory(estimate_memory(recipe, layout), offloaded_bytes(recipe, layout))),
         ("verdict", _verdict(recipe)),
     )
     return "\n".join(line for title, body in sections for line in (_heading(title), *body, ""))
@@ -107,9 +107,11 @@ def _schedule(recipe: Recipe, schedule: Schedule) -> list[str]:
     return ["  " + schedule.describe(lr), *(line + event for line, event in zip(numbers, events, strict=True))]
 
 
-def _memory(estimate: MemoryEstimate) -> list[str]:
-    parts = [(part.name, getattr(estimate, part.name)) for part in fields(estimate)]
-    return _table([(name, _bytes(size)) for name, size in (*parts, ("total", estimate.total))])
+def _memory(estimate: MemoryEstimate, offloaded: int) -> list[str]:
+    rows = [*((part.name, getattr(estimate, part.name)) for part in fields(estimate)), ("total", estimate.total)]
+    if offloaded:
+        rows.append(("host", offloaded))
+    return _table([(name, _bytes(size)) for name, size in rows])
 
 
 def _bytes(size: int) -> str:

@@ -91,7 +91,7 @@ def stage_memory(recipe: Recipe, layout: Layout, stage: Stage, *, fused_norm: bo
     With P parameters on the rank, e bytes an element and D data-parallel ranks:
     weights e P (ZeRO 3: / D); gradients e P, ZeRO 2 and 3 4 P / D, and bf16 with ZeRO 1 an fp32 sum of 4 P besides,
     which DeepSpeed keeps whole; optimizer 12 P / D with ZeRO 1 or more, because DeepSpeed keeps fp32 master weights
-    beside the moments even in fp32; without ZeRO 12 P in bf16 and 8 P in fp32.
+    beside the moments even in fp32; without ZeRO 12 P in bf16 and 8 P in fp32. What is offloaded is `offloaded_bytes`.
 
     Args:
         fused_norm: RMSNorm is one kernel, which keeps its input and its output (CUDA). Torch composes it on CPU, where
@@ -106,6 +106,10 @@ def stage_memory(recipe: Recipe, layout: Layout, stage: Stage, *, fused_norm: bo
         gradients += FP32 * count / replicas if zero >= 2 else element * count
         gradients += FP32 * count if zero == 1 and half else 0
         optimizer += (12 if half or zero >= 1 else 8) * count / (replicas if zero >= 1 else 1)
+    if recipe.deepspeed.offload_optimizer != "none":
+        optimizer = 0.0
+    if recipe.deepspeed.offload_param != "none":
+        weights = 0.0
     norm = _norm_bytes(recipe, layout, fused_norm)
     layer = _layer_bytes(recipe, layout, norm)
     activations = _activations(recipe, layout, stage, norm, layer)
@@ -121,6 +125,14 @@ def stage_memory(recipe: Recipe, layout: Layout, stage: Stage, *, fused_norm: bo
         working=round(working),
         buffers=round(max(during, fetch, after - activations - working)),
     )
+
+
+def offloaded_bytes(recipe: Recipe, layout: Layout) -> int:
+    """Host memory that offload takes for each rank: masters, moments and their fp32 gradients, and weights."""
+    size = FP32 * 4 if recipe.deepspeed.offload_optimizer != "none" else 0
+    size += ELEMENT_BYTES[recipe.training.precision] if recipe.deepspeed.offload_param != "none" else 0
+    stages = (parameters_on_rank(recipe.model, layout, stage) for stage in pipeline_stages(recipe, layout))
+    return round(size * max(sum(count / replicas for count, replicas in stage) for stage in stages))
 
 
 def parameters_on_rank(model: ModelRecipe, layout: Layout, stage: Stage) -> list[tuple[float, int]]:

@@ -10,7 +10,13 @@ import torch
 from torch.nn import functional
 
 from minicpm_megatron.recipe import build, count_parameters
-from minicpm_megatron.recipe.memory import MemoryEstimate, estimate_memory, pipeline_stages, stage_memory
+from minicpm_megatron.recipe.memory import (
+    MemoryEstimate,
+    estimate_memory,
+    offloaded_bytes,
+    pipeline_stages,
+    stage_memory,
+)
 from tests.recipe.fields import minimal_fields
 
 DENSE = {
@@ -40,6 +46,20 @@ def test_each_zero_stage_divides_one_part_more() -> None:
     assert [part.optimizer for part in parts] == [12 * total, 3 * total, 3 * total, 3 * total]
     assert [part.gradients for part in parts] == [2 * total, 6 * total, total, total]
     assert [part.weights for part in parts] == [2 * total, 2 * total, 2 * total, total // 2]
+
+
+def test_what_is_offloaded_is_on_the_host() -> None:
+    total = count_parameters(build(minimal_fields(**DENSE)).model).total
+    for settings, host in (
+        ({"zero_stage": 1}, 0),
+        ({"zero_stage": 1, "offload_optimizer": "cpu"}, 16 * total / 4),
+        ({"zero_stage": 3, "offload_optimizer": "cpu", "offload_param": "cpu"}, 18 * total / 4),
+    ):
+        recipe = build(minimal_fields(**(DENSE | {"deepspeed": settings})))
+        layout = recipe.check_world_size(4)
+        assert offloaded_bytes(recipe, layout) == host
+        memory = estimate_memory(recipe, layout)
+        assert (memory.optimizer == 0, memory.weights == 0) == (host > 0, "offload_param" in settings)
 
 
 def test_tensor_parallelism_divides_all_but_the_norms() -> None:
