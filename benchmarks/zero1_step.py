@@ -1,6 +1,6 @@
 """What ZeRO 1 costs: training steps of the same shape and tokens on CPU ranks over gloo, side by side.
 
-    python benchmarks/zero1_step.py --preset windtunnel-30m --vocab-size 8192 --sequence-length 256 --micro-batch 4
+    python benchmarks/zero1_step.py --preset windtunnel-30m --sequence-length 256 --micro-batch 2 --accumulation 4
 
 Three candidates, each in processes of its own, take turns within every round:
 
@@ -283,8 +283,8 @@ def main() -> None:
     parser.add_argument("--preset", default="windtunnel-30m")
     parser.add_argument("--vocab-size", type=int, default=8192, help="of quickstart's tokenizer unless given")
     parser.add_argument("--sequence-length", type=int, default=256)
-    parser.add_argument("--micro-batch", type=int, default=8, help="samples of one rank")
-    parser.add_argument("--accumulation", type=int, default=1, help="micro-batches of a step")
+    parser.add_argument("--micro-batch", type=int, default=2, help="samples of one rank")
+    parser.add_argument("--accumulation", type=int, default=4, help="micro-batches of a step")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--steps", type=int, default=2, help="of one turn")

@@ -92,6 +92,7 @@ def broadcast_partitions(groups_flat: Any, partitioned_param_groups: Any, dp_pro
     handles = [
         dist.broadcast(partition, group=group, group_src=rank, async_op=True)
         for partitions, group in zip(partitioned_param_groups, dp_process_group, strict=True)
+        if len(partitions) > 1
         for rank, partition in enumerate(partitions)
     ]
     for handle in handles:
