@@ -13,7 +13,7 @@ import torch.distributed as dist
 from deepspeed.runtime.utils import combine_grad_norm_groups, get_global_norm_of_tensors
 from megatron.core import parallel_state
 
-from minicpm_megatron.engine import patches
+from minicpm_megatron.engine import patches, zero1
 from minicpm_megatron.engine.config import clips_itself, deepspeed_config
 from minicpm_megatron.methods.mup import RateLedger, mup_param_groups
 from minicpm_megatron.model.config import MiniCPMConfig
@@ -75,6 +75,7 @@ class Engine:
         self.deepspeed, _, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=self.deepspeed_config, mpu=self._mpu(), dist_init_required=False
         )
+        zero1.keep_gradients_flat(self.deepspeed.optimizer)
         _undo_first_step(self.deepspeed.optimizer)
         self._clips_itself = clips_itself(recipe)
         self._share = 1.0 if _averages_over_context(self.deepspeed_config) else 1.0 / layout.context_parallel_size

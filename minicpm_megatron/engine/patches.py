@@ -6,6 +6,8 @@ import logging
 
 import deepspeed
 
+from minicpm_megatron.engine import zero1
+
 
 def prepare() -> None:
     """Lay the patches; called before DeepSpeed's communication is set up, safe to call more than once."""
@@ -14,3 +16,4 @@ def prepare() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # it tells every rank's story at INFO; warnings stay
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    zero1.prepare()
