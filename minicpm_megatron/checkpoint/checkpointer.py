@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import shutil
 import tempfile
@@ -183,6 +184,7 @@ class Checkpointer:
                 what this rank saves into host memory, and let a thread publish it; `wait` raises what happens there.
         """
         self.wait()
+        state, facts = copy.deepcopy((state, facts))  # the run goes on with lists that are in there
 
         def publish_and_retain(pieces: Iterable[Fragment], on_phase: Callable[[str], None]) -> Path:
             folder = publish(
