@@ -102,7 +102,7 @@ def zero1(case: Case) -> Step:
 
     def step(micro_batches: list[Any]) -> None:
         engine.set_rates(1.0)
-        guards.exchange(engine.accumulate(micro_batches, len(micro_batches)), stop=False)
+        guards.exchange(engine.accumulate(micro_batches, len(micro_batches)), stop=False, saved=False)
         assert engine.step().applied
 
     return step
@@ -132,7 +132,7 @@ def ddp(case: Case) -> Step:
                 loss = parallel(tokens, labels=labels).mean() / len(micro_batches)
                 loss.backward()
             total += loss.detach()
-        guards.exchange(total, stop=False)
+        guards.exchange(total, stop=False, saved=False)
         torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.training.gradient_clipping, error_if_nonfinite=True)
         optimizer.step()
         optimizer.zero_grad()
