@@ -74,7 +74,19 @@ class ModelRecipe(Section):
     num_moe_experts: Annotated[int, Field(ge=2)] | None = None
     """Experts a layer; null is a dense model."""
     moe_router_topk: Count = 2
-    """Experts that serve a token (section 7.3); without effect in a dense model."""
+    """Experts that serve a token (section 7.3); without effect in a dense model, as are the other moe_ keys."""
+    moe_ffn_hidden_size: Count = Field(default=0)
+    """Width of each branch of an expert; defaults to ffn_hidden_size."""
+    moe_aux_loss_coeff: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.01
+    """Factor of the Switch Transformer's load-balancing loss (section 7.3)."""
+    moe_router_load_balancing_type: Literal["seq_aux_loss", "aux_loss"] = "seq_aux_loss"
+    """Over which tokens the load is balanced: those of each sequence, which makes the loss independent of the
+    layout, or those of a micro-batch on one data-parallel rank (Megatron-Core's names)."""
+    moe_z_loss_coeff: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """Factor of the router's z-loss (ST-MoE, arXiv 2202.08906; not used in the paper)."""
+    moe_router_pre_softmax: bool = False
+    """False: a token's k weights are renormalised to 1 (the released model). True: they are the softmax over all
+    experts, and sum to less."""
     parametrization: Literal["mup", "standard"] = "mup"
     """mup: rates, inits and logits scaled with width as in Table 7; standard: none of them."""
     embedding_role: Literal["vector", "matrix"] = "vector"
@@ -93,6 +105,8 @@ class ModelRecipe(Section):
             fields["num_query_groups"] = heads
         if fields.get("kv_channels") is None and isinstance(heads, int) and isinstance(hidden, int) and heads > 0:
             fields["kv_channels"] = hidden // heads
+        if fields.get("moe_ffn_hidden_size") is None and fields.get("ffn_hidden_size") is not None:
+            fields["moe_ffn_hidden_size"] = fields["ffn_hidden_size"]
         return fields
 
     @model_validator(mode="after")
@@ -137,7 +151,7 @@ class ParallelRecipe(Section):
     cp_comm_type: Literal["p2p", "a2a"] = "p2p"
     """How context-parallel ranks attend, in Megatron-Core's names: p2p is ring attention, a2a is Ulysses."""
     expert_model_parallel_size: Count = 1
-    """Ranks that share the experts (more than 1 not yet supported in training)."""
+    """Ranks that share the experts; taken from the data- and context-parallel ones."""
     sequence_parallel: bool = False
     """Split the activations between the tensor-parallel regions along the sequence."""
 
@@ -331,7 +345,3 @@ class Recipe(Section):
     def check_world_size(self, world_size: int) -> checks.Layout:
         """The layout on `world_size` ranks; see `checks.layout`."""
         return checks.layout(self, world_size)
-
-    def check_trainable(self) -> None:
-        """Refuse what can be described but not yet trained; see `checks.check_trainable`."""
-        checks.check_trainable(self)

@@ -114,20 +114,3 @@ def test_world_sizes_that_do_not_fit(changes: dict[str, Any], world_size: int, l
     recipe = build(minimal_fields(**changes))
     with pytest.raises(UserError, match=line):
         recipe.check_world_size(world_size)
-
-
-@pytest.mark.parametrize(
-    ("changes", "field"),
-    [
-        (
-            {"parallel__expert_model_parallel_size": 2, "model__num_moe_experts": 4},
-            "parallel.expert_model_parallel_size: 2",
-        ),
-        ({"model__num_moe_experts": 4}, "model.num_moe_experts: a mixture of experts"),
-    ],
-)
-def test_what_cannot_be_trained_yet_can_still_be_described(changes: dict[str, Any], field: str) -> None:
-    recipe = build(minimal_fields(**changes))
-    with pytest.raises(UserError, match=f"{field} is not yet supported in training"):
-        recipe.check_trainable()
-    build(minimal_fields()).check_trainable()
