@@ -175,7 +175,7 @@ class Engine:
         if hasattr(optimizer, "scaled_global_norm"):  # ZeRO 1 in fp32, ZeRO 2
             norm = optimizer.scaled_global_norm()
         elif hasattr(optimizer, "get_grads_for_norm"):  # ZeRO 1 in bf16
-            norm = experts.norm_of(*optimizer.get_grads_for_norm(), mpu=optimizer.mpu)
+            norm = experts.norm_of(optimizer.get_grads_for_norm(), optimizer.mpu)
         else:
             norm = combine_grad_norm_groups(optimizer._get_norm_groups())
         # one of DeepSpeed's functions says -1 for a norm that is not finite

@@ -1,8 +1,8 @@
 """Expert parallelism as DeepSpeed 0.19 wants to see it, over Megatron-Core's layers and groups.
 
-DeepSpeed takes a parameter for an expert's by `allreduce=False`, as Megatron-Core marks those that its ranks share, and
-then wants: a `group_name` on it, under which the ranks that hold the same experts are known to `deepspeed.utils.groups`;
-an optimizer group of that name with "moe" set; and one module of its own class MoE in the model, or it looks for none of
+DeepSpeed takes a parameter for an expert's by `allreduce=False`, as Megatron-Core marks those that its ranks share. It
+then wants: a `group_name` on it, under which `deepspeed.utils.groups` knows the ranks that hold the same experts; an
+optimizer group of that name with "moe" set; and one module of its own class MoE in the model, or it looks for none of
 this. Without expert parallelism experts are parameters like others and none of it is done.
 """
 
@@ -75,7 +75,8 @@ def shown_to_deepspeed(model: torch.nn.Module, layout: Layout) -> Iterator[None]
         del model.deepspeed_experts
 
 
-def norm_of(gradients: list[torch.Tensor], of_experts: dict[str, list[torch.Tensor]], mpu: Any) -> Any:
-    """2-norm of BF16_Optimizer's gradients, divided experts' by the name of their group."""
-    norm = get_global_norm_of_tensors(gradients, mpu=mpu)
+def norm_of(gradients: tuple[list[torch.Tensor], dict[str, list[torch.Tensor]]], mpu: Any) -> Any:
+    """2-norm of what BF16_Optimizer.get_grads_for_norm returns: gradients, and those of divided experts by group."""
+    others, of_experts = gradients
+    norm = get_global_norm_of_tensors(others, mpu=mpu)
     return get_norm_with_moe_layers(norm, mpu, of_experts) if of_experts else norm

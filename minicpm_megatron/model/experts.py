@@ -6,6 +6,7 @@ over the k (the published MiniCPM-MoE). No token is dropped.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,24 +102,62 @@ class MiniCPMExperts(SequentialMLP):
         Returns:
             [tokens, hidden_size], the sum over tensor-parallel ranks still to be made; and no bias.
         """
-        if self.num_local_experts > 1 and grouped_products(permuted_local_hidden_states):
+        if self._has_kernel(permuted_local_hidden_states):
             return self.grouped(permuted_local_hidden_states, tokens_per_expert, permuted_probs), None
         output, _ = super().forward(permuted_local_hidden_states, tokens_per_expert, permuted_probs)
         return output, None
 
+    def _has_kernel(self, tokens: Tensor) -> bool:
+        """Whether torch has a kernel for grouped products of these tokens: bf16 on CUDA, from torch 2.10."""
+        # ZeRO 3 brings weights to a rank when their own module is called
+        divided = hasattr(self.local_experts[0].linear_fc1.weight, "ds_id")
+        fits = tokens.is_cuda and tokens.dtype == torch.bfloat16 and hasattr(F, "grouped_mm")
+        return self.num_local_experts > 1 and fits and not divided
+
     def grouped(self, tokens: Tensor, tokens_per_expert: Tensor, weights: Tensor) -> Tensor:
         """What `forward` computes, by torch's grouped matrix product; the same on every device."""
         ends = tokens_per_expert.cumsum(0).to(device=tokens.device, dtype=torch.int32)
-        first = torch.stack([expert.linear_fc1.weight for expert in self.local_experts])
-        second = torch.stack([expert.linear_fc2.weight for expert in self.local_experts])
-        gate, up = F.grouped_mm(tokens, first.transpose(1, 2), offs=ends).chunk(2, dim=-1)
+        first, second = (
+            [getattr(expert, name).weight for expert in self.local_experts] for name in ("linear_fc1", "linear_fc2")
+        )
+        gate, up = _GroupedLinear.apply(tokens, ends, *first).chunk(2, dim=-1)
         inner = (F.silu(gate) * up * weights.unsqueeze(-1)).to(tokens.dtype)
-        return F.grouped_mm(inner, second.transpose(1, 2), offs=ends)
+        return _GroupedLinear.apply(inner, ends, *second)
 
 
-def grouped_products(tokens: Tensor) -> bool:
-    """Whether torch has a kernel for grouped products of these tokens (bf16 on CUDA, from torch 2.10)."""
-    return tokens.is_cuda and tokens.dtype == torch.bfloat16 and hasattr(F, "grouped_mm")
+class _GroupedLinear(torch.autograd.Function):
+    """Consecutive rows of the tokens times the transpose of a weight each.
+
+    Autograd of the product itself would keep the weights side by side until backward: a second copy of the experts of
+    all layers.
+    """
+
+    @staticmethod
+    def forward(context: Any, tokens: Tensor, ends: Tensor, *weights: Tensor) -> Tensor:
+        """Tokens [tokens, in], ends int32 [experts] of each expert's rows, weights [out, in] -> [tokens, out]."""
+        context.save_for_backward(tokens, ends, *weights)
+        return F.grouped_mm(tokens, side_by_side(weights).transpose(1, 2), offs=ends)
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> Any:
+        tokens, ends, *weights = context.saved_tensors
+        gradient = gradients[0].contiguous()
+        for_tokens = F.grouped_mm(gradient, side_by_side(weights), offs=ends)
+        for_weights = F.grouped_mm(gradient.T, tokens, offs=ends)
+        return for_tokens, None, *for_weights.unbind()
+
+
+def side_by_side(weights: Sequence[Tensor]) -> Tensor:
+    """[experts, out, in] of matrices [out, in]: a view where they lie at equal distances in one buffer, as ZeRO 1 and 2
+    lay them, else a copy."""
+    first = weights[0]
+    places = [weight.storage_offset() for weight in weights]
+    distance = places[1] - places[0]
+    one_buffer = all(weight.untyped_storage().data_ptr() == first.untyped_storage().data_ptr() for weight in weights)
+    evenly = all(place == places[0] + number * distance for number, place in enumerate(places))
+    if one_buffer and evenly and distance > 0 and all(weight.is_contiguous() for weight in weights):
+        return first.detach().as_strided((len(weights), *first.shape), (distance, first.size(1), 1))
+    return torch.stack([weight.detach() for weight in weights])
 
 
 def set_auxiliary_loss_scale(scale: float, device: torch.device) -> None:

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,19 +38,21 @@ class Run(NamedTuple):
     Attributes:
         lines: [loss, gradient norm] of every step.
         seconds: wall time, building the model included.
+        loads: of a mixture of experts, a `LayerLoad` a layer over all steps.
     """
 
     lines: list[list[float]]
     seconds: float
+    loads: list[dict[str, Any]]
 
 
 def run_layouts(world: int, layouts: dict[str, dict[str, Any]], **keywords: Any) -> dict[str, Run]:
     """Every layout, one after the other, on the same `world` processes.
 
     Args:
-        layouts: name -> sizes tp, pp, cp, ep (default 1), zero (0), sp (False), kind (p2p), micro (all of a rank's part of
-            the batch), recompute (none), precision (fp32), layers (by parameters), offload ({}: what of DeepSpeed's
-            to where), json ({}: zero_optimization of a DeepSpeed JSON).
+        layouts: name -> sizes tp, pp, cp, ep (default 1), zero (0), sp (False), kind (p2p), micro (all of a rank's
+            part of the batch), recompute (none), precision (fp32), layers (by parameters), offload ({}: what of
+            DeepSpeed's to where), json ({}: zero_optimization of a DeepSpeed JSON).
         keywords: untied, num_layers, model (other fields of the model).
     """
     results = run_on_ranks("tests.distributed.parity:train", world, timeout=280, layouts=layouts, **keywords)[0]
@@ -75,6 +78,7 @@ def train(
     from minicpm_megatron.parallel import groups
     from minicpm_megatron.parallel.zigzag import zigzag
     from minicpm_megatron.recipe import BatchPlan, build
+    from minicpm_megatron.training.expert_load import take_loads
 
     def part(whole: torch.Tensor) -> torch.Tensor:
         return zigzag(whole, case.get("cp", 1), parallel_state.get_context_parallel_rank(), dim=1).contiguous()
@@ -139,7 +143,8 @@ def train(
             update = engine.step()
             dist.all_reduce(total)
             lines.append([float(total) / world, update.gradient_norm])
-        results[name] = Run(lines, time.perf_counter() - began)._asdict()
+        loads = [asdict(load) for load in take_loads(engine.module, config)]
+        results[name] = Run(lines, time.perf_counter() - began, loads)._asdict()
     return results
 
 
