@@ -149,7 +149,7 @@ def _expert_fields(model: ModelRecipe, parallel: ParallelRecipe) -> dict[str, An
     return {
         "num_moe_experts": model.num_moe_experts,
         "moe_router_topk": model.moe_router_topk,
-        "moe_ffn_hidden_size": model.moe_ffn_hidden_size,
+        "moe_ffn_hidden_size": model.mlp_width,
         "moe_router_load_balancing_type": model.moe_router_load_balancing_type,
         "moe_aux_loss_coeff": model.moe_aux_loss_coeff,
         "moe_z_loss_coeff": model.moe_z_loss_coeff or None,

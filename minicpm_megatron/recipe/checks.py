@@ -113,7 +113,7 @@ def _check_tensor_parallel(recipe: Recipe) -> None:
         ("model.num_attention_heads", model.num_attention_heads),
         ("model.num_query_groups", model.num_query_groups),
         ("model.ffn_hidden_size", model.ffn_hidden_size),
-        ("model.moe_ffn_hidden_size", model.moe_ffn_hidden_size),
+        ("model.moe_ffn_hidden_size", model.mlp_width),
     ):
         refuse_unless(
             count % size == 0,

@@ -35,8 +35,7 @@ def attention_parameters(model: ModelRecipe) -> int:
 
 def mlp_parameters(model: ModelRecipe) -> int:
     """Gate, up and down projections of one layer, of one expert where there are several."""
-    width = model.ffn_hidden_size if model.num_moe_experts is None else model.moe_ffn_hidden_size
-    return 3 * model.hidden_size * width
+    return 3 * model.hidden_size * model.mlp_width
 
 
 def count_parameters(model: ModelRecipe) -> ParameterCounts:

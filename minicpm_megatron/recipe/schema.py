@@ -75,8 +75,8 @@ class ModelRecipe(Section):
     """Experts a layer; null is a dense model."""
     moe_router_topk: Count = 2
     """Experts that serve a token (section 7.3); without effect in a dense model, as are the other moe_ keys."""
-    moe_ffn_hidden_size: Count = Field(default=0)
-    """Width of each branch of an expert; defaults to ffn_hidden_size."""
+    moe_ffn_hidden_size: Count | None = None
+    """Width of each branch of an expert; null is ffn_hidden_size."""
     moe_aux_loss_coeff: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.01
     """Factor of the Switch Transformer's load-balancing loss (section 7.3)."""
     moe_router_load_balancing_type: Literal["seq_aux_loss", "aux_loss"] = "seq_aux_loss"
@@ -93,6 +93,13 @@ class ModelRecipe(Section):
     """Whether muP takes the embedding for a vector or for one of Table 7's two-dimensional tensors. The paper leaves
     it open; vector is what keeps the logits independent of width."""
 
+    @property
+    def mlp_width(self) -> int:
+        """Width of each branch of the MLP, or of an expert where there are several."""
+        return (
+            self.ffn_hidden_size if self.num_moe_experts is None else self.moe_ffn_hidden_size or self.ffn_hidden_size
+        )
+
     @model_validator(mode="before")
     @classmethod
     def _fill_head_shape(cls, fields: Any) -> Any:
@@ -105,8 +112,6 @@ class ModelRecipe(Section):
             fields["num_query_groups"] = heads
         if fields.get("kv_channels") is None and isinstance(heads, int) and isinstance(hidden, int) and heads > 0:
             fields["kv_channels"] = hidden // heads
-        if fields.get("moe_ffn_hidden_size") is None and fields.get("ffn_hidden_size") is not None:
-            fields["moe_ffn_hidden_size"] = fields["ffn_hidden_size"]
         return fields
 
     @model_validator(mode="after")

@@ -42,6 +42,30 @@ GROWTH = [{"after_tokens": 10_000, "global_batch_size": 16}, {"after_tokens": 20
             "parallel.expert_model_parallel_size: 2 ranks would divide experts, and the model has none",
         ),
         (
+            {"model__num_moe_experts": 2, "model__moe_router_topk": 1},
+            "model.moe_router_pre_softmax: the weight of a token's only expert would always be 1",
+        ),
+        (
+            {"model__num_moe_experts": 2, "parallel__tensor_model_parallel_size": 2},
+            "parallel.sequence_parallel: tensor-parallel ranks would each send every token to the experts",
+        ),
+        (
+            {
+                "model__num_moe_experts": 2,
+                "parallel__expert_model_parallel_size": 2,
+                "deepspeed__zero_stage": 3,
+            },
+            "deepspeed.zero_stage: ZeRO 3 divides every weight over all data-parallel ranks",
+        ),
+        (
+            {
+                "model__num_moe_experts": 2,
+                "parallel__expert_model_parallel_size": 2,
+                "deepspeed__offload_optimizer": "cpu",
+            },
+            "deepspeed.offload_optimizer: DeepSpeed does not take the norm of offloaded experts",
+        ),
+        (
             {"parallel__expert_model_parallel_size": 4, "model__num_moe_experts": 6},
             "parallel.expert_model_parallel_size: 4 does not divide model.num_moe_experts 6; give a divisor of 6",
         ),
