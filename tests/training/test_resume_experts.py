@@ -37,6 +37,8 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list
         cases[f"whole {key}"] = nano.case(recipe, f"whole-{key}", *overrides)
         cases[f"killed {key}"] = nano.case(recipe, f"cut-{key}", *overrides, kill_at=13)
         cases[f"resumed {key}"] = nano.case(recipe, f"cut-{key}", *overrides)
+        poisoned = [*overrides, "faults.non_finite=skip"]
+        cases[f"skipped {key}"] = nano.case(recipe, f"skipped-{key}", *poisoned, poison_at=12, poison="gradient")
     begun = str(folder / "runs" / "whole-1-fp32" / "checkpoints" / "step-10")
     for name, (ranks, overrides) in OTHERS.items():
         run = name.replace(" ", "-").replace(",", "")
@@ -60,6 +62,18 @@ def test_a_killed_run_goes_on_bit_for_bit(stage, precision, jobs):
     assert nano.losses(whole) == nano.losses(cut)
     curve = [record[2] for record in nano.losses(cut)[: nano.STEPS]]
     assert curve[-1] < curve[0] - 0.3
+
+
+@pytest.mark.parametrize(("stage", "precision"), COMBINATIONS)
+def test_a_gradient_that_is_not_finite_is_met_before_it_moves_an_expert(stage, precision, jobs):
+    runs, outcomes = jobs
+    key = f"{stage}-{precision}"
+    nano.check(outcomes[f"skipped {key}"])
+    records = read_metrics(runs / f"skipped-{key}" / METRICS)
+    assert [record["step"] for record in records if record.get("skipped")] == [13]
+    before = [record[2] for record in nano.losses(runs / f"whole-{key}")][:13]
+    assert [record["loss"] for record in records[:13]] == before
+    assert records[-1]["loss"] < records[0]["loss"] - 0.3
 
 
 @pytest.mark.parametrize("name", OTHERS)
