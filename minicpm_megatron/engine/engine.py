@@ -23,7 +23,8 @@ from minicpm_megatron.parallel import device
 from minicpm_megatron.parallel.groups import MegatronMPU
 from minicpm_megatron.recipe import Layout, Recipe
 
-MicroBatch = tuple[torch.Tensor, torch.Tensor]
+MicroBatch = tuple[torch.Tensor, ...]
+"""(tokens, labels), int64 [b, s] each, and where documents are kept apart, the `starts` of model.document_attention."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ class Engine:
         """Forward and backward of one step's micro-batches.
 
         Args:
-            micro_batches: `count` pairs (tokens, labels), int64 [b, s] each.
+            micro_batches: `count` of them.
 
         Returns:
             Mean of their losses in nats per token, fp32, over this rank's tokens or over those of all ranks.
@@ -140,8 +141,8 @@ class Engine:
         self.deepspeed.micro_steps = 0
         self._scale_auxiliary_losses(count)
         total = torch.zeros((), device=device.device())
-        for number, (tokens, labels) in enumerate(micro_batches, 1):
-            loss = self.losses(tokens, labels).mean()
+        for number, batch in enumerate(micro_batches, 1):
+            loss = self.losses(*batch).mean()
             total += loss.detach() / count
             self.backward(loss * self._share)
             if number < count:
@@ -155,13 +156,13 @@ class Engine:
             share = self._share * self.layout.context_parallel_size
             set_auxiliary_loss_scale(share / micro_batches, device.device())
 
-    def loss_sum(self, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Sum of the losses of a batch's tokens, fp64, without gradients."""
-        return self.losses(tokens, labels).double().sum()
+    def loss_sum(self, *batch: torch.Tensor) -> torch.Tensor:
+        """Sum of the losses of a micro-batch's tokens, fp64, without gradients."""
+        return self.losses(*batch).double().sum()
 
-    def losses(self, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Cross-entropy in nats of every token: int64 [b, s] and [b, s] -> fp32 [b, s]."""
-        return self.deepspeed(tokens, labels=labels)
+    def losses(self, tokens: torch.Tensor, labels: torch.Tensor, starts: torch.Tensor | None = None) -> torch.Tensor:
+        """Cross-entropy in nats of every token of a micro-batch: fp32 [b, s]."""
+        return self.deepspeed(tokens, attention_mask=starts, labels=labels)
 
     def backward(self, loss: torch.Tensor) -> None:
         """Backward of one micro-batch's mean loss (averaged over accumulation and data-parallel ranks)."""

@@ -143,10 +143,10 @@ class PipelinedEngine(Engine):
         with torch.no_grad():
             return engine._aggregate_total_loss()
 
-    def loss_sum(self, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def loss_sum(self, *batch: torch.Tensor) -> torch.Tensor:
         """As `Engine.loss_sum`, for the mean over all data-parallel ranks."""
-        mean = self.deepspeed.eval_batch(iter([(tokens, labels)]), num_micro_batches=1)
-        return mean.double().sum() * tokens.numel()
+        mean = self.deepspeed.eval_batch(iter([batch]), num_micro_batches=1)
+        return mean.double().sum() * batch[0].numel()
 
     def _update(self) -> None:
         self.deepspeed._exec_optimizer_step()

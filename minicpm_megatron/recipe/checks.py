@@ -154,6 +154,12 @@ def _check_pipeline(recipe: Recipe) -> None:
             "give one number a stage that add up, or null",
         )
     if stages > 1:
+        refuse_unless(
+            not recipe.data.reset_attention_mask,
+            "data.reset_attention_mask",
+            "pipeline stages pass on hidden states, and not where documents begin",
+            "set it to false, or parallel.pipeline_model_parallel_size to 1",
+        )
         bf16 = recipe.training.precision == "bf16"
         refuse_unless(
             recipe.deepspeed.zero_stage <= 1 and not (bf16 and recipe.deepspeed.zero_stage == 0),

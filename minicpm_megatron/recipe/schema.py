@@ -140,6 +140,8 @@ class DataRecipe(Section):
     """Tokenizer directory; checked against the data's, and copied into exports."""
     sequence_length: Count
     """Tokens a sample."""
+    reset_attention_mask: bool = False
+    """Attention ends at the borders of the documents that a sample is packed with (Megatron-LM's name)."""
 
 
 class ParallelRecipe(Section):

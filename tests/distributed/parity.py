@@ -53,7 +53,7 @@ def run_layouts(world: int, layouts: dict[str, dict[str, Any]], **keywords: Any)
         layouts: name -> sizes tp, pp, cp, ep (default 1), zero (0), sp (False), kind (p2p), micro (all of a rank's
             part of the batch), recompute (none), precision (fp32), layers (by parameters), offload ({}: what of
             DeepSpeed's to where), json ({}: zero_optimization of a DeepSpeed JSON).
-        keywords: untied, num_layers, model (other fields of the model).
+        keywords: untied, num_layers, model (other fields of the model), documents (samples are packed with several).
     """
     results = run_on_ranks("tests.distributed.parity:train", world, timeout=280, layouts=layouts, **keywords)[0]
     return {name: Run(**run) for name, run in results.items()}
@@ -64,6 +64,7 @@ def train(
     untied: bool = False,
     num_layers: int = 2,
     model: dict[str, Any] | None = None,
+    documents: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """What one rank does for `run_layouts`."""
     import torch
@@ -82,6 +83,15 @@ def train(
 
     def part(whole: torch.Tensor) -> torch.Tensor:
         return zigzag(whole, case.get("cp", 1), parallel_state.get_context_parallel_rank(), dim=1).contiguous()
+
+    def micro_batch(indices: Any, rows: Any) -> tuple[torch.Tensor, ...]:
+        both = torch.from_numpy(rows)
+        wholes = [both[:, :-1], both[:, 1:]]
+        if documents:  # of 5 to 9 tokens, others in each row
+            lengths = torch.from_numpy(5 + indices % 5)[:, None]
+            places = torch.arange(SEQUENCE)
+            wholes.append(places - places % lengths)
+        return tuple(part(whole) for whole in wholes)
 
     world = int(os.environ["WORLD_SIZE"])
     results = {}
@@ -138,8 +148,7 @@ def train(
             engine.set_rates(schedule.factor(plan.position(step)))
             rows = samples(step)
             mine = batch(0, BATCH, parallel_state.get_data_parallel_rank(), replicas, recipe.training.micro_batch_size)
-            batches = (torch.from_numpy(rows[indices]) for indices in mine)
-            total = engine.accumulate(((part(both[:, :-1]), part(both[:, 1:])) for both in batches), len(mine))
+            total = engine.accumulate((micro_batch(indices, rows[indices]) for indices in mine), len(mine))
             update = engine.step()
             dist.all_reduce(total)
             lines.append([float(total) / world, update.gradient_norm])
