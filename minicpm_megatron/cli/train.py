@@ -64,7 +64,6 @@ def main(arguments: list[str] | None = None) -> int:
         started = os.environ.get("WORLD_SIZE")
         print(format_dry_run(recipe, options.world_size or int(started or fewest)))
         return 0
-    recipe.check_trainable()
     return _train(recipe, branch)
 
 

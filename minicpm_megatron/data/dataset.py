@@ -31,6 +31,8 @@ class SampleSource(Protocol):
 
     def __getitem__(self, sample: int) -> np.ndarray: ...
 
+    def starts(self, sample: int) -> np.ndarray: ...
+
 
 class _Epoch:
     """The documents of one epoch in their order, with the token position of every 64th."""
@@ -138,15 +140,21 @@ class TokenDataset:
 
     def __getitem__(self, sample: int) -> np.ndarray:
         """Sample k >= 0 as int64 [sequence_length + 1]: inputs are [:-1], labels [1:]."""
+        parts = [self._read(*span) for span in self._spans(sample, self.sequence_length + 1)]
+        return np.concatenate(parts).astype(np.int64)
+
+    def starts(self, sample: int) -> np.ndarray:
+        """Of each input token of sample k its document's first position in the sample: int64 [sequence_length]."""
+        lengths = [length for _, _, length in self._spans(sample, self.sequence_length)]
+        return np.repeat(np.cumsum([0, *lengths[:-1]]), lengths)
+
+    def _spans(self, sample: int, length: int) -> list[tuple[int, int, int]]:
+        """(document, offset, tokens) of the first `length` tokens of sample k."""
         if sample < 0:
             raise IndexError(sample)
         number, place = divmod(int(sample), self.samples_per_epoch)
         epoch, order = self._epoch(number)
-        parts = [
-            self._read(document, offset, length)
-            for document, offset, length in epoch.spans(order(place) * self.sequence_length, self.sequence_length + 1)
-        ]
-        return np.concatenate(parts).astype(np.int64)
+        return epoch.spans(order(place) * self.sequence_length, length)
 
     def _read(self, document: int, offset: int, length: int) -> np.ndarray:
         # the sequences of a document lie one after another, so reading on from its first is reading the document
@@ -190,6 +198,11 @@ class Blend:
         """Sample k >= 0 as int64 [sequence_length + 1]."""
         corpus, index = self.mixture(sample)
         return self.datasets[corpus][index]
+
+    def starts(self, sample: int) -> np.ndarray:
+        """As `TokenDataset.starts`, of sample k >= 0."""
+        corpus, index = self.mixture(sample)
+        return self.datasets[corpus].starts(index)
 
 
 def check_fits(

@@ -10,19 +10,21 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.utils import combine_grad_norm_groups, get_global_norm_of_tensors
+from deepspeed.runtime.utils import combine_grad_norm_groups
 from megatron.core import parallel_state
 
-from minicpm_megatron.engine import patches, zero1
+from minicpm_megatron.engine import experts, patches, zero1
 from minicpm_megatron.engine.config import clips_itself, deepspeed_config
 from minicpm_megatron.methods.mup import RateLedger, mup_param_groups
 from minicpm_megatron.model.config import MiniCPMConfig
+from minicpm_megatron.model.experts import set_auxiliary_loss_scale
 from minicpm_megatron.model.sharding import named_shards
 from minicpm_megatron.parallel import device
 from minicpm_megatron.parallel.groups import MegatronMPU
 from minicpm_megatron.recipe import Layout, Recipe
 
-MicroBatch = tuple[torch.Tensor, torch.Tensor]
+MicroBatch = tuple[torch.Tensor, ...]
+"""(tokens, labels), int64 [b, s] each, and where documents are kept apart, the `starts` of model.document_attention."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ class Engine:
             weight_decay=recipe.optimizer.weight_decay,
             weight_decay_mode=recipe.optimizer.weight_decay_mode,
         )
+        experts.mark(groups, layout)
         optimizer = _adamw(groups, recipe)
         if recipe.deepspeed.zero_stage == 3 and layout.context_parallel_size > 1:
             # DeepSpeed 0.19 itself would divide weights over the data-parallel ranks alone, and then look for their
@@ -72,9 +75,14 @@ class Engine:
                 config_dict_or_path=self.deepspeed_config,
                 mpu=self._mpu(),
             )
-        self.deepspeed, _, _, _ = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=self.deepspeed_config, mpu=self._mpu(), dist_init_required=False
-        )
+        with experts.shown_to_deepspeed(model, layout):
+            self.deepspeed, _, _, _ = deepspeed.initialize(
+                model=model,
+                optimizer=optimizer,
+                config=self.deepspeed_config,
+                mpu=self._mpu(),
+                dist_init_required=False,
+            )
         zero1.keep_gradients_flat(self.deepspeed.optimizer)
         _undo_first_step(self.deepspeed.optimizer)
         self._clips_itself = clips_itself(recipe)
@@ -117,13 +125,13 @@ class Engine:
         """Accumulate over as many micro-batches as `samples` needs; returns that number."""
         if self.deepspeed.train_batch_size() != samples:
             self.deepspeed.set_train_batch_size(samples)
-        return self.deepspeed.gradient_accumulation_steps()
+        return int(self.deepspeed.gradient_accumulation_steps())
 
     def accumulate(self, micro_batches: Iterable[MicroBatch], count: int) -> torch.Tensor:
         """Forward and backward of one step's micro-batches.
 
         Args:
-            micro_batches: `count` pairs (tokens, labels), int64 [b, s] each.
+            micro_batches: `count` of them.
 
         Returns:
             Mean of their losses in nats per token, fp32, over this rank's tokens or over those of all ranks.
@@ -131,22 +139,30 @@ class Engine:
         # DeepSpeed ends a step where its own count of micro-batches is a multiple of those of a step. After a batch
         # that grew, or a step that was discarded, that need not be where ours ends.
         self.deepspeed.micro_steps = 0
+        self._scale_auxiliary_losses(count)
         total = torch.zeros((), device=device.device())
-        for number, (tokens, labels) in enumerate(micro_batches, 1):
-            loss = self.losses(tokens, labels).mean()
+        for number, batch in enumerate(micro_batches, 1):
+            loss = self.losses(*batch).mean()
             total += loss.detach() / count
             self.backward(loss * self._share)
             if number < count:
                 self.deepspeed.step()  # ends a micro-batch that is not the last of its step
         return total
 
-    def loss_sum(self, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Sum of the losses of a batch's tokens, fp64, without gradients."""
-        return self.losses(tokens, labels).double().sum()
+    def _scale_auxiliary_losses(self, micro_batches: int) -> None:
+        """Weigh the experts' losses as the step's mean does: each tensor- and context-parallel rank holds a part of
+        them that is not divided by the number of these ranks, where its part of the cross-entropy is."""
+        if self.config.num_moe_experts is not None:
+            share = self._share * self.layout.context_parallel_size
+            set_auxiliary_loss_scale(share / micro_batches, device.device())
 
-    def losses(self, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Cross-entropy in nats of every token: int64 [b, s] and [b, s] -> fp32 [b, s]."""
-        return self.deepspeed(tokens, labels=labels)
+    def loss_sum(self, *batch: torch.Tensor) -> torch.Tensor:
+        """Sum of the losses of a micro-batch's tokens, fp64, without gradients."""
+        return self.losses(*batch).double().sum()
+
+    def losses(self, tokens: torch.Tensor, labels: torch.Tensor, starts: torch.Tensor | None = None) -> torch.Tensor:
+        """Cross-entropy in nats of every token of a micro-batch: fp32 [b, s]."""
+        return self.deepspeed(tokens, attention_mask=starts, labels=labels)
 
     def backward(self, loss: torch.Tensor) -> None:
         """Backward of one micro-batch's mean loss (averaged over accumulation and data-parallel ranks)."""
@@ -156,11 +172,11 @@ class Engine:
         """The 2-norm that `step` would report, without stepping; inf or nan where a gradient is not finite."""
         optimizer = self.optimizer
         if self.recipe.deepspeed.zero_stage == 0:
-            return _gradient_norm(self._parameters_with_gradient())
+            return _gradient_norm(self._parameters_with_gradient(), self.layout)
         if hasattr(optimizer, "scaled_global_norm"):  # ZeRO 1 in fp32, ZeRO 2
             norm = optimizer.scaled_global_norm()
         elif hasattr(optimizer, "get_grads_for_norm"):  # ZeRO 1 in bf16
-            norm = get_global_norm_of_tensors(optimizer.get_grads_for_norm()[0], mpu=optimizer.mpu)
+            norm = experts.norm_of(optimizer.get_grads_for_norm(), optimizer.mpu)
         else:
             norm = combine_grad_norm_groups(optimizer._get_norm_groups())
         # one of DeepSpeed's functions says -1 for a norm that is not finite
@@ -216,7 +232,7 @@ class Engine:
         """The step where every rank holds whole gradients, in the parameters' own precision."""
         parameters = self._parameters_with_gradient()
         gradients: list[Any] = [parameter.grad for parameter in parameters]
-        norm = _gradient_norm(parameters)
+        norm = _gradient_norm(parameters, self.layout)
         if not math.isfinite(norm):
             self.discard()  # the optimizer must not see it
             return Update(norm, applied=False)
@@ -256,19 +272,30 @@ def _adamw(groups: list[dict[str, Any]], recipe: Recipe) -> torch.optim.Optimize
     return torch.optim.AdamW(groups, fused=True, **settings)
 
 
-def _gradient_norm(parameters: list[torch.nn.Parameter]) -> float:
+def _gradient_norm(parameters: list[torch.nn.Parameter], layout: Layout) -> float:
     """2-norm over the ranks of one copy of the model; a parameter that several of them hold is counted once."""
     rank = parallel_state.get_tensor_model_parallel_rank()
-    mine: list[Any] = [
-        p.grad
+    mine = [
+        p
         for p in parameters
         if (rank == 0 or getattr(p, "tensor_model_parallel", False)) and not getattr(p, "ds_pipe_replicated", False)
     ]
-    square = torch.zeros((), dtype=torch.float32, device=device.device())
-    if mine:
-        square = torch.stack(torch._foreach_norm(mine, dtype=torch.float32)).square().sum()
+    divided = [p for p in mine if experts.is_divided(p)]
+    square = _square([p for p in mine if not experts.is_divided(p)])
     dist.all_reduce(square, group=parallel_state.get_model_parallel_group())
+    if layout.expert_model_parallel_size > 1:
+        others = _square(divided)
+        dist.all_reduce(others, group=parallel_state.get_expert_tensor_model_pipeline_parallel_group())
+        square += others
     return float(square.sqrt())
+
+
+def _square(parameters: list[torch.nn.Parameter]) -> torch.Tensor:
+    """Sum of the squares of all gradients, fp32."""
+    if not parameters:
+        return torch.zeros((), dtype=torch.float32, device=device.device())
+    gradients: list[Any] = [parameter.grad for parameter in parameters]
+    return torch.stack(torch._foreach_norm(gradients, dtype=torch.float32)).square().sum()
 
 
 def _averages_over_context(deepspeed_config: dict[str, Any]) -> bool:

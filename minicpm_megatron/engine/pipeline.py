@@ -46,6 +46,8 @@ def stage_bounds(config: MiniCPMConfig, layers: tuple[int, ...] | None) -> list[
         hidden = config.hidden_size
         attention = (2 * config.num_attention_heads + 2 * config.num_query_groups) * config.kv_channels * hidden
         layer = attention + 3 * hidden * config.ffn_hidden_size
+        if config.num_moe_experts is not None:
+            layer = attention + config.num_moe_experts * (3 * hidden * config.moe_ffn_hidden_size + hidden)
         vocabulary = config.padded_vocab_size() * hidden
         weights = [vocabulary, *[layer] * config.num_layers, hidden, vocabulary]
         return [int(position) for position in partition_balanced(weights, stages)]
@@ -133,6 +135,7 @@ class PipelinedEngine(Engine):
     def accumulate(self, micro_batches: Iterable[MicroBatch], count: int) -> torch.Tensor:
         """As `Engine.accumulate`; the loss is the mean over all data-parallel ranks."""
         engine = self.deepspeed
+        self._scale_auxiliary_losses(count)
         engine.set_dataiterator(iter(micro_batches))
         engine.total_loss = engine.total_additional_losses = None
         engine._compute_loss = True
@@ -140,10 +143,10 @@ class PipelinedEngine(Engine):
         with torch.no_grad():
             return engine._aggregate_total_loss()
 
-    def loss_sum(self, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def loss_sum(self, *batch: torch.Tensor) -> torch.Tensor:
         """As `Engine.loss_sum`, for the mean over all data-parallel ranks."""
-        mean = self.deepspeed.eval_batch(iter([(tokens, labels)]), num_micro_batches=1)
-        return mean.double().sum() * tokens.numel()
+        mean = self.deepspeed.eval_batch(iter([batch]), num_micro_batches=1)
+        return mean.double().sum() * batch[0].numel()
 
     def _update(self) -> None:
         self.deepspeed._exec_optimizer_step()

@@ -15,6 +15,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 from torch.nn import Parameter
 
+from minicpm_megatron.engine import experts
 from minicpm_megatron.engine.engine import Engine
 from minicpm_megatron.model.sharding import shard_spec
 from minicpm_megatron.storage.sharded import WEIGHT, CheckpointReader, Fragment, ShardSpec
@@ -51,8 +52,8 @@ class EngineState:
 
     def fragments(self) -> Iterator[Fragment]:
         """What this rank must save: together the ranks' fragments hold every element once."""
-        first_replica = parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
         for parameter, spec in self._parameters():
+            first_replica = experts.replica_of(parameter) == 0
             if getattr(parameter, "ds_pipe_replicated", False):  # the first stage saves what the last ties to
                 continue
             if spec.dim is None and parallel_state.get_tensor_model_parallel_rank() != 0:

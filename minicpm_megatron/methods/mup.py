@@ -8,6 +8,7 @@ the `RateLedger` that refuses to train with rates the table does not know. With 
     embedding   word embedding (tied: also the head) init_std              1
     hidden      matrices of attention and MLP        init_std / sqrt(m)    1 / m
     vector      norm weights                         all ones              1
+    expert      matrices of experts                  init_std / sqrt(m)    1 / m
     router      expert routers                       init_std / sqrt(m)    1 / m
     head        untied LM head                       init_std              1
 
@@ -26,7 +27,7 @@ from typing import Any, Literal, Protocol
 
 from minicpm_megatron.errors import UserError
 
-ROLES = ("embedding", "hidden", "vector", "router", "head")
+ROLES = ("embedding", "hidden", "expert", "vector", "router", "head")
 RATE_TOLERANCE = 1e-9  # relative; rates are products of three doubles
 
 
@@ -82,6 +83,7 @@ def mup_table(shape: Shape) -> dict[str, RoleRule]:
     return {
         "embedding": RoleRule(ends.init_std, ends.lr_multiplier, decays=False),
         "hidden": matrix,
+        "expert": matrix,
         "vector": RoleRule(None, 1.0, decays=False),
         "router": matrix,
         "head": ends,
@@ -96,7 +98,9 @@ def role_of(name: str, dimensions: int) -> str:
         return "embedding"
     if "output_layer" in name:
         return "head"
-    return "router" if ".router." in name else "hidden"
+    if ".router." in name:
+        return "router"
+    return "expert" if ".experts." in name else "hidden"
 
 
 def mup_param_groups(

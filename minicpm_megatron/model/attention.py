@@ -18,6 +18,7 @@ from torch import Tensor
 
 from minicpm_megatron.model.config import MiniCPMConfig
 from minicpm_megatron.model.context_parallel import ring_attention, ulysses_attention
+from minicpm_megatron.model.document_attention import document_attention
 
 try:
     from flash_attn import flash_attn_func
@@ -59,7 +60,8 @@ class MiniCPMCoreAttention(torch.nn.Module):
         Args:
             query: [s_q, b, heads, d_head] in the dtype of the model.
             key, value: [s_k, b, groups, d_head]; heads is a multiple of groups.
-            attention_mask: used only when attn_mask_type is neither causal nor no_mask; True hides.
+            attention_mask: where attn_mask_type is causal, None or the `starts` of packed documents, int [b, s]
+                (see `document_attention`); where it is neither causal nor no_mask, True hides.
             attn_mask_type: causal, or no_mask where one new token attends to a cache.
 
         Returns:
@@ -73,7 +75,10 @@ class MiniCPMCoreAttention(torch.nn.Module):
             if not causal:
                 raise NotImplementedError(f"attention of type {mask_type} over context-parallel ranks")
             group = parallel_state.get_context_parallel_group()
-            context = self.across_ranks(query, key, value, group=group, scale=self.softmax_scale)
+            context = self.across_ranks(query, key, value, group=group, scale=self.softmax_scale, starts=attention_mask)
+            return context.reshape(context.size(0), context.size(1), -1)
+        if causal and attention_mask is not None:
+            context = document_attention(query, key, value, attention_mask, self.softmax_scale)
             return context.reshape(context.size(0), context.size(1), -1)
         if self._flash_fits(query, causal or mask_type == AttnMaskType.no_mask):
             context = flash_attn_func(

@@ -27,7 +27,13 @@ FLASH_OPTIONS = {
 }
 
 
-def block_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+Documents = tuple[Tensor, Tensor]
+"""(int [b, s_q], int [s_k]): where each query's document begins, and where each key lies; earlier keys are hidden."""
+
+
+def block_attention(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool, documents: Documents | None = None
+) -> tuple[Tensor, Tensor]:
     """softmax(scale q k^T) v over the keys of this block alone.
 
     Args:
@@ -35,11 +41,12 @@ def block_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, cau
         key, value: [s_k, b, groups, d]; heads is a multiple of groups.
         scale: factor on q k^T.
         causal: query i sees keys 0 to i; needs s_q = s_k.
+        documents: hides keys of other documents; a query that then sees none gets 0 and a sum of log 0.
 
     Returns:
         (out, lse): fp32 [s_q, b, heads, d] and fp32 [s_q, b, heads], the natural logarithm of the softmax's sum.
     """
-    if _flash_fits(query):
+    if documents is None and _flash_fits(query):
         q, k, v = (tensor.transpose(0, 1) for tensor in (query, key, value))
         out, lse, *_ = _flash_attn_forward(
             q, k, v, softmax_scale=scale, causal=causal, return_softmax=False, **FLASH_OPTIONS
@@ -52,9 +59,11 @@ def block_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, cau
     outs, sums = _grouped(out, groups), _grouped(lse[..., None], groups)
     for rows, seen in _rows(query, key, causal, tensors=1):
         weights = _scores(queries[:, :, rows], keys[:, :, :seen], scale, rows.start if causal else None)
-        largest = weights.amax(-1, keepdim=True)
+        _hide_others(weights, documents, rows, seen)
+        # finite where nothing is seen, too
+        largest = weights.amax(-1, keepdim=True).clamp_min_(torch.finfo(torch.float32).min)
         total = weights.sub_(largest).exp_().sum(-1, keepdim=True)
-        outs[:, :, rows] = _product(weights, values[:, :, :seen]) / total
+        outs[:, :, rows] = _product(weights, values[:, :, :seen]) / total.clamp_min(torch.finfo(torch.float32).tiny)
         sums[:, :, rows] = largest + total.log()
         del weights  # or they would live on beside those of the next rows
     return out, lse
@@ -69,19 +78,20 @@ def block_attention_backward(
     lse: Tensor,
     scale: float,
     causal: bool,
+    documents: Documents | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What this block adds to the gradients of attention over all blocks.
 
     Args:
         grad: [s_q, b, heads, d], of the loss by `out`.
-        query, key, value, scale, causal: as in `block_attention`.
+        query, key, value, scale, causal, documents: as in `block_attention`.
         out: [s_q, b, heads, d], the result over all blocks.
         lse: fp32 [s_q, b, heads], over all blocks.
 
     Returns:
         (dq, dk, dv): fp32, shaped as query, key and value; dk and dv summed over the heads of a group.
     """
-    if _flash_fits(query):
+    if documents is None and _flash_fits(query):
         views = [tensor.transpose(0, 1) for tensor in (grad, query, key, value, out)]
         grads = [torch.empty(view.shape, dtype=view.dtype, device=view.device) for view in views[1:4]]
         # the kernel reads lse by its address and not by its strides
@@ -105,7 +115,9 @@ def block_attention_backward(
     dqs, dks, dvs = _grouped(dq, groups), _of_group(dk), _of_group(dv)
     for rows, seen in _rows(query, key, causal, tensors=2):
         some = queries[:, :, rows]
-        weights = _scores(some, keys[:, :, :seen], scale, rows.start if causal else None).sub_(sums[:, :, rows]).exp_()
+        weights = _scores(some, keys[:, :, :seen], scale, rows.start if causal else None)
+        _hide_others(weights, documents, rows, seen)
+        weights.sub_(sums[:, :, rows]).exp_()
         dvs[:, :, :seen] += _transposed_product(weights, grads_out[:, :, rows])
         dscores = _product(grads_out[:, :, rows], values[:, :, :seen].mT).sub_(deltas[:, :, rows]).mul_(weights)
         del weights  # or they would live on beside those of the next rows, and so would dscores
@@ -151,6 +163,14 @@ def _scores(queries: Tensor, keys: Tensor, scale: float, first: int | None) -> T
         hidden = torch.arange(keys.size(2), device=keys.device) > places[:, None]
         scores.masked_fill_(hidden[:, None], float("-inf"))
     return scores
+
+
+def _hide_others(scores: Tensor, documents: Documents | None, rows: slice, seen: int) -> None:
+    """-inf where a key is of an earlier document than the query; scores as `_scores` returns them."""
+    if documents is not None:
+        starts, places = documents
+        hidden = places[:seen] < starts[:, rows, None]
+        scores.masked_fill_(hidden[:, None, :, None], float("-inf"))
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:

@@ -118,6 +118,7 @@ class MiniCPMConfig(TransformerConfig):
             gradient_accumulation_fusion=False,
             apply_rope_fusion=False,
             **_recompute_fields(recompute),
+            **_expert_fields(model, parallel),
             vocab_size=model.vocab_size,
             max_position_embeddings=model.max_position_embeddings,
             rotary_base=model.rotary_base,
@@ -138,6 +139,24 @@ def _normal(std: float | None) -> Any:
         return torch.nn.init.normal_(tensor, mean=0.0, std=std)
 
     return initialize
+
+
+def _expert_fields(model: ModelRecipe, parallel: ParallelRecipe) -> dict[str, Any]:
+    if model.num_moe_experts is None:
+        return {}
+    # the all-to-all gathers unequal parts over tensor-parallel ranks, which gloo cannot
+    all_to_all = torch.cuda.is_available() or parallel.tensor_model_parallel_size == 1
+    return {
+        "num_moe_experts": model.num_moe_experts,
+        "moe_router_topk": model.moe_router_topk,
+        "moe_ffn_hidden_size": model.mlp_width,
+        "moe_router_load_balancing_type": model.moe_router_load_balancing_type,
+        "moe_aux_loss_coeff": model.moe_aux_loss_coeff,
+        "moe_z_loss_coeff": model.moe_z_loss_coeff or None,
+        "moe_router_pre_softmax": model.moe_router_pre_softmax,
+        "moe_router_dtype": "fp32",
+        "moe_token_dispatcher_type": "alltoall" if all_to_all else "allgather",
+    }
 
 
 def _recompute_fields(recompute: str) -> dict[str, Any]:

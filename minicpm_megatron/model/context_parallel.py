@@ -21,13 +21,22 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from minicpm_megatron.model.block_attention import block_attention, block_attention_backward
+from minicpm_megatron.model.block_attention import Documents, block_attention, block_attention_backward
+from minicpm_megatron.model.document_attention import document_attention
 from minicpm_megatron.parallel.zigzag import unzigzag, zigzag
 
 KEYS_VALUES, GRADIENTS = 0, 1  # tags: two kinds of messages are under way between the same two ranks
 
 
-def ring_attention(query: Tensor, key: Tensor, value: Tensor, *, group: dist.ProcessGroup, scale: float) -> Tensor:
+def ring_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    group: dist.ProcessGroup,
+    scale: float,
+    starts: Tensor | None = None,
+) -> Tensor:
     """Causal attention in which blocks of keys and values go round the ranks while each attends to the block it has.
 
     Results over blocks are merged in fp32 by their log-sum-exp. The backward pass goes round once more; gradients of
@@ -38,6 +47,8 @@ def ring_attention(query: Tensor, key: Tensor, value: Tensor, *, group: dist.Pro
         key, value: [s_local, b, groups, d]; heads is a multiple of groups.
         group: the ranks that share the sequence; each calls with the same shapes.
         scale: factor on q k^T.
+        starts: int [b, s_local], of each token the position in the whole sequence at which its document begins (see
+            `document_attention`); None: the whole sequence is one.
 
     Returns:
         [s_local, b, heads, d] in the dtype of query.
@@ -46,16 +57,24 @@ def ring_attention(query: Tensor, key: Tensor, value: Tensor, *, group: dist.Pro
         ValueError: s_local is odd, or groups does not divide heads.
     """
     _check(query, key)
-    return _RingAttention.apply(query, key, value, group, scale)
+    return _RingAttention.apply(query, key, value, group, scale, starts)
 
 
-def ulysses_attention(query: Tensor, key: Tensor, value: Tensor, *, group: dist.ProcessGroup, scale: float) -> Tensor:
+def ulysses_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    group: dist.ProcessGroup,
+    scale: float,
+    starts: Tensor | None = None,
+) -> Tensor:
     """Causal attention in which each rank attends over the whole sequence with its part of the heads.
 
     One all-to-all before and one after; a key/value head goes to every rank that has a query head of its group.
 
     Args:
-        query, key, value, group, scale: as in `ring_attention`.
+        query, key, value, group, scale, starts: as in `ring_attention`.
 
     Returns:
         [s_local, b, heads, d] in the dtype of query.
@@ -74,10 +93,17 @@ def ulysses_attention(query: Tensor, key: Tensor, value: Tensor, *, group: dist.
     outgoing = [tensor.unflatten(2, (ranks, -1)).movedim(2, 0) for tensor in (query, key, value)]
     counts = [tensor.size(3) for tensor in outgoing]
     whole = unzigzag(list(_AllToAll.apply(torch.cat(outgoing, 3), group).unbind(0)), 0)
-    # [s, b, n, d] -> [b, n, s, d]
-    q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in whole.split(counts, 2))
-    context = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.size(1) != k.size(1))
-    context = context.permute(2, 0, 1, 3)
+    if starts is None:
+        # [s, b, n, d] -> [b, n, s, d]
+        q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in whole.split(counts, 2))
+        context = F.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=scale, enable_gqa=q.size(1) != k.size(1)
+        ).permute(2, 0, 1, 3)
+    else:
+        parts = [torch.empty_like(starts) for _ in range(ranks)]
+        dist.all_gather(parts, starts.contiguous(), group=group)
+        q, k, v = whole.split(counts, 2)
+        context = document_attention(q, k, v, unzigzag(parts, 1), scale)
     returning = torch.stack([zigzag(context, ranks, rank, 0) for rank in range(ranks)])
     return _AllToAll.apply(returning, group).movedim(0, 2).flatten(2, 3)
 
@@ -111,28 +137,38 @@ class _AllToAll(torch.autograd.Function):
 
 class _RingAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, group: dist.ProcessGroup, scale: float) -> Tensor:
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        group: dist.ProcessGroup,
+        scale: float,
+        starts: Tensor | None,
+    ) -> Tensor:
         for source, (k, v) in _round(torch.stack((key, value)), group):
             rows, columns, causal = _visible(source, dist.get_rank(group), query.size(0))
-            block = block_attention(query[rows], k[columns], v[columns], scale, causal)
+            within = _within(starts, source, group, rows, columns)
+            block = block_attention(query[rows], k[columns], v[columns], scale, causal, within)
             if causal:
                 out, lse = block
             else:
                 _merge(out[rows], lse[rows], *block)
         result = out.to(query.dtype)
         ctx.save_for_backward(query, key, value, result, lse)
-        ctx.group, ctx.scale = group, scale
+        ctx.group, ctx.scale, ctx.starts = group, scale, starts
         return result
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         query, key, value, out, lse = ctx.saved_tensors
         transfer = None
         for source, (k, v) in _round(torch.stack((key, value)), ctx.group):
             rows, columns, causal = _visible(source, dist.get_rank(ctx.group), query.size(0))
+            within = _within(ctx.starts, source, ctx.group, rows, columns)
             block_dq, *block_dkv = block_attention_backward(
-                grad[rows], query[rows], k[columns], v[columns], out[rows], lse[rows], ctx.scale, causal
+                grad[rows], query[rows], k[columns], v[columns], out[rows], lse[rows], ctx.scale, causal, within
             )
             if transfer is None:
                 dq, dkv = block_dq, torch.stack(block_dkv)
@@ -144,7 +180,7 @@ class _RingAttention(torch.autograd.Function):
             transfer = _Transfer(dkv, ctx.group, GRADIENTS)
         assert transfer is not None
         dk, dv = transfer.wait()
-        return dq.to(query.dtype), dk.to(key.dtype), dv.to(value.dtype), None, None
+        return dq.to(query.dtype), dk.to(key.dtype), dv.to(value.dtype), None, None, None
 
 
 def _visible(source: int, rank: int, length: int) -> tuple[slice, slice, bool]:
@@ -157,6 +193,17 @@ def _visible(source: int, rank: int, length: int) -> tuple[slice, slice, bool]:
     if source == rank:
         return everything, everything, True
     return (everything, early, False) if source < rank else (late, everything, False)
+
+
+def _within(
+    starts: Tensor | None, source: int, group: dist.ProcessGroup, rows: slice, columns: slice
+) -> Documents | None:
+    """What hides keys of other documents: where those of the queries begin, and where the keys of `source` lie."""
+    if starts is None:
+        return None
+    ranks, length = dist.get_world_size(group), starts.size(1)
+    places = zigzag(torch.arange(ranks * length, device=starts.device), ranks, source, 0)
+    return starts[:, rows], places[columns]
 
 
 def _merge(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> None:

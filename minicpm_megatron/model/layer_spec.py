@@ -27,6 +27,7 @@ from torch import Tensor
 
 from minicpm_megatron.model.attention import MiniCPMCoreAttention
 from minicpm_megatron.model.config import MiniCPMConfig
+from minicpm_megatron.model.experts import get_experts_spec
 from minicpm_megatron.model.norm import MiniCPMFinalNorm, MiniCPMRMSNorm
 
 
@@ -66,12 +67,13 @@ def scaled_bias_dropout_add(multiplier: float) -> Callable[[bool, bool], Callabl
 
 
 def get_minicpm_layer_spec(config: MiniCPMConfig) -> ModuleSpec:
-    """The spec of one dense MiniCPM layer.
+    """The spec of one MiniCPM layer.
 
     Args:
-        config: gives the residual multiplier; the spec is otherwise the same for every size.
+        config: gives the residual multiplier, and says whether there are experts in the place of the MLP.
     """
     backend = MiniCPMSpecProvider()
+    sparse = config.num_moe_experts is not None
     bias_dropout_add = scaled_bias_dropout_add(config.residual_multiplier)
     return ModuleSpec(
         module=MiniCPMTransformerLayer,
@@ -90,7 +92,7 @@ def get_minicpm_layer_spec(config: MiniCPMConfig) -> ModuleSpec:
             ),
             self_attn_bda=bias_dropout_add,
             pre_mlp_layernorm=backend.layer_norm(),
-            mlp=get_mlp_module_spec_for_backend(backend=backend),
+            mlp=get_experts_spec(backend) if sparse else get_mlp_module_spec_for_backend(backend=backend),
             mlp_bda=bias_dropout_add,
         ),
     )

@@ -34,16 +34,19 @@ SPLITS = {
     "output_layer.weight": Split(0),
     "self_attention.linear_qkv.weight": Split(0),
     "self_attention.linear_proj.weight": Split(1),
-    "mlp.linear_fc1.weight": Split(0, parts=2),
-    "mlp.linear_fc2.weight": Split(1),
+    "linear_fc1.weight": Split(0, parts=2),
+    "linear_fc2.weight": Split(1),
 }
 LAYERS = "decoder.layers."
+EXPERTS = ".experts.local_experts."
 VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 
 
 def global_shape(config: MiniCPMConfig, name: str) -> tuple[int, ...]:
     """Whole shape of the tensor `name` without padding."""
     hidden, feed_forward = config.hidden_size, config.ffn_hidden_size
+    if EXPERTS in name:
+        feed_forward = config.moe_ffn_hidden_size
     queries = config.num_attention_heads * config.kv_channels
     keys = config.num_query_groups * config.kv_channels
     shapes = {
@@ -51,8 +54,9 @@ def global_shape(config: MiniCPMConfig, name: str) -> tuple[int, ...]:
         "output_layer.weight": (config.vocab_size, hidden),
         "self_attention.linear_qkv.weight": (queries + 2 * keys, hidden),
         "self_attention.linear_proj.weight": (hidden, queries),
-        "mlp.linear_fc1.weight": (2 * feed_forward, hidden),
-        "mlp.linear_fc2.weight": (hidden, feed_forward),
+        "linear_fc1.weight": (2 * feed_forward, hidden),
+        "linear_fc2.weight": (hidden, feed_forward),
+        "router.weight": (config.num_moe_experts or 0, hidden),
         "layernorm.weight": (hidden,),
     }
     for ending, shape in shapes.items():
@@ -81,11 +85,22 @@ def shard_spec(config: MiniCPMConfig, name: str, rank: int | None = None) -> Sha
 
 
 def global_name(model: torch.nn.Module, config: MiniCPMConfig, name: str) -> str:
-    """The name that a parameter of this pipeline stage has in the whole model.
+    """The name that a parameter of this rank has in the whole model.
 
-    Layers are numbered from the model's first, and the copy of a tied embedding that the last stage keeps for the LM
-    head is the embedding. A module of `model.pipeline` knows itself what it is of the whole.
+    Layers and experts are numbered from the model's first, and the copy of a tied embedding that the last stage keeps
+    for the LM head is the embedding. A module of `model.pipeline` knows itself what it is of the whole.
     """
+    before, experts, after = _without_stage(model, config, name).partition(EXPERTS)
+    if not experts:
+        return before
+    local, rest = after.split(".", 1)
+    each = (config.num_moe_experts or 0) // config.expert_model_parallel_size
+    number = parallel_state.get_expert_model_parallel_rank() * each + int(local)
+    return f"{before}{EXPERTS}{number}.{rest}"
+
+
+def _without_stage(model: torch.nn.Module, config: MiniCPMConfig, name: str) -> str:
+    """The name in a model of one pipeline stage, experts numbered from this rank's first."""
     parts = name.split(".")
     for cut in range(1, len(parts)):
         prefix: Any = getattr(model.get_submodule(".".join(parts[:cut])), "global_prefix", None)

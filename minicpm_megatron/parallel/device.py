@@ -73,6 +73,7 @@ def prepare() -> torch.device:
 def _patch_megatron_for_cpu() -> None:
     from megatron.core.models.common.embeddings import rotary_pos_embedding
     from megatron.core.tensor_parallel import random as megatron_random
+    from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
     # an object, not an index: torch.empty(device=0) would mean CUDA device 0
     torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
@@ -85,6 +86,18 @@ def _patch_megatron_for_cpu() -> None:
     rotary_pos_embedding.get_pos_emb_on_this_cp_rank = lambda emb, dim, group: zigzag(
         emb, group.size(), group.rank(), dim
     )
+    # it makes a CUDA stream unless it has one, and fetches the sizes of its messages over it
+    MoEAlltoAllTokenDispatcher.cuda_dtoh_stream = object()
+    MoEAlltoAllTokenDispatcher._maybe_dtoh_and_synchronize = _sizes_as_lists
+
+
+def _sizes_as_lists(dispatcher: Any, point: str, tokens_per_expert: Any = None) -> Any:
+    """On CPU sizes need no fetching, but gloo takes them as numbers."""
+    for name in ("input_splits", "output_splits"):
+        sizes = getattr(dispatcher, name)
+        if isinstance(sizes, torch.Tensor):
+            setattr(dispatcher, name, sizes.tolist())
+    return tokens_per_expert
 
 
 def rng_state() -> dict[str, torch.Tensor]:

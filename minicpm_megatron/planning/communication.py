@@ -113,17 +113,19 @@ def tensor_parallel(work: Work) -> Traffic:
     Without it (Shoeybi et al. 2019, arXiv 1909.08053) a block all-reduces its output in forward and its input's
     gradient in backward: 4 u, 6 u with full recompute; embedding and head 2 u each; pipeline stages send
     parts of what is whole on every rank, so that each gathers its input, its output again and the gradient of that.
-    The loss all-reduces three fp32 numbers a token. The experts' block of a mixture moves every token once for each of
-    its k experts.
+    The loss all-reduces three fp32 numbers a token. The experts of a mixture gather the k copies of a token and scatter
+    their output, in fp32, in every pass: k (1 + 4 / e) u.
     """
     tp, stage, sequence_parallel = (
         work.layout.tensor_model_parallel_size,
         work.stage,
         work.recipe.parallel.sequence_parallel,
     )
-    blocks = stage.layers * (1 + work.experts_per_token)
     passes, head = work.passes("full"), 3 if sequence_parallel else 2
-    units = blocks * (2 * passes + sequence_parallel) + 2 * stage.first + head * stage.last
+    block = mlp = 2 * passes + sequence_parallel
+    if work.recipe.model.num_moe_experts is not None:
+        mlp = passes * work.experts_per_token * (1 + FP32 // work.element)
+    units = stage.layers * (block + mlp) + 2 * stage.first + head * stage.last
     if not sequence_parallel:
         units += (not stage.first) + 2 * (not stage.last)
     reduced = 3 * FP32 * work.tokens * stage.last
@@ -184,11 +186,11 @@ def context_parallel(work: Work) -> Traffic:
 
 def expert_parallel(work: Work) -> Traffic:
     """All-to-all of tokens to their k experts and back in every pass (Lepikhin et al. 2020, arXiv 2006.16668): T k H e
-    / tp x (ep - 1) / ep twice a pass and layer, experts evenly loaded."""
+    / tp x (ep - 1) / ep twice a pass and layer, and a token's fp32 weights once; experts evenly loaded."""
     layout, ep = work.layout, work.layout.expert_model_parallel_size
     tp = layout.tensor_model_parallel_size
-    each = work.experts_per_token * work.hidden_bytes / tp * (ep - 1) / ep
-    sent = 2 * work.passes("full") * work.stage.layers * each
+    each = work.experts_per_token * (2 * work.hidden_bytes + FP32 * work.tokens) / tp * (ep - 1) / ep
+    sent = work.passes("full") * work.stage.layers * each
     return Traffic("expert", sent, micro_batch_seconds=work.cluster.all_to_all_seconds(sent, ep, tp))
 
 

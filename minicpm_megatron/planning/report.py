@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from minicpm_megatron.errors import UserError
 from minicpm_megatron.planning.search import Plan
 from minicpm_megatron.planning.step import Prediction
 from minicpm_megatron.recipe.memory import estimate_memory
@@ -21,7 +20,6 @@ def format_plan(plan: Plan, title: str, top: int) -> str:
     shown = plan.layouts[:top]
     lines = [title, "", *_table([COLUMNS, *(_row(each) for each in shown)]), ""]
     lines += [f"{len(plan.layouts)} layouts fit, {len(shown)} shown; {plan.do_not_fit} do not fit"]
-    lines += [f"* cannot be trained yet: {refusal}" for refusal in filter(None, map(_refusal, shown[:1]))]
     lines += ["", "the first in parts, and as overrides of a recipe"]
     for part in (*_parts(shown[0]), " ".join(overrides(shown[0]))):
         lines += textwrap.wrap(part, 118, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False)
@@ -48,15 +46,6 @@ def overrides(prediction: Prediction) -> list[str]:
     return [f"{key}={value}" for key, value in values.items()]
 
 
-def _refusal(prediction: Prediction) -> str:
-    """Why the trainer refuses the layout, or nothing."""
-    try:
-        prediction.recipe.check_trainable()
-    except UserError as error:
-        return str(error)
-    return ""
-
-
 def _row(prediction: Prediction) -> list[str]:
     layout, recipe = prediction.layout, prediction.recipe
     context = str(layout.context_parallel_size)
@@ -77,7 +66,7 @@ def _row(prediction: Prediction) -> list[str]:
         f"{prediction.tokens_per_second:,.0f}",
         f"{prediction.utilisation:.1%}",
         f"{prediction.bubble:.1%}",
-        f"{prediction.exposed_seconds / prediction.step_seconds:.1%}" + ("*" if _refusal(prediction) else ""),
+        f"{prediction.exposed_seconds / prediction.step_seconds:.1%}",
     ]
 
 
@@ -130,7 +119,6 @@ def _seconds(prediction: Prediction) -> dict[str, float]:
 def _values(prediction: Prediction) -> dict[str, Any]:
     return {
         "overrides": overrides(prediction),
-        "cannot_be_trained_yet": _refusal(prediction) or None,
         "data_parallel_size": prediction.layout.data_parallel_size,
         "micro_batches": prediction.micro_batches,
         "memory_bytes": asdict(prediction.memory) | {"total": prediction.memory.total},

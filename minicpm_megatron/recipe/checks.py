@@ -1,7 +1,7 @@
 """Rules that join several fields of a recipe. Each is refused by the field to change and how to change it.
 
 Kept apart from the schema so that a rule reads as a rule: `check_recipe` holds for every recipe that exists,
-`layout` needs the number of ranks, `check_trainable` says what the trainer cannot do yet.
+`layout` needs the number of ranks.
 """
 
 from __future__ import annotations
@@ -70,6 +70,12 @@ def check_model(model: ModelRecipe) -> None:
             f"{model.moe_router_topk} experts a token of only {model.num_moe_experts}",
             "give at most model.num_moe_experts",
         )
+        refuse_unless(
+            model.moe_router_topk > 1 or model.moe_router_pre_softmax,
+            "model.moe_router_pre_softmax",
+            "the weight of a token's only expert would always be 1, and its router would learn nothing",
+            "set it to true, or model.moe_router_topk above 1",
+        )
 
 
 def check_recipe(recipe: Recipe) -> None:
@@ -107,6 +113,7 @@ def _check_tensor_parallel(recipe: Recipe) -> None:
         ("model.num_attention_heads", model.num_attention_heads),
         ("model.num_query_groups", model.num_query_groups),
         ("model.ffn_hidden_size", model.ffn_hidden_size),
+        ("model.moe_ffn_hidden_size", model.mlp_width),
     ):
         refuse_unless(
             count % size == 0,
@@ -147,6 +154,12 @@ def _check_pipeline(recipe: Recipe) -> None:
             "give one number a stage that add up, or null",
         )
     if stages > 1:
+        refuse_unless(
+            not recipe.data.reset_attention_mask,
+            "data.reset_attention_mask",
+            "pipeline stages pass on hidden states, and not where documents begin",
+            "set it to false, or parallel.pipeline_model_parallel_size to 1",
+        )
         bf16 = recipe.training.precision == "bf16"
         refuse_unless(
             recipe.deepspeed.zero_stage <= 1 and not (bf16 and recipe.deepspeed.zero_stage == 0),
@@ -201,7 +214,8 @@ def _check_context_parallel(recipe: Recipe) -> None:
 
 
 def _check_expert_parallel(recipe: Recipe) -> None:
-    size, experts = recipe.parallel.expert_model_parallel_size, recipe.model.num_moe_experts
+    parallel, experts = recipe.parallel, recipe.model.num_moe_experts
+    size = parallel.expert_model_parallel_size
     if experts is None:
         refuse_unless(
             size == 1,
@@ -216,6 +230,26 @@ def _check_expert_parallel(recipe: Recipe) -> None:
         f"{size} does not divide model.num_moe_experts {experts}",
         f"give a divisor of {experts}",
     )
+    refuse_unless(
+        parallel.tensor_model_parallel_size == 1 or parallel.sequence_parallel,
+        "parallel.sequence_parallel",
+        "tensor-parallel ranks would each send every token to the experts",
+        "set it to true, or parallel.tensor_model_parallel_size to 1",
+    )
+    if size > 1:
+        deepspeed = recipe.deepspeed
+        refuse_unless(
+            deepspeed.zero_stage <= 2,
+            "deepspeed.zero_stage",
+            f"ZeRO 3 divides every weight over all data-parallel ranks, and experts are on {size} different ones",
+            "set it to 1 or 2, or parallel.expert_model_parallel_size to 1",
+        )
+        refuse_unless(
+            deepspeed.offload_optimizer == "none",
+            "deepspeed.offload_optimizer",
+            "DeepSpeed does not take the norm of offloaded experts over their ranks",
+            "set it to none, or parallel.expert_model_parallel_size to 1",
+        )
 
 
 def batch_sizes(recipe: Recipe) -> Iterator[tuple[str, int]]:
@@ -297,22 +331,6 @@ def _check_decay(schedule: ScheduleRecipe) -> None:
     )
 
 
-def check_trainable(recipe: Recipe) -> None:
-    """Refuse what a recipe can describe, and a dry run can count, but the trainer cannot run yet.
-
-    Raises:
-        UserError: expert parallelism, or a mixture of experts, is asked for.
-    """
-    for field, size in (("parallel.expert_model_parallel_size", recipe.parallel.expert_model_parallel_size),):
-        refuse_unless(size == 1, field, f"{size} is not yet supported in training", "set it to 1")
-    refuse_unless(
-        recipe.model.num_moe_experts is None,
-        "model.num_moe_experts",
-        "a mixture of experts is not yet supported in training",
-        "use a dense model (null)",
-    )
-
-
 def layout(recipe: Recipe, world_size: int) -> Layout:
     """How `world_size` ranks are divided, with data parallelism taking what the model leaves.
 
@@ -329,10 +347,11 @@ def layout(recipe: Recipe, world_size: int) -> Layout:
         f"start a multiple of {copy} ranks or change the sizes",
     )
     data_parallel = world_size // copy
+    replicas = data_parallel * parallel.context_parallel_size
     refuse_unless(
-        data_parallel % parallel.expert_model_parallel_size == 0,
+        replicas % parallel.expert_model_parallel_size == 0,
         "parallel.expert_model_parallel_size",
-        f"{parallel.expert_model_parallel_size} does not divide the {data_parallel} data-parallel ranks",
+        f"{parallel.expert_model_parallel_size} does not divide the {replicas} data- and context-parallel ranks",
         "give a divisor of them",
     )
     steps = []

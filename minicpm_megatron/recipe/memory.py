@@ -167,8 +167,8 @@ def layer_elements(recipe: Recipe, layout: Layout) -> float:
 
     4 H (inputs and outputs of both norms; divided only with sequence parallelism), and divided by tensor parallelism:
     queries, keys and values, the two of them that rotation copies (Ulysses: the copy of the output that is returned),
-    the attention's output, and 5 F (gate, up, silu(gate), a copy of up, their product) for each expert that serves the
-    token. In a mixture of experts also each expert's input and output.
+    the attention's output, and 5 F (gate, up, silu(gate), a copy of up, their product). In a mixture of experts 6 F
+    (the product times the token's weight, too) for each expert that serves the token, and H that it is given.
     """
     return 4 * recipe.model.hidden_size / _outer(recipe, layout) + _inner_elements(recipe, layout)
 
@@ -176,14 +176,15 @@ def layer_elements(recipe: Recipe, layout: Layout) -> float:
 def _inner_elements(recipe: Recipe, layout: Layout) -> float:
     model, tp = recipe.model, layout.tensor_model_parallel_size
     queries, keys = model.num_attention_heads * model.kv_channels, model.num_query_groups * model.kv_channels
-    experts = 1 if model.num_moe_experts is None else model.moe_router_topk
+    experts = model.moe_router_topk
     copied = queries + keys
     if layout.context_parallel_size > 1 and recipe.parallel.cp_comm_type == "a2a":
         # rotated tensors are sent away, and heads that several ranks need are received by each
         keys, copied = exchanged_groups(model, layout) * model.kv_channels, queries
-    inner = (queries + 2 * keys) + copied + queries + 5 * model.ffn_hidden_size * experts
-    dispatched = 0 if model.num_moe_experts is None else 2 * experts * model.hidden_size
-    return inner / tp + dispatched
+    inner = (queries + 2 * keys) + copied + queries
+    if model.num_moe_experts is None:
+        return (inner + 5 * model.mlp_width) / tp
+    return (inner + 6 * model.mlp_width * experts) / tp + experts * model.hidden_size
 
 
 def exchanged_groups(model: ModelRecipe, layout: Layout) -> int:
@@ -269,7 +270,7 @@ def persistent_parameters(recipe: Recipe, layout: Layout, stage: Stage) -> float
     model, tp = recipe.model, layout.tensor_model_parallel_size
     heads, groups = model.num_attention_heads * model.kv_channels, model.num_query_groups * model.kv_channels
     experts = (model.num_moe_experts or 1) // layout.expert_model_parallel_size
-    hidden, ffn = model.hidden_size, model.ffn_hidden_size
+    hidden, ffn = model.hidden_size, model.mlp_width
     layer = [(2, hidden), (1, hidden * (heads + 2 * groups) / tp), (1, hidden * heads / tp)]
     layer += [(experts, 2 * hidden * ffn / tp), (experts, hidden * ffn / tp)]
     ends = [(_vocabulary_matrices(model, stage), hidden * model.vocab_size / tp), (int(stage.last), hidden)]

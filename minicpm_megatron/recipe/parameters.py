@@ -35,7 +35,7 @@ def attention_parameters(model: ModelRecipe) -> int:
 
 def mlp_parameters(model: ModelRecipe) -> int:
     """Gate, up and down projections of one layer, of one expert where there are several."""
-    return 3 * model.hidden_size * model.ffn_hidden_size
+    return 3 * model.hidden_size * model.mlp_width
 
 
 def count_parameters(model: ModelRecipe) -> ParameterCounts:

@@ -74,12 +74,31 @@ class ModelRecipe(Section):
     num_moe_experts: Annotated[int, Field(ge=2)] | None = None
     """Experts a layer; null is a dense model."""
     moe_router_topk: Count = 2
-    """Experts that serve a token (section 7.3); without effect in a dense model."""
+    """Experts that serve a token (section 7.3); without effect in a dense model, as are the other moe_ keys."""
+    moe_ffn_hidden_size: Count | None = None
+    """Width of each branch of an expert; null is ffn_hidden_size."""
+    moe_aux_loss_coeff: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.01
+    """Factor of the Switch Transformer's load-balancing loss (section 7.3)."""
+    moe_router_load_balancing_type: Literal["seq_aux_loss", "aux_loss"] = "seq_aux_loss"
+    """Over which tokens the load is balanced: those of each sequence, which makes the loss independent of the
+    layout, or those of a micro-batch on one data-parallel rank (Megatron-Core's names)."""
+    moe_z_loss_coeff: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """Factor of the router's z-loss (ST-MoE, arXiv 2202.08906; not used in the paper)."""
+    moe_router_pre_softmax: bool = False
+    """False: a token's k weights are renormalised to 1 (the released model). True: they are the softmax over all
+    experts, and sum to less."""
     parametrization: Literal["mup", "standard"] = "mup"
     """mup: rates, inits and logits scaled with width as in Table 7; standard: none of them."""
     embedding_role: Literal["vector", "matrix"] = "vector"
     """Whether muP takes the embedding for a vector or for one of Table 7's two-dimensional tensors. The paper leaves
     it open; vector is what keeps the logits independent of width."""
+
+    @property
+    def mlp_width(self) -> int:
+        """Width of each branch of the MLP, or of an expert where there are several."""
+        return (
+            self.ffn_hidden_size if self.num_moe_experts is None else self.moe_ffn_hidden_size or self.ffn_hidden_size
+        )
 
     @model_validator(mode="before")
     @classmethod
@@ -121,6 +140,8 @@ class DataRecipe(Section):
     """Tokenizer directory; checked against the data's, and copied into exports."""
     sequence_length: Count
     """Tokens a sample."""
+    reset_attention_mask: bool = False
+    """Attention ends at the borders of the documents that a sample is packed with (Megatron-LM's name)."""
 
 
 class ParallelRecipe(Section):
@@ -137,7 +158,7 @@ class ParallelRecipe(Section):
     cp_comm_type: Literal["p2p", "a2a"] = "p2p"
     """How context-parallel ranks attend, in Megatron-Core's names: p2p is ring attention, a2a is Ulysses."""
     expert_model_parallel_size: Count = 1
-    """Ranks that share the experts (more than 1 not yet supported in training)."""
+    """Ranks that share the experts; taken from the data- and context-parallel ones."""
     sequence_parallel: bool = False
     """Split the activations between the tensor-parallel regions along the sequence."""
 
@@ -331,7 +352,3 @@ class Recipe(Section):
     def check_world_size(self, world_size: int) -> checks.Layout:
         """The layout on `world_size` ranks; see `checks.layout`."""
         return checks.layout(self, world_size)
-
-    def check_trainable(self) -> None:
-        """Refuse what can be described but not yet trained; see `checks.check_trainable`."""
-        checks.check_trainable(self)

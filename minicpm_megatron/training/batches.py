@@ -22,6 +22,7 @@ class BatchReader:
         rank, size: of the data-parallel group.
         context_rank, context_size: of the context-parallel group, which shares each sequence in Megatron-Core's
             zigzag order.
+        documents: tell where the documents of a sample begin, so that attention ends at their borders.
     """
 
     def __init__(
@@ -33,22 +34,29 @@ class BatchReader:
         size: int,
         context_rank: int = 0,
         context_size: int = 1,
+        documents: bool = False,
     ) -> None:
         self.samples, self.micro_batch_size = samples, micro_batch_size
         self.rank, self.size = rank, size
         self.context_rank, self.context_size = context_rank, context_size
+        self.documents = documents
 
-    def micro_batches(self, first_sample: int, global_batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def micro_batches(self, first_sample: int, global_batch_size: int) -> Iterator[tuple[torch.Tensor, ...]]:
         """This rank's part of the global batch [first_sample, first_sample + global_batch_size).
 
         Yields:
-            (tokens, labels), int64 [micro_batch_size, sequence_length / context_size] each, labels one token ahead.
+            (tokens, labels), int64 [micro_batch_size, sequence_length / context_size] each, labels one token ahead;
+            with `documents` also starts, of the same shape: where in the sample each token's document begins.
         """
         mine = batch(first_sample, global_batch_size, self.rank, self.size, self.micro_batch_size)
         for indices in mine:
             rows = np.stack([self.samples[int(index)] for index in indices])
             both = torch.from_numpy(rows).to(device.device())
-            yield self._part(both[:, :-1]), self._part(both[:, 1:])
+            batch_of_rank = [both[:, :-1], both[:, 1:]]
+            if self.documents:
+                starts = np.stack([self.samples.starts(int(index)) for index in indices])
+                batch_of_rank.append(torch.from_numpy(starts).to(device.device()))
+            yield tuple(self._part(whole) for whole in batch_of_rank)
 
     def _part(self, whole: torch.Tensor) -> torch.Tensor:
         if self.context_size > 1:

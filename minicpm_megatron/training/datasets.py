@@ -103,8 +103,9 @@ def held_out_sets(recipe: Recipe, data: RunData) -> dict[str, HeldOut]:
     return sets
 
 
-def _rank_keywords(recipe: Recipe) -> dict[str, int]:
+def _rank_keywords(recipe: Recipe) -> dict[str, Any]:
     return {
+        "documents": recipe.data.reset_attention_mask,
         "micro_batch_size": recipe.training.micro_batch_size,
         "rank": parallel_state.get_data_parallel_rank(),
         "size": parallel_state.get_data_parallel_world_size(),

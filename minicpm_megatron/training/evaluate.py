@@ -47,9 +47,9 @@ def evaluate(
         for batch in range(held_out.batches):
             on_batch(name)
             first = batch * held_out.global_batch_size
-            for tokens, labels in held_out.reader.micro_batches(first, held_out.global_batch_size):
-                total += engine.loss_sum(tokens, labels)
-                count += tokens.numel()
+            for micro_batch in held_out.reader.micro_batches(first, held_out.global_batch_size):
+                total += engine.loss_sum(*micro_batch)
+                count += micro_batch[0].numel()
         both = torch.stack([total, count])
         # ranks of one copy of the model see the same tokens: numerator and denominator grow alike
         dist.all_reduce(both)

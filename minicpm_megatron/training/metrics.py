@@ -1,8 +1,9 @@
 """What a run tells: one readable line on the console, metrics.jsonl for programs, TensorBoard for eyes.
 
-Only rank 0 writes. metrics.jsonl holds a line for every step ("kind": "train"), every evaluation ("evaluation") and
-every checkpoint ("checkpoint"); after a resume the lines of steps that will be done again are dropped first, so each
-step stands once. What undid them is told in a line of its own ("event").
+Only rank 0 writes. metrics.jsonl holds a line for every step ("kind": "train"), every evaluation ("evaluation"), every
+checkpoint ("checkpoint") and, of a mixture, for the experts' load every logging.interval steps ("experts"); after a
+resume the lines of steps that will be done again are dropped first, so each step stands once. What undid them is told
+in a line of its own ("event").
 """
 
 from __future__ import annotations
@@ -11,16 +12,18 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.recipe import Recipe
 from minicpm_megatron.storage.atomic import write_bytes
+from minicpm_megatron.training.expert_load import LayerLoad
 
 METRICS = "metrics.jsonl"
+EXPERTS = "experts"  # the kind of line that says how a mixture's experts were used
 
 
 @dataclass(frozen=True)
@@ -179,6 +182,16 @@ class MetricsLog:
             for name, values in results.items()
         ]
         print(f"evaluation at step {step}, nats per token: " + ", ".join(parts), flush=True)
+
+    def experts(self, step: int, loads: Sequence[LayerLoad]) -> None:
+        """Note how the experts of each layer were used since the last time."""
+        if self._file is None or not loads:
+            return
+        self._write(EXPERTS, step, {"layers": [asdict(load) for load in loads]})
+        for load in loads:
+            values = {f"share_{expert}": share for expert, share in enumerate(load.share)}
+            values |= {name: value for name, value in asdict(load).items() if name not in ("layer", "share")}
+            self._scalars(f"experts/layer_{load.layer:03}", step, values)
 
     def saved(self, step: int, stall: float) -> None:
         """Note a checkpoint, and the seconds that training waited for it."""

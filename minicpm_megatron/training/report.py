@@ -9,6 +9,7 @@ from typing import Any
 from minicpm_megatron.data.statistics import blend_entropy
 from minicpm_megatron.methods.schedules import WSD, build_schedule
 from minicpm_megatron.recipe import BatchPlan, Recipe
+from minicpm_megatron.training.expert_picture import finish_experts
 from minicpm_megatron.training.metrics import METRICS, read_metrics
 
 PICTURE = "loss.png"
@@ -28,6 +29,7 @@ def finish(folder: Path, recipe: Recipe) -> None:
         f"loss {loss:.3f} nats per token over the last {len(last)} steps; unigram entropy of the training data "
         f"{entropy:.3f} (a model that ignores context cannot do better)"
     )
+    finish_experts(folder)
     effect = decay_effect(folder, recipe)
     if effect:
         print("held-out loss over the decay stage, nats per token: " + ", ".join(effect))

@@ -16,6 +16,7 @@ from minicpm_megatron.storage.manifest import read_manifest
 PAST = (
     "model",
     "data.sequence_length",
+    "data.reset_attention_mask",
     "data.train",
     "training.seed",
     "training.precision",

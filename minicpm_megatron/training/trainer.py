@@ -23,6 +23,7 @@ from minicpm_megatron.storage.atomic import write_bytes, write_json
 from minicpm_megatron.training import guards
 from minicpm_megatron.training.datasets import check_unchanged, held_out_sets, open_data, train_reader
 from minicpm_megatron.training.evaluate import HeldOut, evaluate
+from minicpm_megatron.training.expert_load import take_loads
 from minicpm_megatron.training.faults import GRADIENT_NORM, LOSS, Fault, FaultPolicy, FaultyStep
 from minicpm_megatron.training.flops import flops_per_token, peak_flops
 from minicpm_megatron.training.metrics import MetricsLog, StepRecord
@@ -192,6 +193,8 @@ class Trainer:
             ),
             device.peak_memory_bytes(),
         )
+        if self.step % self.recipe.logging.interval == 0 or self.step == self.total:
+            log.experts(self.step, take_loads(self.engine.module, self.config))
         return verdict.stop
 
     def _update(self, loss: float) -> tuple[Fault | None, float | None]:

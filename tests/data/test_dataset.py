@@ -88,6 +88,22 @@ def test_samples_are_the_promised_ones(prefix: Path, documents: list[list[int]],
         assert found.tolist() == expected[sample]
 
 
+@pytest.mark.parametrize("length", [1, 7, 64])
+def test_starts_are_where_documents_begin(prefix: Path, documents: list[list[int]], length: int) -> None:
+    """Documents are found again by writing each token's document and place in it in the place of the token."""
+    numbered = [[number] * len(document) for number, document in enumerate(documents)]
+    dataset = TokenDataset(prefix, length, seed=5)
+    owners = [sample for epoch in range(2) for sample in epoch_samples(numbered, length, 5, epoch)]
+    for number, owner in enumerate(owners):
+        starts = dataset.starts(number)
+        assert starts.dtype == np.int64 and len(starts) == length
+        for place in range(length):
+            assert owner[starts[place]] == owner[place]
+            assert starts[place] == 0 or owner[starts[place] - 1] != owner[place]
+    blend = open_training_data([(str(prefix), 1.0)], length, 5)
+    assert blend.starts(3).tolist() == blend.datasets[0].starts(3).tolist()
+
+
 def test_each_epoch_covers_the_corpus_once_in_another_order(prefix: Path, documents: list[list[int]]) -> None:
     dataset = TokenDataset(prefix, 10, seed=1)
     n = dataset.samples_per_epoch

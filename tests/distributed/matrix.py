@@ -2,6 +2,7 @@
 
     python -m tests.distributed.matrix                  # layouts: losses, gradient norm, digits, seconds
     python -m tests.distributed.matrix --checkpoints    # from -> to: digits after loading under another layout
+    python -m tests.distributed.matrix --experts ...    # the same of a mixture of experts, with expert parallelism
 
 Exit status 1 where a row agrees in fewer than 5 digits (bf16: losses differ by more
 than 3e-3 or gradient norms by more than 8e-3).
@@ -24,20 +25,26 @@ from tests.distributed.parity import BATCH, DIGITS, SEQUENCE, agreement, digits,
 
 Case = dict[str, Any]
 WORLDS = (1, 2, 4)
+EXPERTS: dict[str, Any] = {"num_moe_experts": 4}
 AT_ONCE = 12  # layouts of one start, so that one that hangs does not take all with it
 
 
-def layouts(world: int) -> Iterator[tuple[str, Case]]:
-    """(name, case) of every legal layout that uses exactly `world` ranks."""
+def layouts(world: int, experts: bool = False) -> Iterator[tuple[str, Case]]:
+    """(name, case) of every legal layout that uses exactly `world` ranks.
+
+    Of a mixture context parallelism by ring only: experts do not see how attention is made.
+    """
     sizes = [size for size in WORLDS if size <= world]
-    for tp, pp, cp in itertools.product(sizes, repeat=3):
+    kinds = ("p2p",) if experts else ("p2p", "a2a")
+    for tp, pp, cp, ep in itertools.product(sizes, sizes, sizes, sizes if experts else [1]):
         data, left = divmod(world, tp * pp * cp)
         if left or not data:
             continue
-        for sp, kind, zero, precision in itertools.product((False, True), ("p2p", "a2a"), range(4), ("fp32", "bf16")):
+        for sp, kind, zero, precision in itertools.product((False, True), kinds, range(4), ("fp32", "bf16")):
             if cp == 1 and kind == "a2a" or (zero > 1 and data * cp == 1):
                 continue
-            case = {"tp": tp, "pp": pp, "cp": cp, "sp": sp, "kind": kind, "zero": zero, "precision": precision}
+            case = {"tp": tp, "pp": pp, "cp": cp, "ep": ep, "sp": sp, "kind": kind, "zero": zero}
+            case |= {"precision": precision, "model": EXPERTS if experts else {}}
             if pp > 1:
                 case["micro"] = 2
             if _legal(case, world):
@@ -51,6 +58,7 @@ def overrides(case: Case) -> list[str]:
         "pipeline_model_parallel_size": case.get("pp", 1),
         "context_parallel_size": case.get("cp", 1),
         "cp_comm_type": case.get("kind", "p2p"),
+        "expert_model_parallel_size": case.get("ep", 1),
         "sequence_parallel": str(case.get("sp", False)).lower(),
     }
     return [f"parallel.{key}={value}" for key, value in parallel.items()] + [
@@ -62,7 +70,7 @@ def _legal(case: Case, world: int) -> bool:
     fields = {
         "name": "legal",
         "preset": "minicpm-nano",
-        "model": {"num_layers": 4},
+        "model": {"num_layers": 4} | case["model"],
         "data": {"train": [{"prefix": "unused"}], "sequence_length": SEQUENCE},
         "training": {"global_batch_size": BATCH, "micro_batch_size": 1, "precision": case["precision"]},
         "schedule": {"shape": "constant", "total": 1},
@@ -71,6 +79,7 @@ def _legal(case: Case, world: int) -> bool:
             "pipeline_model_parallel_size": case["pp"],
             "context_parallel_size": case["cp"],
             "cp_comm_type": case["kind"],
+            "expert_model_parallel_size": case["ep"],
             "sequence_parallel": case["sp"],
         },
         "deepspeed": {"zero_stage": case["zero"]},
@@ -89,22 +98,24 @@ def _name(case: Case, data: int) -> str:
         f"PP{case['pp']}" if case["pp"] > 1 else "",
         f"CP{case['cp']}{kind}" if case["cp"] > 1 else "",
         f"DP{data}" if data > 1 else "",
+        f"EP{case['ep']}" if case["ep"] > 1 else "",
         f"ZeRO {case['zero']}",
         case["precision"],
     ]
     return " ".join(part for part in parts if part)
 
 
-def layout_matrix() -> bool:
+def layout_matrix(experts: bool) -> bool:
     """Print the table of layouts; whether every row agrees."""
-    whole = run_layouts(1, {"one": {}}, num_layers=4)["one"].lines
+    model = EXPERTS if experts else {}
+    whole = run_layouts(1, {"one": {}}, num_layers=4, model=model)["one"].lines
     print(f"| layout | first loss | last loss | gradient norm | agreement | seconds |\n| {'--- | ' * 6}".rstrip())
     sound = True
     for world in WORLDS:
-        wanted = list(layouts(world))
+        wanted = list(layouts(world, experts))
         for start in range(0, len(wanted), AT_ONCE):
             some = dict(wanted[start : start + AT_ONCE])
-            for name, run in run_layouts(world, some, num_layers=4).items():
+            for name, run in run_layouts(world, some, num_layers=4, model=model).items():
                 if some[name]["precision"] == "bf16":
                     apart = furthest(whole, run.lines)
                     agrees, told = apart.as_bf16_may_be, f"losses within {apart.loss:.0e}, norms {apart.norm:.0e}"
@@ -135,30 +146,41 @@ PAIRED: dict[str, Case] = {
     "TP2 PP2 ZeRO 1": {"world": 4, "tp": 2, "pp": 2, "zero": 1},
     "TP2 DP2 ZeRO 3": {"world": 4, "tp": 2, "zero": 3},
 }
+PAIRED_EXPERTS: dict[str, Case] = {
+    "1": {"world": 1, "zero": 1},
+    "DP2 ZeRO 3": {"zero": 3},
+    "EP2 ZeRO 0": {"ep": 2, "zero": 0},
+    "EP2 ZeRO 1": {"ep": 2, "zero": 1},
+    "DP4 EP2 ZeRO 2": {"world": 4, "ep": 2, "zero": 2},
+    "CP2 ring EP2 ZeRO 1": {"cp": 2, "ep": 2, "zero": 1},
+    "TP2 SP DP2 EP2 ZeRO 1": {"world": 4, "tp": 2, "sp": True, "ep": 2, "zero": 1},
+    "PP2 DP2 EP2 ZeRO 1": {"world": 4, "pp": 2, "ep": 2, "zero": 1},
+}
 
 
-def checkpoint_matrix() -> bool:
+def checkpoint_matrix(experts: bool) -> bool:
     """Print the table of checkpoint pairs; whether every one agrees."""
     from tests.training import nano
 
+    paired, model = (PAIRED_EXPERTS, EXPERTS) if experts else (PAIRED, {})
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        recipe = nano.write_recipe(folder, evaluation={"interval": None})
+        recipe = nano.write_recipe(folder, evaluation={"interval": None}, model=nano.MODEL | model)
         wholes = [
             nano.case(recipe, f"from-{number}", *overrides(case), ranks=case.get("world", 2))
-            for number, case in enumerate(PAIRED.values())
+            for number, case in enumerate(paired.values())
         ]
-        for name, outcome in zip(PAIRED, run_forked("tests.training.nano:train", wholes), strict=True):
+        for name, outcome in zip(paired, run_forked("tests.training.nano:train", wholes), strict=True):
             nano.check(outcome)
             print(f"trained under {name}", file=sys.stderr, flush=True)
         reference = [record[2] for record in nano.losses(folder / "runs" / "from-0")][nano.HALF :]
-        print(f"| from, to | {' | '.join(PAIRED)} |\n|{' --- |' * (len(PAIRED) + 1)}")
+        print(f"| from, to | {' | '.join(paired)} |\n|{' --- |' * (len(paired) + 1)}")
         sound = True
-        for number, origin in enumerate(PAIRED):
+        for number, origin in enumerate(paired):
             begun = str(folder / "runs" / f"from-{number}" / "checkpoints" / f"step-{nano.HALF}")
             cases = [
                 nano.case(recipe, f"{number}-{place}", *overrides(case), ranks=case.get("world", 2), begin_with=begun)
-                for place, case in enumerate(PAIRED.values())
+                for place, case in enumerate(paired.values())
             ]
             row = []
             for place, outcome in enumerate(run_forked("tests.training.nano:train", cases)):
@@ -174,7 +196,9 @@ def main() -> int:
     """Print one of the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoints", action="store_true", help="load each layout's checkpoint under each other")
-    return 0 if (checkpoint_matrix() if parser.parse_args().checkpoints else layout_matrix()) else 1
+    parser.add_argument("--experts", action="store_true", help="of a mixture of experts")
+    options = parser.parse_args()
+    return 0 if (checkpoint_matrix if options.checkpoints else layout_matrix)(options.experts) else 1
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,26 +38,34 @@ class Run(NamedTuple):
     Attributes:
         lines: [loss, gradient norm] of every step.
         seconds: wall time, building the model included.
+        loads: of a mixture of experts, a `LayerLoad` a layer over all steps.
     """
 
     lines: list[list[float]]
     seconds: float
+    loads: list[dict[str, Any]]
 
 
 def run_layouts(world: int, layouts: dict[str, dict[str, Any]], **keywords: Any) -> dict[str, Run]:
     """Every layout, one after the other, on the same `world` processes.
 
     Args:
-        layouts: name -> sizes tp, pp, cp (default 1), zero (0), sp (False), kind (p2p), micro (all of a rank's part of
-            the batch), recompute (none), precision (fp32), layers (by parameters), offload ({}: what of DeepSpeed's
-            to where), json ({}: zero_optimization of a DeepSpeed JSON).
-        keywords: untied, num_layers.
+        layouts: name -> sizes tp, pp, cp, ep (default 1), zero (0), sp (False), kind (p2p), micro (all of a rank's
+            part of the batch), recompute (none), precision (fp32), layers (by parameters), offload ({}: what of
+            DeepSpeed's to where), json ({}: zero_optimization of a DeepSpeed JSON).
+        keywords: untied, num_layers, model (other fields of the model), documents (samples are packed with several).
     """
     results = run_on_ranks("tests.distributed.parity:train", world, timeout=280, layouts=layouts, **keywords)[0]
     return {name: Run(**run) for name, run in results.items()}
 
 
-def train(layouts: dict[str, dict[str, Any]], untied: bool = False, num_layers: int = 2) -> dict[str, dict[str, Any]]:
+def train(
+    layouts: dict[str, dict[str, Any]],
+    untied: bool = False,
+    num_layers: int = 2,
+    model: dict[str, Any] | None = None,
+    documents: bool = False,
+) -> dict[str, dict[str, Any]]:
     """What one rank does for `run_layouts`."""
     import torch
     import torch.distributed as dist
@@ -70,9 +79,19 @@ def train(layouts: dict[str, dict[str, Any]], untied: bool = False, num_layers: 
     from minicpm_megatron.parallel import groups
     from minicpm_megatron.parallel.zigzag import zigzag
     from minicpm_megatron.recipe import BatchPlan, build
+    from minicpm_megatron.training.expert_load import take_loads
 
     def part(whole: torch.Tensor) -> torch.Tensor:
         return zigzag(whole, case.get("cp", 1), parallel_state.get_context_parallel_rank(), dim=1).contiguous()
+
+    def micro_batch(indices: Any, rows: Any) -> tuple[torch.Tensor, ...]:
+        both = torch.from_numpy(rows)
+        wholes = [both[:, :-1], both[:, 1:]]
+        if documents:  # of 5 to 9 tokens, others in each row
+            lengths = torch.from_numpy(5 + indices % 5)[:, None]
+            places = torch.arange(SEQUENCE)
+            wholes.append(places - places % lengths)
+        return tuple(part(whole) for whole in wholes)
 
     world = int(os.environ["WORLD_SIZE"])
     results = {}
@@ -89,6 +108,7 @@ def train(layouts: dict[str, dict[str, Any]], untied: bool = False, num_layers: 
                     "dim_model_base": 64,
                     "num_layers": num_layers,
                     "untie_embeddings_and_output_weights": untied,
+                    **(model or {}),
                 },
                 "data": {"train": [{"prefix": "unused"}], "sequence_length": SEQUENCE},
                 "parallel": {
@@ -97,6 +117,7 @@ def train(layouts: dict[str, dict[str, Any]], untied: bool = False, num_layers: 
                     "pipeline_model_parallel_size": case.get("pp", 1),
                     "context_parallel_size": case.get("cp", 1),
                     "cp_comm_type": case.get("kind", "p2p"),
+                    "expert_model_parallel_size": case.get("ep", 1),
                     "pipeline_layers": case.get("layers"),
                 },
                 "training": {
@@ -117,9 +138,9 @@ def train(layouts: dict[str, dict[str, Any]], untied: bool = False, num_layers: 
         config = MiniCPMConfig.from_recipe(
             recipe.model, recipe.parallel, precision=precision, recompute=recipe.training.recompute
         )
-        model = build_model(config, recipe)
-        initialize_parameters(model, config, seed=3)
-        engine = build_engine(model, config, recipe, layout)
+        module = build_model(config, recipe)
+        initialize_parameters(module, config, seed=3)
+        engine = build_engine(module, config, recipe, layout)
         schedule, plan = build_schedule(recipe.schedule), BatchPlan(recipe)
         engine.train()
         lines = []
@@ -127,12 +148,12 @@ def train(layouts: dict[str, dict[str, Any]], untied: bool = False, num_layers: 
             engine.set_rates(schedule.factor(plan.position(step)))
             rows = samples(step)
             mine = batch(0, BATCH, parallel_state.get_data_parallel_rank(), replicas, recipe.training.micro_batch_size)
-            batches = (torch.from_numpy(rows[indices]) for indices in mine)
-            total = engine.accumulate(((part(both[:, :-1]), part(both[:, 1:])) for both in batches), len(mine))
+            total = engine.accumulate((micro_batch(indices, rows[indices]) for indices in mine), len(mine))
             update = engine.step()
             dist.all_reduce(total)
             lines.append([float(total) / world, update.gradient_norm])
-        results[name] = Run(lines, time.perf_counter() - began)._asdict()
+        loads = [asdict(load) for load in take_loads(engine.module, config)]
+        results[name] = Run(lines, time.perf_counter() - began, loads)._asdict()
     return results
 
 

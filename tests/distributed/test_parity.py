@@ -60,6 +60,13 @@ BF16_TWO |= {
     "bf16 PP2 ZeRO 1": {"pp": 2, "zero": 1, "micro": 2, "precision": "bf16"},
 }
 UNTIED = {"TP2 SP": {"tp": 2, "sp": True}, "ZeRO 3": {"zero": 3}, "PP2": {"pp": 2, "micro": 2}}
+PACKED = {
+    "DP2 recompute": {"recompute": "full"},
+    "recompute selective": {"recompute": "selective", "zero": 1},
+    "TP2 SP": {"tp": 2, "sp": True},
+    "CP2 ring": {"cp": 2},
+    "CP2 Ulysses ZeRO 3": {"cp": 2, "kind": "a2a", "zero": 3},
+}
 UNEVEN = {
     "PP4 by parameters": {"pp": 4, "micro": 2},
     "PP4 of 2, 1, 1, 1": {"pp": 4, "micro": 1, "zero": 1, "layers": [2, 1, 1, 1]},
@@ -86,6 +93,13 @@ def test_every_layout_gives_the_same_run(reference, world, layouts):
 def test_an_untied_head_gives_the_same_run():
     whole = run_layouts(1, {"1 process": {}}, untied=True)["1 process"].lines
     for name, run in run_layouts(2, UNTIED, untied=True).items():
+        assert agreement(whole, run.lines) >= DIGITS, name
+
+
+def test_packed_documents_give_the_same_run(reference):
+    whole = run_layouts(1, {"1 process": {}}, documents=True)["1 process"].lines
+    assert agreement(reference, whole) < 4  # attention that sees less is another run
+    for name, run in run_layouts(2, PACKED, documents=True).items():
         assert agreement(whole, run.lines) >= DIGITS, name
 
 

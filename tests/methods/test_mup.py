@@ -42,6 +42,7 @@ def test_the_table_is_table_7_with_a_vector_like_embedding():
     assert {role: rule.lr_multiplier for role, rule in table.items()} == {
         "embedding": 1.0,
         "hidden": 1 / M,
+        "expert": 1 / M,
         "vector": 1.0,
         "router": 1 / M,
         "head": 1.0,
@@ -71,6 +72,7 @@ def test_standard_parametrisation_has_no_width_in_it():
         ("decoder.layers.3.self_attention.linear_qkv.weight", 2, "hidden"),
         ("decoder.layers.3.self_attention.linear_qkv.bias", 1, "vector"),
         ("decoder.layers.3.mlp.router.weight", 2, "router"),
+        ("decoder.layers.3.mlp.experts.local_experts.1.linear_fc1.weight", 2, "expert"),
         ("output_layer.weight", 2, "head"),
         ("decoder.final_layernorm.weight", 1, "vector"),
     ],

@@ -38,9 +38,13 @@ SHAPES += [
     variant(8, 2, 64, score_bytes=4096),
     variant(8, 2, 64, score_bytes=1),
     variant(8, 2, 64, expanded=True),  # strides of 0, as the gradient of a sum has
+    variant(8, 2, 64, documents=0.1),
+    variant(4, 1, 64, documents=0.03, score_bytes=4096),
+    variant(8, 4, 64, documents=0.7, dtype="bfloat16"),
+    variant(4, 4, 64, documents=0.95),  # nearly every token for itself
 ]
 CASES = {
-    "1 rank": {"ranks": 1, "variants": [variant(4, 2, 16)]},
+    "1 rank": {"ranks": 1, "variants": [variant(4, 2, 16), variant(4, 2, 16, documents=0.2)]},
     "2 ranks": {"ranks": 2, "variants": SHAPES},
     "4 ranks": {"ranks": 4, "variants": SHAPES},
     "2 groups of 2": {"ranks": 4, "group": [[0, 2], [1, 3]], "variants": [variant(8, 2, 64), variant(4, 1, 8)]},
@@ -53,9 +57,31 @@ def inputs(heads: int, groups: int, length: int) -> list[Tensor]:
     return [torch.randn(length, BATCH, count, WIDTH, generator=generator) for count in (heads, groups, groups, heads)]
 
 
-def full_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool = True) -> Tensor:
+def document_numbers(length: int, chance: float) -> Tensor:
+    """int64 [BATCH, length]: which document each token is of; a new one begins with that chance."""
+    return (torch.rand(BATCH, length, generator=torch.Generator().manual_seed(7)) < chance).cumsum(1)
+
+
+def starts_of(numbers: Tensor) -> Tensor:
+    """Where the document of each token begins, one token after the other."""
+    starts = torch.zeros_like(numbers)
+    for row in range(numbers.size(0)):
+        for place in range(1, numbers.size(1)):
+            same = numbers[row, place] == numbers[row, place - 1]
+            starts[row, place] = starts[row, place - 1] if same else place
+    return starts
+
+
+def full_attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool = True, numbers: Tensor | None = None
+) -> Tensor:
     q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=True).permute(2, 0, 1, 3)
+    if numbers is not None:
+        seen = (numbers[:, :, None] == numbers[:, None]).tril()[:, None]
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale, enable_gqa=True)
+    else:
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=True)
+    return out.permute(2, 0, 1, 3)
 
 
 def with_gradients(attend: Any, tensors: list[Tensor], grad: Tensor) -> list[Tensor]:
@@ -91,14 +117,16 @@ def _errors(variant: dict[str, Any], ranks: int, rank: int, group: Any, ways: di
     whole = [tensor.to(dtype) for tensor in inputs(variant["heads"], variant["groups"], variant["length"])]
     if variant.get("expanded"):
         whole[3] = whole[3][:1, :1].expand(whole[3].shape)
+    numbers = document_numbers(variant["length"], variant["documents"]) if "documents" in variant else None
     *operands, grad = (tensor.float() for tensor in whole)
-    expected = with_gradients(partial(full_attention, scale=scale), operands, grad)
+    expected = with_gradients(partial(full_attention, scale=scale, numbers=numbers), operands, grad)
+    keywords: dict[str, Any] = {"group": group, "scale": scale}
+    if numbers is not None:
+        keywords["starts"] = zigzag(starts_of(numbers), ranks, rank, 1)
     *operands, grad = (zigzag(tensor, ranks, rank, 0) for tensor in whole)
     if variant.get("expanded"):
         grad = grad[:1, :1].expand(grad.shape)
-    results = {
-        name: with_gradients(partial(way, group=group, scale=scale), operands, grad) for name, way in ways.items()
-    }
+    results = {name: with_gradients(partial(way, **keywords), operands, grad) for name, way in ways.items()}
     pairs = {
         name: (result, [zigzag(tensor, ranks, rank, 0) for tensor in expected]) for name, result in results.items()
     }

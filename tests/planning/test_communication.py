@@ -58,9 +58,9 @@ def test_what_a_pipeline_stage_exchanges(stage: int, sequence_parallel: bool, un
     assert communication.tensor_parallel(one).micro_batch_bytes == expected
 
 
-def test_two_experts_a_token_move_it_twice() -> None:
+def test_experts_gather_two_copies_of_a_token_and_scatter_twice_their_bytes() -> None:
     traffic = communication.tensor_parallel(work(2, **moe(**TP2)))
-    assert traffic.micro_batch_bytes == (4 * (5 + 10) + 5) * HIDDEN / 2 + LOSS + 9 * 16
+    assert traffic.micro_batch_bytes == (4 * (5 + 2 * 2 * (1 + 2)) + 5) * HIDDEN / 2 + LOSS + 9 * 16
 
 
 @pytest.mark.parametrize(("stage", "ways", "tied"), [(0, 1, 1), (1, 2, 0), (2, 2, 0), (3, 1, 1)])
@@ -104,7 +104,8 @@ def test_all_to_all_exchanges_queries_keys_values_and_output() -> None:
 
 def test_tokens_go_to_their_experts_and_back() -> None:
     traffic = communication.expert_parallel(work(2, **moe(expert_model_parallel_size=2)))
-    assert traffic.micro_batch_bytes == 2 * 2 * 4 * (2 * HIDDEN / 2)
+    weights = 4 * HIDDEN / (8 * 2)  # fp32, one for each hidden state of 8 channels in bf16
+    assert traffic.micro_batch_bytes == 2 * 4 * 2 * (2 * HIDDEN + weights) / 2
 
 
 def test_experts_are_reduced_over_fewer_ranks() -> None:

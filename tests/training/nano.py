@@ -32,6 +32,7 @@ from minicpm_megatron.training.trainer import Trainer
 from tests.distributed.forked import Outcome
 
 VOCABULARY = 512
+MODEL: dict[str, Any] = {"vocab_size": VOCABULARY, "dim_model_base": 64}
 STEPS, HALF = 20, 10
 
 
@@ -77,7 +78,7 @@ def write_recipe(folder: Path, **sections: dict[str, Any]) -> Path:
         write_tokens(train, 20_000, seed=0)
         write_tokens(folder / "data" / "held-out", 4_000, seed=1)
     recipe: dict[str, dict[str, Any]] = {
-        "model": {"vocab_size": VOCABULARY, "dim_model_base": 64},
+        "model": MODEL,
         "data": {
             "train": [{"prefix": str(train)}],
             "validation": {"held-out": str(folder / "data" / "held-out")},
