@@ -89,7 +89,7 @@ def with_noted_scaling(native: ModelRecipe, config: Mapping[str, Any]) -> ModelR
 def _scaling(key: str, value: Any, longest: Any) -> Fields | None:
     """One of the two objects as `rope_scaling`."""
     kind = value.get("rope_type", value.get("type", "default")) if isinstance(value, dict) else None
-    if kind not in _UNDERSTOOD or value.get("partial_rotary_factor", 1.0) != 1.0:
+    if not isinstance(kind, str) or kind not in _UNDERSTOOD or value.get("partial_rotary_factor", 1.0) != 1.0:
         raise UserError(f"{key} {value!r} is not supported", fix="unscaled and dynamic RoPE can be imported")
     if kind == "default":
         return None

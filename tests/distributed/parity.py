@@ -50,13 +50,18 @@ def run_layouts(world: int, layouts: dict[str, dict[str, Any]], **keywords: Any)
         layouts: name -> sizes tp, pp, cp (default 1), zero (0), sp (False), kind (p2p), micro (all of a rank's part of
             the batch), recompute (none), precision (fp32), layers (by parameters), offload ({}: what of DeepSpeed's
             to where), json ({}: zero_optimization of a DeepSpeed JSON).
-        keywords: untied, num_layers.
+        keywords: untied, num_layers, model (other fields of the model).
     """
     results = run_on_ranks("tests.distributed.parity:train", world, timeout=280, layouts=layouts, **keywords)[0]
     return {name: Run(**run) for name, run in results.items()}
 
 
-def train(layouts: dict[str, dict[str, Any]], untied: bool = False, num_layers: int = 2) -> dict[str, dict[str, Any]]:
+def train(
+    layouts: dict[str, dict[str, Any]],
+    untied: bool = False,
+    num_layers: int = 2,
+    model: dict[str, Any] | None = None,
+) -> dict[str, dict[str, Any]]:
     """What one rank does for `run_layouts`."""
     import torch
     import torch.distributed as dist
@@ -89,6 +94,7 @@ def train(layouts: dict[str, dict[str, Any]], untied: bool = False, num_layers: 
                     "dim_model_base": 64,
                     "num_layers": num_layers,
                     "untie_embeddings_and_output_weights": untied,
+                    **(model or {}),
                 },
                 "data": {"train": [{"prefix": "unused"}], "sequence_length": SEQUENCE},
                 "parallel": {
@@ -117,9 +123,9 @@ def train(layouts: dict[str, dict[str, Any]], untied: bool = False, num_layers: 
         config = MiniCPMConfig.from_recipe(
             recipe.model, recipe.parallel, precision=precision, recompute=recipe.training.recompute
         )
-        model = build_model(config, recipe)
-        initialize_parameters(model, config, seed=3)
-        engine = build_engine(model, config, recipe, layout)
+        built = build_model(config, recipe)
+        initialize_parameters(built, config, seed=3)
+        engine = build_engine(built, config, recipe, layout)
         schedule, plan = build_schedule(recipe.schedule), BatchPlan(recipe)
         engine.train()
         lines = []
