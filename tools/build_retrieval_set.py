@@ -1,11 +1,11 @@
 """Make questions whose answer stands at a known place of a long text:
 
-    python tools/build_retrieval_set.py --task passkey --corpus TEXT... --tokenizer DIR --lengths 256,1024,4096 --output DIR
+    python tools/build_retrieval_set.py --task passkey --corpus TEXT... --tokenizer DIR --lengths 256,1024 --output DIR
 
-passkey, number_string and kv hide a key among text of the corpus or among other keys; qa asks for the word that is missing
-from one of its sentences. Writes one JSON Lines file for each length and depth, and set.json. With --train-prefix P also
-P.jsonl, other questions with their answers as text for tools/preprocess_data.py. Killed and run again, it goes on where
-it was.
+passkey, number_string and kv hide a key among text of the corpus or among other keys; qa asks for the word that is
+missing from one of its sentences. Writes one JSON Lines file for each length and depth, and set.json. With
+--train-prefix P also P.jsonl, other questions with their answers as text for tools/preprocess_data.py. Killed and run
+again, it goes on where it was.
 """
 
 from __future__ import annotations
@@ -54,12 +54,12 @@ def main() -> None:
     haystack = Haystack.read(
         options.corpus, Tokenizer(options.tokenizer), key=options.json_key, max_bytes=MAX_CORPUS_BYTES
     )
-    if options.train_prefix is not None:
-        path = write_training_text(plan, haystack, options.train_prefix, samples=options.train_samples)
-        print(f"{options.train_samples * len(plan.cells()):,} documents to train on written to {path}")
-    there = build_set(plan, haystack, options.output, corpus=options.corpus)
+    there = build_set(plan, haystack, options.output)
     again = f", {there} of them already there" if there else ""
     print(f"{len(plan.cells())} files of {plan.samples} {plan.task} questions{again} in {options.output}")
+    if options.train_prefix is not None:
+        path = write_training_text(plan, haystack, options.train_prefix, samples=options.train_samples)
+        print(f"{options.train_samples * len(plan.cells()):,} documents to train on in {path}")
 
 
 def _numbers(text: str, kind: type, option: str) -> list[float]:

@@ -65,6 +65,7 @@ class Generator:
                 where=str(pieces),
                 fix="give the tokenizer that the model was trained with",
             )
+        self.tokenizer_folder = pieces
         self.model = as_granite(source)
         self.longest = source.model.longest_sequence
         self.unscaled = source.model.max_position_embeddings
@@ -72,6 +73,10 @@ class Generator:
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, <s> first."""
         return list(self.tokenizer(text)["input_ids"])
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Text of `tokens`, special ones left out."""
+        return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
 
     @torch.no_grad()
     def logits(self, tokens: Sequence[int], last: int) -> torch.Tensor:
@@ -106,6 +111,10 @@ class Generator:
         ends = self.tokenizer.eos_token_id
         return found[: found.index(ends)] if ends in found else found
 
+    def greedy(self, tokens: Sequence[int], new: int) -> list[int]:
+        """The likeliest continuation, `new` tokens at most."""
+        return self.continue_tokens(tokens, Sampling(max_new_tokens=new, temperature=0.0))
+
     def _forget_lengths(self) -> None:
         """Undo what transformers keeps of the longest sequence so far, so that a result depends on its own alone."""
         rotary = self.model.model.rotary_emb
@@ -123,7 +132,7 @@ class Generator:
             raise UserError(
                 f"{len(tokens)} tokens do not fit a context of {self.longest}", where="--prompt", fix="shorten it"
             )
-        return str(self.tokenizer.decode(tokens + self.continue_tokens(tokens, sampling), skip_special_tokens=True))
+        return self.decode(tokens + self.continue_tokens(tokens, sampling))
 
 
 def as_granite(source: Source) -> Any:

@@ -72,6 +72,14 @@ class Haystack:
                     return cls(texts, tokenizer)
         return cls(texts, tokenizer)
 
+    @cached_property
+    def sha256(self) -> str:
+        """Of all sentences."""
+        digest = hashlib.sha256()
+        for document in self.documents:
+            digest.update("\n".join((*document, "")).encode())
+        return digest.hexdigest()
+
     def tokens(self, text: str) -> int:
         """Tokens that `text` adds to a text that it follows after a space."""
         if text not in self._counts:

@@ -7,7 +7,7 @@ that is there; where it asks for other files than those that are there, it is re
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ from typing import Any
 from minicpm_megatron.data.haystack import Haystack
 from minicpm_megatron.data.progress import progress_bar
 from minicpm_megatron.data.retrieval import TASKS, Sample, build_sample
-from minicpm_megatron.data.tokenizer import Tokenizer
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.storage.atomic import atomic_file, write_json
 
@@ -73,14 +72,11 @@ def cell_name(length: int, depth: float) -> str:
     return f"length-{length}-depth-{depth:g}.jsonl"
 
 
-def build_set(
-    plan: Plan, haystack: Haystack, output: Path, *, corpus: Sequence[str], show_progress: bool = True
-) -> int:
+def build_set(plan: Plan, haystack: Haystack, output: Path, *, show_progress: bool = True) -> int:
     """Write the set, or what is missing of it.
 
     Args:
         output: a folder; made if need be.
-        corpus: where the text is from, for the record.
 
     Returns:
         Files that were there already.
@@ -88,7 +84,7 @@ def build_set(
     Raises:
         UserError: `output` holds something else, or a length cannot be met.
     """
-    described = _described(plan, haystack.tokenizer, corpus)
+    described = _described(plan, haystack)
     _claim(output, described)
     found, number = 0, 0
     with progress_bar(total=plan.samples * len(plan.cells()), unit=" samples", disable=not show_progress) as bar:
@@ -110,19 +106,26 @@ def write_training_text(
     """PREFIX.jsonl: questions with their answers as documents that tools/preprocess_data.py reads.
 
     Never a sample of the set: other draws, and for qa other sentences; lengths and depths come in turn, so that any
-    part of the file has all of them.
+    part of the file has all of them. PREFIX.retrieval.json says what they are; where it says the same, the file stays.
 
     Args:
         samples: of each length and depth.
 
     Raises:
-        UserError: the file is there already, or a length cannot be met.
+        UserError: another file is there already, or a length cannot be met.
     """
-    path = prefix.with_name(prefix.name + ".jsonl")
+    path, facts = (prefix.with_name(prefix.name + suffix) for suffix in (".jsonl", ".retrieval.json"))
+    described = _described(plan, haystack) | {"samples": samples}
     if path.exists():
+        if facts.is_file() and _read_json(facts) == described:
+            return path
         raise UserError("exists already", where=str(path), fix="remove it, or give another --train-prefix")
-    path.parent.mkdir(parents=True, exist_ok=True)
     cells = plan.cells()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(facts, described)
+    except OSError as error:
+        raise UserError(f"cannot be written: {error.strerror}", where=str(path)) from None
     with progress_bar(total=samples * len(cells), unit=" documents", disable=not show_progress) as bar:
         with atomic_file(path) as handle:
             for number in range(samples):
@@ -141,9 +144,10 @@ def _samples(plan: Plan, haystack: Haystack, length: int, depth: float, report: 
         report()
 
 
-def _described(plan: Plan, tokenizer: Tokenizer, corpus: Sequence[str]) -> dict[str, Any]:
+def _described(plan: Plan, haystack: Haystack) -> dict[str, Any]:
+    """Everything that decides the bytes of the set, as JSON values."""
     fields: dict[str, Any] = json.loads(json.dumps(asdict(plan)))
-    return fields | {"tokenizer_sha256": tokenizer.sha256, "corpus": list(corpus)}
+    return fields | {"tokenizer_sha256": haystack.tokenizer.sha256, "sentences_sha256": haystack.sha256}
 
 
 def _claim(output: Path, described: Mapping[str, Any]) -> None:
