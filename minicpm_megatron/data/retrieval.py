@@ -135,13 +135,13 @@ def _qa(random: Random, haystack: Haystack, training: bool) -> Needle:
 
 
 def _hole(random: Random, sentence: str) -> tuple[int, int] | None:
-    """Where a word stands that the rest of the sentence does not hold, or two characters where there are no words."""
+    """Where a word stands that the rest of the sentence does not hold; in Chinese or Japanese two characters."""
     if " " in sentence:
         places = [match.span() for match in re.finditer(r"[^\W\d_]{4,}", sentence)]
         if len(sentence.split()) < 8:
             return None
     else:
-        places = [match.span(1) for match in re.finditer(r"(?=([^\W\d_]{2}))", sentence)]
+        places = [match.span(1) for match in re.finditer(r"(?=([\u3040-\u30ff\u3400-\u9fff]{2}))", sentence)]
     alone = [place for place in places if sentence.count(sentence[slice(*place)]) == 1]
     return random.choice(alone) if alone else None
 

@@ -11,7 +11,7 @@ _MEASURES = {"exact_match": "exact match", "token_accuracy": "token accuracy"}
 
 
 def draw_heat_map(cells: list[Cell], title: str, folder: Path) -> Path:
-    """Write `heat_map.png`: a column a length, a row a depth, red for 0 % and green for 100 %."""
+    """Write `heat_map.png`: a column a length, a row a depth, dark for 0 % and bright for 100 %."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -25,14 +25,16 @@ def draw_heat_map(cells: list[Cell], title: str, folder: Path) -> Path:
     )
     for axis, (measure, name) in zip(axes, _MEASURES.items(), strict=True):
         values = [[100 * getattr(places[length, depth], measure) for length in lengths] for depth in depths]
-        image = axis.imshow(values, vmin=0, vmax=100, cmap="RdYlGn", aspect="auto")
+        image = axis.imshow(values, vmin=0, vmax=100, cmap="viridis", aspect="auto")
         axis.set_title(name, fontsize=10)
         axis.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
         axis.set_yticks(range(len(depths)), [f"{depth:g}" for depth in depths])
         axis.set_xlabel("length (tokens)")
         for row, line in enumerate(values):
             for column, value in enumerate(line):
-                axis.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=9)
+                axis.text(
+                    column, row, f"{value:.0f}", ha="center", va="center", color="white" if value < 60 else "black"
+                )
     axes[0].set_ylabel("depth (% of the text before)")
     figure.suptitle(title, fontsize=11)
     figure.colorbar(image, ax=axes, label="%")
