@@ -72,7 +72,7 @@ class Sample:
 _HIDDEN = "There is important information hidden in the text below. Find it and memorize it."
 
 
-def _passkey(random: Random, haystack: Haystack, training: bool) -> Needle:
+def _passkey(random: Random, haystack: Haystack, length: int, training: bool) -> Needle:
     key = f"{random.randrange(100_000):05d}"
     return Needle(
         _HIDDEN,
@@ -84,7 +84,7 @@ def _passkey(random: Random, haystack: Haystack, training: bool) -> Needle:
     )
 
 
-def _number_string(random: Random, haystack: Haystack, training: bool) -> Needle:
+def _number_string(random: Random, haystack: Haystack, length: int, training: bool) -> Needle:
     # runs of digits, which are harder to count than to copy
     digits = "".join(str(random.randrange(10)) * random.randint(1, 3) for _ in range(10))[:10]
     return Needle(
@@ -97,7 +97,7 @@ def _number_string(random: Random, haystack: Haystack, training: bool) -> Needle
     )
 
 
-def _kv(random: Random, haystack: Haystack, training: bool) -> Needle:
+def _kv(random: Random, haystack: Haystack, length: int, training: bool) -> Needle:
     def pairs() -> Iterator[str]:
         while True:
             other, value = (f"{random.getrandbits(32):08x}" for _ in range(2))
@@ -116,11 +116,13 @@ def _kv(random: Random, haystack: Haystack, training: bool) -> Needle:
     )
 
 
-def _qa(random: Random, haystack: Haystack, training: bool) -> Needle:
+def _qa(random: Random, haystack: Haystack, length: int, training: bool) -> Needle:
     for _ in range(_QA_TRIES):
         document = haystack.documents[random.randrange(len(haystack.documents))]
         sentence = document[random.randrange(len(document))]
-        if held_out(sentence) != training and (hole := _hole(random, sentence)):
+        # it stands in the question, too, and the rest is to be mostly text
+        short = haystack.tokens(sentence) <= length // 6
+        if short and held_out(sentence) != training and (hole := _hole(random, sentence)):
             start, end = hole
             return Needle(
                 "Read the text below and answer the question after it.",
@@ -131,7 +133,11 @@ def _qa(random: Random, haystack: Haystack, training: bool) -> Needle:
                 sentence[start:end],
                 haystack.stream(random, without=(sentence,), training=training),
             )
-    raise UserError("too few sentences that one can ask about", where="--corpus", fix="give more running text")
+    raise UserError(
+        f"too few sentences that one can ask about in {length} tokens",
+        where="--corpus",
+        fix="give more running text or greater --lengths",
+    )
 
 
 def _hole(random: Random, sentence: str) -> tuple[int, int] | None:
@@ -146,7 +152,7 @@ def _hole(random: Random, sentence: str) -> tuple[int, int] | None:
     return random.choice(alone) if alone else None
 
 
-TASKS: dict[str, Callable[[Random, Haystack, bool], Needle]] = {
+TASKS: dict[str, Callable[[Random, Haystack, int, bool], Needle]] = {
     "passkey": _passkey,
     "number_string": _number_string,
     "kv": _kv,
@@ -169,7 +175,7 @@ def build_sample(
         UserError: the question alone is longer, or the tokenizer does not let the length be met.
     """
     random = Random(f"{seed}/{task}/{length}/{depth:g}/{number}/{'training' if training else 'set'}")
-    needle = TASKS[task](random, haystack, training)
+    needle = TASKS[task](random, haystack, length, training)
     fixed = (needle.instruction, needle.text, needle.closing, needle.question, needle.answer)
     first = haystack.tokenizer.bos_id >= 0
     room = length - first - sum(map(haystack.tokens, fixed))
