@@ -85,6 +85,8 @@ def build_set(plan: Plan, haystack: Haystack, output: Path, *, show_progress: bo
         UserError: `output` holds something else, or a length cannot be met.
     """
     described = _described(plan, haystack)
+    length, depth = plan.cells()[0]
+    build_sample(plan.task, haystack, length=length, depth=depth, number=0, seed=plan.seed)  # or nothing is written
     _claim(output, described)
     found, number = 0, 0
     with progress_bar(total=plan.samples * len(plan.cells()), unit=" samples", disable=not show_progress) as bar:
