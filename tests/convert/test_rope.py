@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig
 
 from minicpm_megatron.convert import FORMATS, convert, open_source
-from minicpm_megatron.convert.generation import Generator, Sampling
+from minicpm_megatron.convert.generation import Generator
 from minicpm_megatron.methods.rope import ntk_base, product_base
 from minicpm_megatron.recipe import ModelRecipe
 from tests.convert.conftest import MakeCheckpoint, random_tensors, small_model
@@ -76,6 +76,9 @@ def test_either_generation_of_keys_is_enough(
         del config[key]
     (folder / "config.json").write_text(json.dumps(config))
     assert open_source(folder).model == small_model(**SCALINGS["dynamic"])
+    if target != "minicpm":
+        read = AutoConfig.from_pretrained(folder).rope_parameters
+        assert (read["rope_type"], read["rope_theta"], read["factor"]) == ("dynamic", 1e6, 4.0)
 
 
 def test_a_folder_that_transformers_saved_again_comes_back(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
@@ -127,9 +130,11 @@ def test_generation_beyond_the_context_is_that_of_whole_sequences(
             with torch.no_grad():
                 stock = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
                 expected.append(int(stock(torch.tensor([expected]), use_cache=False).logits[0, -1].argmax()))
-        found = generator.continue_tokens(prompt, Sampling(max_new_tokens=6, temperature=0.0))
-        assert found == expected[len(prompt) :][: len(found)] and (
-            len(found) == 6 or expected[len(prompt) + len(found)] == 2
-        )
-        logits = generator.logits(expected, last=7)[:-1]
-        assert logits.argmax(-1).tolist() != [] and logits[0].argmax() == expected[len(prompt)]
+        following = expected[len(prompt) :]
+        assert 2 not in following  # </s> would end it
+        assert generator.greedy(prompt, 6) == following
+        # a whole sequence at once turns by the base of its own length
+        with torch.no_grad():
+            stock = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+            whole = stock(torch.tensor([expected]), use_cache=False).logits[0, -3:]
+        torch.testing.assert_close(generator.logits(expected, last=3), whole)
