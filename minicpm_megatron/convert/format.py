@@ -13,6 +13,7 @@ from typing import Any
 
 from minicpm_megatron.convert.mapping import EMBEDDING, HEAD, Group, Row, expand
 from minicpm_megatron.convert.multipliers import NOTE_KEY, read_note, same_multipliers, write_note
+from minicpm_megatron.convert.rope import read_rope, rope_note, with_noted_scaling, write_rope
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.recipe import ModelRecipe, build_section
 
@@ -98,17 +99,13 @@ class Format:
             "use_cache": True,
             "bos_token_id": tokens.bos,
             "eos_token_id": tokens.eos if isinstance(tokens.eos, int) else list(tokens.eos),
-            # transformers 5 reads rope_parameters, everything older the two top-level keys; a reader that finds
-            # neither of its own falls back to a base of its own choosing without a word
-            "rope_parameters": {"rope_type": "default", "rope_theta": model.rotary_base},
-            "rope_theta": model.rotary_base,
-            "rope_scaling": None,
+            **write_rope(model),
             # only an explicit value is read alike by every program
             "tie_word_embeddings": not (self.always_untied or model.untie_embeddings_and_output_weights),
             # the older and the newer name of the same thing
             "torch_dtype": dtype,
             "dtype": dtype,
-            NOTE_KEY: write_note(model),
+            NOTE_KEY: write_note(model) | rope_note(model),
         } | self.write(model)
 
     def read_config(self, config: Mapping[str, Any], where: str) -> ModelRecipe:
@@ -122,6 +119,7 @@ class Format:
             native = build_section(ModelRecipe, native.model_dump() | self.read(config, native), where=where)
         except UserError as error:
             raise error if error.where else UserError(error.what, where=where, fix=error.fix) from None
+        native = with_noted_scaling(native, config)
         if self.folds and not native.untie_embeddings_and_output_weights:
             # one tensor cannot hold two folds: whoever tied it again made a plain model of it
             return native
@@ -157,27 +155,14 @@ def refuse_uneven_heads(model: ModelRecipe, format_name: str) -> None:
         )
 
 
-def _rotary_base(config: Mapping[str, Any], where: str) -> float:
-    nested = config.get("rope_parameters") or {}
-    scaling = config.get("rope_scaling") or {}
-    for key, value in (("rope_parameters", nested), ("rope_scaling", scaling)):
-        kind = value.get("rope_type", value.get("type", "default")) if isinstance(value, dict) else value
-        if kind != "default" or value.get("partial_rotary_factor", 1.0) != 1.0:
-            raise UserError(f"{key} {value!r} is not supported", where=where, fix="only unscaled RoPE can be imported")
-    bases = {number(place, "rope_theta") for place in (nested, scaling, config) if "rope_theta" in place}
-    if len(bases) > 1:
-        raise UserError(f"two different values of rope_theta: {sorted(bases)}", where=where)
-    return bases.pop() if bases else ModelRecipe.model_fields["rotary_base"].default
-
-
 def _common_fields(config: Mapping[str, Any], where: str, tied_by_default: bool) -> Fields:
     try:
-        return _dense_fields(config, where, tied_by_default)
+        return _dense_fields(config, tied_by_default)
     except UserError as error:
         raise error if error.where else UserError(error.what, where=where, fix=error.fix) from None
 
 
-def _dense_fields(config: Mapping[str, Any], where: str, tied_by_default: bool) -> Fields:
+def _dense_fields(config: Mapping[str, Any], tied_by_default: bool) -> Fields:
     for key, wanted in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False)):
         if config.get(key, wanted) != wanted:
             raise UserError(f"{key} {config[key]!r} is not supported", fix=f"only {wanted!r} can be imported")
@@ -191,6 +176,7 @@ def _dense_fields(config: Mapping[str, Any], where: str, tied_by_default: bool) 
     tied = config.get("tie_word_embeddings", tied_by_default)
     if not isinstance(tied, bool):
         raise UserError(f"tie_word_embeddings must be true or false, not {tied!r}")
+    longest = config.get("max_position_embeddings", 2048)
     return {
         "vocab_size": config["vocab_size"],
         "hidden_size": config["hidden_size"],
@@ -199,8 +185,8 @@ def _dense_fields(config: Mapping[str, Any], where: str, tied_by_default: bool) 
         "num_attention_heads": config["num_attention_heads"],
         "num_query_groups": config.get("num_key_value_heads"),
         "kv_channels": config.get("head_dim"),
-        "max_position_embeddings": config.get("max_position_embeddings", 2048),
-        "rotary_base": _rotary_base(config, where),
+        "max_position_embeddings": longest,
+        **read_rope(config, longest),
         "norm_epsilon": number(config, "rms_norm_eps", 1e-6),
         "init_method_std": number(config, "initializer_range", 0.02),
         "untie_embeddings_and_output_weights": not tied,

@@ -6,6 +6,7 @@ generates: cache, sampling and stopping are theirs.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,34 +65,74 @@ class Generator:
                 where=str(pieces),
                 fix="give the tokenizer that the model was trained with",
             )
+        self.tokenizer_folder = pieces
         self.model = as_granite(source)
-        self.longest = source.model.max_position_embeddings
+        self.longest = source.model.longest_sequence
+        self.unscaled = source.model.max_position_embeddings
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`, <s> first."""
+        return list(self.tokenizer(text)["input_ids"])
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Text of `tokens`, special ones left out."""
+        return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
 
     @torch.no_grad()
+    def logits(self, tokens: Sequence[int], last: int) -> torch.Tensor:
+        """fp32 [last, vocabulary] on the CPU: what the last positions of `tokens` say about the token after each."""
+        self._forget_lengths()
+        ids = torch.tensor([list(tokens)], device=self.model.device)
+        return self.model(input_ids=ids, use_cache=False, logits_to_keep=last).logits[0].float().cpu()
+
+    @torch.no_grad()
+    def continue_tokens(self, tokens: Sequence[int], sampling: Sampling) -> list[int]:
+        """What comes after `tokens`, up to and without </s>; never more tokens than the context holds.
+
+        Where dynamic scaling acts, a cache would hold keys that an older base turned, so each step computes the whole
+        sequence anew: the text is that of the model as it was trained.
+        """
+        self._forget_lengths()
+        torch.manual_seed(sampling.seed)
+        choice: dict[str, Any] = {"do_sample": False}
+        if sampling.temperature > 0:
+            choice = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p}
+        new = min(sampling.max_new_tokens, self.longest - len(tokens))
+        ids = torch.tensor([list(tokens)], device=self.model.device)
+        output = self.model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=new,
+            pad_token_id=self.tokenizer.eos_token_id,
+            use_cache=len(tokens) + new <= self.unscaled,
+            **choice,
+        )
+        found = output[0, len(tokens) :].tolist()
+        ends = self.tokenizer.eos_token_id
+        return found[: found.index(ends)] if ends in found else found
+
+    def greedy(self, tokens: Sequence[int], new: int) -> list[int]:
+        """The likeliest continuation, `new` tokens at most."""
+        return self.continue_tokens(tokens, Sampling(max_new_tokens=new, temperature=0.0))
+
+    def _forget_lengths(self) -> None:
+        """Undo what transformers keeps of the longest sequence so far, so that a result depends on its own alone."""
+        rotary = self.model.model.rotary_emb
+        rotary.inv_freq = rotary.original_inv_freq.clone()
+        rotary.max_seq_len_cached = rotary.original_max_seq_len
+
     def continue_text(self, prompt: str, sampling: Sampling) -> str:
         """The prompt with its continuation.
 
         Raises:
             UserError: the prompt alone is longer than the model's context.
         """
-        inputs = self.tokenizer(prompt, return_tensors="pt")
-        length = inputs["input_ids"].shape[1]
-        if length >= self.longest:
+        tokens = self.encode(prompt)
+        if len(tokens) >= self.longest:
             raise UserError(
-                f"{length} tokens do not fit a context of {self.longest}", where="--prompt", fix="shorten it"
+                f"{len(tokens)} tokens do not fit a context of {self.longest}", where="--prompt", fix="shorten it"
             )
-        torch.manual_seed(sampling.seed)
-        choice: dict[str, Any] = {"do_sample": False}
-        if sampling.temperature > 0:
-            choice = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p}
-        output = self.model.generate(
-            input_ids=inputs["input_ids"].to(self.model.device),
-            attention_mask=inputs["attention_mask"].to(self.model.device),
-            max_new_tokens=min(sampling.max_new_tokens, self.longest - length),
-            pad_token_id=self.tokenizer.eos_token_id,
-            **choice,
-        )
-        return str(self.tokenizer.decode(output[0], skip_special_tokens=True))
+        return self.decode(tokens + self.continue_tokens(tokens, sampling))
 
 
 def as_granite(source: Source) -> Any:

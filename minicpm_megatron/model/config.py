@@ -11,7 +11,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.methods.mup import mup_table, residual_multiplier, width_multiplier
-from minicpm_megatron.recipe import ModelRecipe, ParallelRecipe
+from minicpm_megatron.recipe import ModelRecipe, ParallelRecipe, RopeScaling
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -26,6 +26,7 @@ class MiniCPMConfig(TransformerConfig):
     vocab_size: int = 0
     max_position_embeddings: int = 4096
     rotary_base: float = 10_000.0
+    rope_scaling: RopeScaling = RopeScaling()
     untie_embeddings_and_output_weights: bool = False
     scale_emb: float = 1.0
     scale_depth: float = 1.0
@@ -122,6 +123,7 @@ class MiniCPMConfig(TransformerConfig):
             vocab_size=model.vocab_size,
             max_position_embeddings=model.max_position_embeddings,
             rotary_base=model.rotary_base,
+            rope_scaling=model.rope_scaling,
             untie_embeddings_and_output_weights=model.untie_embeddings_and_output_weights,
             scale_emb=model.scale_emb,
             scale_depth=model.scale_depth,

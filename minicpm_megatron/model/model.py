@@ -7,9 +7,11 @@ from typing import Any
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
+from minicpm_megatron.methods.rope import rope_of
 from minicpm_megatron.model.config import MiniCPMConfig
 from minicpm_megatron.model.layer_spec import get_minicpm_block_spec
 from minicpm_megatron.model.loss import token_losses
+from minicpm_megatron.model.rope import MiniCPMRotaryEmbedding
 
 
 class MiniCPMModel(GPTModel):
@@ -35,6 +37,9 @@ class MiniCPMModel(GPTModel):
             position_embedding_type="rope",
             rotary_base=config.rotary_base,
             **keywords,
+        )
+        self.rotary_pos_emb = MiniCPMRotaryEmbedding(
+            rope_of(config), on_cpu=bool(config.use_cpu_initialization), cp_group=self.pg_collection.cp
         )
 
     def forward(

@@ -13,13 +13,14 @@ from functools import lru_cache
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
-from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.transformer.spec_utils import build_module
 from torch import Tensor
 
+from minicpm_megatron.methods.rope import Rope, rope_of
 from minicpm_megatron.model.config import MiniCPMConfig
 from minicpm_megatron.model.layer_spec import get_minicpm_layer_spec
 from minicpm_megatron.model.norm import MiniCPMFinalNorm
+from minicpm_megatron.model.rope import MiniCPMRotaryEmbedding
 
 
 class PipelineEmbedding(torch.nn.Module):
@@ -60,7 +61,7 @@ class PipelineLayer(torch.nn.Module):
         length = hidden_states.size(0)
         if self.config.sequence_parallel:
             length *= self.config.tensor_model_parallel_size
-        rotary = _rotary(self.config.kv_channels, self.config.rotary_base, self.config.use_cpu_initialization)(length)
+        rotary = _rotary(rope_of(self.config), self.config.use_cpu_initialization)(length)
 
         def run(states: Tensor) -> Tensor:
             return self.layer(hidden_states=states, attention_mask=None, rotary_pos_emb=rotary)[0]
@@ -117,14 +118,9 @@ def _head(config: MiniCPMConfig, *, tied: bool) -> tensor_parallel.ColumnParalle
 
 
 @lru_cache(maxsize=1)
-def _rotary(channels: int, base: float, on_cpu: bool) -> RotaryEmbedding:
+def _rotary(rope: Rope, on_cpu: bool) -> MiniCPMRotaryEmbedding:
     """One table for all layers of a stage."""
-    return RotaryEmbedding(
-        kv_channels=channels,
-        rotary_percent=1.0,
-        rotary_base=base,
-        use_cpu_initialization=on_cpu,  # type: ignore[arg-type]
-    )
+    return MiniCPMRotaryEmbedding(rope, on_cpu=on_cpu)
 
 
 def pipeline_parts(config: MiniCPMConfig) -> list[str]:

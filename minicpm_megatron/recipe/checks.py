@@ -90,10 +90,9 @@ def check_recipe(recipe: Recipe) -> None:
     _check_context_parallel(recipe)
     _check_expert_parallel(recipe)
     refuse_unless(
-        recipe.data.sequence_length <= recipe.model.max_position_embeddings,
+        recipe.data.sequence_length <= recipe.model.longest_sequence,
         "data.sequence_length",
-        f"{recipe.data.sequence_length} tokens exceed model.max_position_embeddings"
-        f" {recipe.model.max_position_embeddings}",
+        f"{recipe.data.sequence_length} tokens exceed {_longest(recipe.model)}",
         "shorten the samples or raise model.max_position_embeddings",
     )
     _check_batches(recipe)
@@ -105,6 +104,13 @@ def check_recipe(recipe: Recipe) -> None:
             "there are no checkpoints to go back to",
             "give checkpoint.interval, or choose skip",
         )
+
+
+def _longest(model: ModelRecipe) -> str:
+    named = f"model.max_position_embeddings {model.max_position_embeddings}"
+    if model.longest_sequence == model.max_position_embeddings:
+        return named
+    return f"the {model.longest_sequence} that dynamic scaling makes of {named}"
 
 
 def _check_tensor_parallel(recipe: Recipe) -> None:

@@ -75,7 +75,7 @@ def build(fields: Mapping[str, Any], *, origins: Mapping[str, str] | None = None
         if isinstance(preset, str):
             model = merged.get("model", {})
             if isinstance(model, dict):
-                merged["model"] = get_preset(preset).model_dump() | model
+                merged["model"] = _over_preset(get_preset(preset).model_dump(), model)
         return _validate(Recipe, merged)
     except UserError as error:
         raise _located(error, origins) from error
@@ -200,6 +200,16 @@ def _first_error(section: type[Section], errors: list[ErrorDetails]) -> UserErro
     shown = repr(error["input"])
     shown = shown if len(shown) <= SHOWN_VALUE else shown[:SHOWN_VALUE] + "..."
     return UserError(f"{shown} is refused, it {message[:1].lower()}{message[1:]}{more}", where=dotted)
+
+
+def _over_preset(preset: dict[str, Any], model: dict[str, Any]) -> dict[str, Any]:
+    """What the user says over what the preset says, key by key in the sections inside, too."""
+    inner = {
+        key: preset[key] | value
+        for key, value in model.items()
+        if isinstance(value, dict) and isinstance(preset.get(key), dict)
+    }
+    return preset | model | inner
 
 
 def _is_below(dotted: str, ancestor: str) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.recipe.registry import PRESET_GROUP, Registry
-from minicpm_megatron.recipe.schema import ModelRecipe
+from minicpm_megatron.recipe.schema import ModelRecipe, RopeScaling
 
 HEAD = 64  # d_head of every published size (Table 2, Table 8)
 VOCABULARY = 122_753  # section 6.1, the tokenizer of 2.4B and of its descendants
@@ -82,8 +82,8 @@ def _row(hidden: int, heads: int, layers: int, *, groups: int | None = None, **o
 # Table 2: d_model, n_q, layers
 add_preset("minicpm-1.2b", _row(1536, 24, 52, groups=8, vocab_size=VOCABULARY_SMALL))
 add_preset("minicpm-2.4b", _row(2304, 36, 40))
-# Section 7.2: head untied. 65,536 positions at base 1e6 are the released configuration, whose factor-4 dynamic
-# scaling acts beyond those positions only.
+# Section 7.2: head untied. Positions, base and scaling are the released configuration's; dynamic scaling acts beyond
+# the 65,536 positions only.
 add_preset(
     "minicpm-2.4b-128k",
     _row(
@@ -93,6 +93,7 @@ add_preset(
         untie_embeddings_and_output_weights=True,
         max_position_embeddings=65_536,
         rotary_base=1_000_000.0,
+        rope_scaling=RopeScaling(type="dynamic", factor=4.0),
     ),
 )
 # Section 7.3: 8 experts, 2 a token

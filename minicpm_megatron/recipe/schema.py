@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from minicpm_megatron.recipe import checks
+from minicpm_megatron.recipe import checks, rope_checks
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -38,6 +38,20 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
 
 
+class RopeScaling(Section):
+    """How the base of the rotary positions grows with the context; formulas in `methods.rope`."""
+
+    type: Literal["none", "dynamic", "ntk", "product"] = "none"
+    """dynamic: beyond max_position_embeddings the base grows with the length of the sequence, as in the released 128K
+    configuration; ntk: rotary_base x factor^(d / (d - 2)) at every length; product: rotary_base x factor x d / (d - 2),
+    as that model is also run. d is kv_channels."""
+    factor: Annotated[float, Field(ge=1, allow_inf_nan=False)] | None = None
+    """How many times as long the context becomes."""
+    original_max_position_embeddings: Count | None = None
+    """Context before scaling, for the record and checked: ntk and product reach at most factor times as far; dynamic
+    begins at max_position_embeddings and takes no other value."""
+
+
 class ModelRecipe(Section):
     """The shape of the model and its muP constants; `presets` holds the published ones."""
 
@@ -56,9 +70,12 @@ class ModelRecipe(Section):
     vocab_size: Annotated[int, Field(ge=2)]
     """Rows of the embedding before any padding; never fewer than the tokenizer's pieces."""
     max_position_embeddings: Count = 4096
-    """Longest sequence in tokens the model is meant for (released configurations)."""
+    """Longest sequence in tokens the model is meant for (released configurations); with dynamic rope_scaling the
+    longest one that is not scaled, and factor times as many are allowed."""
     rotary_base: Positive = 10_000.0
-    """RoPE base (released configurations)."""
+    """RoPE base (released configurations). Another one is the adjusted base frequency of section 7.2."""
+    rope_scaling: RopeScaling = Field(default_factory=RopeScaling)
+    """Scaling of the base for long contexts; null is none."""
     norm_epsilon: Positive = 1e-5
     """RMSNorm epsilon (released configurations)."""
     untie_embeddings_and_output_weights: bool = False
@@ -107,6 +124,8 @@ class ModelRecipe(Section):
         if not isinstance(fields, dict):
             return fields
         fields = dict(fields)
+        if fields.get("rope_scaling", ...) is None:
+            del fields["rope_scaling"]
         heads, hidden = fields.get("num_attention_heads"), fields.get("hidden_size")
         if fields.get("num_query_groups") is None and heads is not None:
             fields["num_query_groups"] = heads
@@ -117,7 +136,14 @@ class ModelRecipe(Section):
     @model_validator(mode="after")
     def _check(self) -> ModelRecipe:
         checks.check_model(self)
+        rope_checks.check_rope_scaling(self)
         return self
+
+    @property
+    def longest_sequence(self) -> int:
+        """Tokens of the longest sequence that is accepted."""
+        reach = self.rope_scaling.factor if self.rope_scaling.type == "dynamic" else None
+        return int(self.max_position_embeddings * (reach or 1))
 
 
 class DataSource(Section):

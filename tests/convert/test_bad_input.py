@@ -55,11 +55,30 @@ def test_the_fixture_is_accepted(folder: Path) -> None:
     open_source(folder)
 
 
+DYNAMIC: dict[str, Any] = {"rope_parameters": None}  # leaves the older key alone to say it
 CONFIG_FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "activation": ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
     "attention bias": ({"attention_bias": True}, "attention_bias True is not supported"),
     "mlp bias": ({"mlp_bias": True}, "mlp_bias True is not supported"),
-    "scaled rope, old key": ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "rope_scaling .* not supported"),
+    "scaled rope, old key": ({"rope_scaling": {"type": "linear", "factor": 4.0}}, "rope_scaling .* not supported"),
+    "kind of rope is no word": (
+        {"rope_scaling": {"type": ["dynamic"], "factor": 4.0}},
+        "rope_scaling .* not supported",
+    ),
+    "two scalings": (
+        {"rope_scaling": {"type": "dynamic", "factor": 4.0}},
+        "rope_parameters .*default.* and rope_scaling .*dynamic.* differ",
+    ),
+    "dynamic without factor": (DYNAMIC | {"rope_parameters": {"rope_type": "dynamic"}}, "factor must be a number"),
+    "dynamic with a factor below 1": (DYNAMIC | {"rope_scaling": {"type": "dynamic", "factor": 0.5}}, "0.5 is refused"),
+    "dynamic with alpha": (
+        DYNAMIC | {"rope_scaling": {"type": "dynamic", "factor": 4.0, "alpha": 1e3}},
+        "not supported: alpha",
+    ),
+    "dynamic that begins elsewhere": (
+        DYNAMIC | {"rope_scaling": {"type": "dynamic", "factor": 4.0, "original_max_position_embeddings": 64}},
+        "begins at 64 and max_position_embeddings is 128",
+    ),
     "scaled rope, new key": (
         {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}},
         "rope_parameters .* not supported",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.distributed.parity import DIGITS, agreement, furthest, run_layouts
+from tests.distributed.parity import DIGITS, SEQUENCE, agreement, furthest, run_layouts
 
 ALONE = {
     "1 process": {},
@@ -67,6 +67,21 @@ PACKED = {
     "CP2 ring": {"cp": 2},
     "CP2 Ulysses ZeRO 3": {"cp": 2, "kind": "a2a", "zero": 3},
 }
+# samples are twice as long as the context, so that scaling acts, and by the length of the whole sample on every rank
+SCALED = {"max_position_embeddings": SEQUENCE // 2, "rope_scaling": {"type": "dynamic", "factor": 4.0}}
+SCALED_TWO = {
+    "TP2": {"tp": 2},
+    "TP2 SP recompute": {"tp": 2, "sp": True, "recompute": "full"},
+    "CP2 ring": {"cp": 2},
+    "CP2 Ulysses ZeRO 2": {"cp": 2, "kind": "a2a", "zero": 2},
+    "PP2": {"pp": 2, "micro": 2},
+    "PP2 recompute": {"pp": 2, "micro": 2, "recompute": "full"},
+}
+SCALED_FOUR = {
+    "CP2 ring TP2 SP": {"cp": 2, "tp": 2, "sp": True},
+    "CP4 ring": {"cp": 4},
+    "PP2 TP2 SP ZeRO 1": {"pp": 2, "tp": 2, "sp": True, "zero": 1, "micro": 2},
+}
 UNEVEN = {
     "PP4 by parameters": {"pp": 4, "micro": 2},
     "PP4 of 2, 1, 1, 1": {"pp": 4, "micro": 1, "zero": 1, "layers": [2, 1, 1, 1]},
@@ -101,6 +116,15 @@ def test_packed_documents_give_the_same_run(reference):
     assert agreement(reference, whole) < 4  # attention that sees less is another run
     for name, run in run_layouts(2, PACKED, documents=True).items():
         assert agreement(whole, run.lines) >= DIGITS, name
+
+
+def test_dynamic_rope_scaling_gives_the_same_run(reference):
+    whole = run_layouts(1, {"1 process": {}}, model=SCALED)["1 process"].lines
+    assert agreement(reference, whole) < 3  # it acts
+    for world, layouts in ((2, SCALED_TWO), (4, SCALED_FOUR)):
+        table = {name: agreement(whole, run.lines) for name, run in run_layouts(world, layouts, model=SCALED).items()}
+        print("dynamic RoPE: " + ", ".join(f"{name} {value:.1f} digits" for name, value in table.items()))
+        assert all(value >= DIGITS for value in table.values()), table
 
 
 def test_layers_that_stages_do_not_divide_give_the_same_run():

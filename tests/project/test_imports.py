@@ -27,8 +27,20 @@ ALLOWED = {
     "engine": {"model", "methods", "parallel", "recipe"},
     "checkpoint": {"engine", "model", "methods", "parallel", "recipe"},
     "convert": {"methods", "recipe"},
+    "evaluation": {"convert", "methods", "recipe", "data"},
     "training": {"checkpoint", "engine", "model", "methods", "parallel", "recipe", "data"},
-    "cli": {"training", "checkpoint", "engine", "model", "methods", "parallel", "recipe", "data", "convert"},
+    "cli": {
+        "training",
+        "checkpoint",
+        "engine",
+        "model",
+        "methods",
+        "parallel",
+        "recipe",
+        "data",
+        "convert",
+        "evaluation",
+    },
 }
 MEGATRON = {"model", "parallel", "engine", "training", "data"}
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -34,6 +34,34 @@ GROWTH = [{"after_tokens": 10_000, "global_batch_size": 16}, {"after_tokens": 20
         ({"model__num_query_groups": 3}, "model.num_query_groups: 4 attention heads do not divide into 3"),
         ({"model__kv_channels": 15}, "model.kv_channels: .*15 is odd"),
         (
+            {"model__rope_scaling": {"factor": 4.0}},
+            "model.rope_scaling.factor: 4.0 is given, and model.rope_scaling.type none has no use for it; set",
+        ),
+        (
+            {"model__rope_scaling": {"original_max_position_embeddings": 64}},
+            "model.rope_scaling.original_max_position_embeddings: 64 is given, and .* no use for it",
+        ),
+        ({"model__rope_scaling": {"type": "ntk"}}, "model.rope_scaling.factor: ntk scaling needs its factor"),
+        ({"model__rope_scaling": {"type": "ntk", "factor": 0.5}}, "model.rope_scaling.factor: 0.5 is refused"),
+        ({"model__rope_scaling": {"type": "yarn", "factor": 4.0}}, "model.rope_scaling.type: 'yarn' is refused"),
+        ({"model__rope_scaling": {"kind": "ntk"}}, "unknown key model.rope_scaling.kind"),
+        (
+            {"model__rope_scaling": {"type": "ntk", "factor": 4.0, "original_max_position_embeddings": 63}},
+            "model.rope_scaling.factor: model.max_position_embeddings 256 is more than 4 times 63; give at least 4.06",
+        ),
+        (
+            {"model__rope_scaling": {"type": "dynamic", "factor": 4.0, "original_max_position_embeddings": 64}},
+            "original_max_position_embeddings: 64 is not model.max_position_embeddings 256, where dynamic",
+        ),
+        (
+            {"model__rope_scaling": {"type": "product", "factor": 4.0}, "model__kv_channels": 2},
+            "model.kv_channels: product scaling divides by the channels a head less 2",
+        ),
+        (
+            {"model__rope_scaling": {"type": "dynamic", "factor": 4.0}, "data__sequence_length": 1025},
+            "data.sequence_length: 1025 tokens exceed the 1024 that dynamic scaling makes of model.max_position",
+        ),
+        (
             {"model__num_moe_experts": 2, "model__moe_router_topk": 3},
             "model.moe_router_topk: 3 experts a token of only 2",
         ),
@@ -101,6 +129,24 @@ GROWTH = [{"after_tokens": 10_000, "global_batch_size": 16}, {"after_tokens": 20
 def test_contradictions(changes: dict[str, Any], line: str) -> None:
     with pytest.raises(UserError, match=line):
         build(minimal_fields(**changes))
+
+
+def test_dynamic_scaling_lets_samples_be_longer() -> None:
+    dynamic = {"type": "dynamic", "factor": 4.0}
+    recipe = build(minimal_fields(model__rope_scaling=dynamic, data__sequence_length=1024))
+    assert recipe.model.longest_sequence == 1024 == 4 * recipe.model.max_position_embeddings
+
+
+def test_scaling_lies_over_the_presets_key_by_key_and_null_takes_it_away() -> None:
+    long = minimal_fields(preset="minicpm-2.4b-128k")
+    assert build(long).model.rope_scaling.type == "dynamic"
+    long["model"] = {"rope_scaling": {"factor": 2.0}}
+    assert build(long).model.longest_sequence == 131_072
+    long["model"] = {"rope_scaling": None}
+    assert build(long).model.rope_scaling.type == "none"
+    long["model"] = {"rope_scaling": {"type": "none"}}
+    with pytest.raises(UserError, match="set model.rope_scaling.factor=null"):
+        build(long)
 
 
 def test_a_recipe_cannot_be_changed() -> None:

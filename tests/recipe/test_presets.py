@@ -67,6 +67,12 @@ def test_long_context_model_has_a_head_of_its_own() -> None:
     assert counts.total == 2_442_057_984 + 2 * 122_753 * 2304
 
 
+def test_long_context_model_has_the_released_positions() -> None:
+    model = get_preset("minicpm-2.4b-128k")
+    assert (model.max_position_embeddings, model.rotary_base) == (65_536, 1e6)
+    assert (model.rope_scaling.type, model.rope_scaling.factor) == ("dynamic", 4.0)
+
+
 def test_mixture_of_experts_is_the_dense_model_with_seven_more_mlps_and_a_router() -> None:
     dense, moe = (count_parameters(get_preset(name)) for name in ("minicpm-2.4b", "minicpm-moe-8x2b"))
     mlp, router = 3 * 2304 * 5760, 8 * 2304

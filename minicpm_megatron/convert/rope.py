@@ -1,0 +1,116 @@
+"""Rotary positions in a config.json: the base and how it is scaled, as every program reads them.
+
+A dynamic scaling has a field of its own everywhere. `ntk` and `product` are another base and nothing else, so they are
+written as that base, which no program can misread; the note keeps what it was made of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from minicpm_megatron.convert.multipliers import NOTE_KEY
+from minicpm_megatron.errors import UserError
+from minicpm_megatron.methods.rope import rope_of
+from minicpm_megatron.recipe import ModelRecipe, build_section
+
+Fields = dict[str, Any]
+_SCALING_FIELDS = ("rotary_base", "rope_scaling")
+_UNDERSTOOD = {"default": set(), "dynamic": {"factor", "original_max_position_embeddings"}}
+_EVERYWHERE = {"type", "rope_type", "rope_theta", "partial_rotary_factor"}
+
+
+def write_rope(model: ModelRecipe) -> Fields:
+    """The fields of config.json.
+
+    transformers 5 reads rope_parameters, everything older the two top-level keys; a reader that finds neither of its
+    own falls back to a base of its own choosing without a word. Of rope_scaling, older ones refuse more than the two
+    members that are written.
+    """
+    base = rope_of(model).base_at(1)
+    if model.rope_scaling.type != "dynamic":
+        return {
+            "rope_parameters": {"rope_type": "default", "rope_theta": base},
+            "rope_theta": base,
+            "rope_scaling": None,
+        }
+    factor = model.rope_scaling.factor
+    return {
+        "rope_parameters": {"rope_type": "dynamic", "rope_theta": base, "factor": factor},
+        "rope_theta": base,
+        "rope_scaling": {"type": "dynamic", "factor": factor},
+    }
+
+
+def rope_note(model: ModelRecipe) -> Fields:
+    """What `write_rope` cannot say: what the base was before it was scaled."""
+    if model.rope_scaling.type in ("none", "dynamic"):
+        return {}
+    return {field: model.model_dump(mode="json")[field] for field in _SCALING_FIELDS}
+
+
+def read_rope(config: Mapping[str, Any], longest: Any) -> Fields:
+    """rotary_base and rope_scaling of a `ModelRecipe`, from whichever of the keys are there.
+
+    Args:
+        longest: max_position_embeddings of the same config.json, where transformers begins to scale.
+
+    Raises:
+        UserError: a scaling that is not understood, or two places that say different things.
+    """
+    places = {key: config[key] for key in ("rope_parameters", "rope_scaling") if config.get(key)}
+    scalings = [_scaling(key, value, longest) for key, value in places.items()]
+    if any(scaling != scalings[0] for scaling in scalings[1:]):
+        raise UserError(
+            f"rope_parameters {places['rope_parameters']!r} and rope_scaling {places['rope_scaling']!r} differ"
+        )
+    bases = {_base(place) for place in (*places.values(), config) if "rope_theta" in place}
+    if len(bases) > 1:
+        raise UserError(f"two different values of rope_theta: {sorted(bases)}")
+    return {
+        "rotary_base": bases.pop() if bases else ModelRecipe.model_fields["rotary_base"].default,
+        "rope_scaling": scalings[0] if scalings else None,
+    }
+
+
+def with_noted_scaling(native: ModelRecipe, config: Mapping[str, Any]) -> ModelRecipe:
+    """`native` with the scaling that the note remembers, if that makes the base which config.json states."""
+    note = config.get(NOTE_KEY)
+    if not isinstance(note, dict) or not all(field in note for field in _SCALING_FIELDS):
+        return native
+    fields = native.model_dump() | {field: note[field] for field in _SCALING_FIELDS}
+    try:
+        noted = build_section(ModelRecipe, fields, where=NOTE_KEY)
+    except UserError:  # edited by hand since: the configuration's own fields are right
+        return native
+    return noted if rope_of(noted).base_at(1) == rope_of(native).base_at(1) else native
+
+
+def _scaling(key: str, value: Any, longest: Any) -> Fields | None:
+    """One of the two objects as `rope_scaling`."""
+    kind = value.get("rope_type", value.get("type", "default")) if isinstance(value, dict) else None
+    if not isinstance(kind, str) or kind not in _UNDERSTOOD or value.get("partial_rotary_factor", 1.0) != 1.0:
+        raise UserError(f"{key} {value!r} is not supported", fix="unscaled and dynamic RoPE can be imported")
+    if kind == "default":
+        return None
+    if unknown := sorted(set(value) - _UNDERSTOOD[kind] - _EVERYWHERE):
+        raise UserError(
+            f"{key} {value!r} is not supported: {unknown[0]}", fix="dynamic RoPE takes a factor and no more"
+        )
+    if value.get("original_max_position_embeddings", longest) != longest:
+        raise UserError(
+            f"{key} begins at {value['original_max_position_embeddings']!r} and max_position_embeddings is {longest!r},"
+            " where transformers begins",
+            fix="set max_position_embeddings to the first",
+        )
+    factor = value.get("factor")
+    if isinstance(factor, bool) or not isinstance(factor, int | float):
+        raise UserError(f"{key}: factor must be a number, not {factor!r}")
+    return {"type": "dynamic", "factor": float(factor)}
+
+
+def _base(place: Mapping[str, Any]) -> float:
+    value = place["rope_theta"]
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise UserError(f"rope_theta must be a number, not {value!r}")
+    return float(value)

@@ -1,0 +1,1 @@
+"""What a trained model can do, measured from any folder that can be converted."""

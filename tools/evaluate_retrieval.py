@@ -1,0 +1,67 @@
+"""Ask a trained model what long texts hide:
+
+    python tools/evaluate_retrieval.py --checkpoint RUN --set DIR --output DIR
+
+Takes a run (its newest checkpoint), one checkpoint, or an exported or downloaded Hugging Face folder, and a set of
+tools/build_retrieval_set.py. Prints accuracy by length and depth, and writes every answer, results.json and
+heat_map.png. Killed and run again, it goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+from pathlib import Path
+
+from minicpm_megatron.checkpoint.find import newest_checkpoint
+from minicpm_megatron.cli.entry import run
+from minicpm_megatron.convert.generation import Generator
+from minicpm_megatron.data.retrieval_set import SET, open_set
+from minicpm_megatron.data.tokenizer import MODEL_NAME
+from minicpm_megatron.errors import UserError
+from minicpm_megatron.evaluation.heat_map import draw_heat_map
+from minicpm_megatron.evaluation.retrieval import RESULTS, evaluate, table
+
+
+def main() -> None:
+    """Parse the command line and evaluate."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", type=Path, required=True, help="run, checkpoint or Hugging Face folder")
+    parser.add_argument("--set", type=Path, required=True, help="folder of tools/build_retrieval_set.py")
+    parser.add_argument("--output", type=Path, required=True, help="folder of the results")
+    parser.add_argument("--tokenizer", type=Path, help="tokenizer folder (default: the one that belongs to the model)")
+    parser.add_argument("--max-length", type=int, help="leave out questions of more tokens")
+    options = parser.parse_args()
+    if options.max_length is not None and options.max_length < 1:
+        raise UserError("must be at least 1", where="--max-length")
+    questions = open_set(options.set)
+    folder = newest_checkpoint(options.checkpoint)
+    generator = Generator(folder, options.tokenizer)
+    identity = {
+        "task": questions.task,
+        "model": str(folder.resolve()),
+        "model_files": _fingerprint(folder),
+        "set_sha256": hashlib.sha256((options.set / SET).read_bytes()).hexdigest(),
+        "tokenizer": str(generator.tokenizer_folder.resolve()),
+    }
+    cells = evaluate(generator, questions, options.output, identity=identity, max_length=options.max_length)
+    if _sha256(generator.tokenizer_folder / MODEL_NAME) != questions.tokenizer_sha256:
+        print("note: the set's lengths were counted with another tokenizer than the model's")
+    print(f"{questions.task}, {folder}")
+    print(table(cells))
+    picture = draw_heat_map(cells, f"{questions.task}: {options.checkpoint.name}", options.output)
+    print(f"results: {options.output / RESULTS}, picture: {picture}")
+
+
+def _sha256(path: Path) -> str | None:
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+
+
+def _fingerprint(folder: Path) -> str:
+    """Of names, sizes and times of change: a folder whose weights were replaced is another model."""
+    files = sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in folder.iterdir())
+    return hashlib.sha256(repr(files).encode()).hexdigest()
+
+
+if __name__ == "__main__":
+    run(main)
