@@ -86,7 +86,8 @@ def test_killed_and_run_again_gives_the_same_bytes(
 
 
 def test_interrupted_by_the_user(tokenizer_dir: Path, tmp_path: Path) -> None:
-    source = write_jsonl(tmp_path / "a.jsonl", texts() * 30)
+    # seconds of work after the first unit, so that a busy machine does not end it before it is interrupted
+    source = write_jsonl(tmp_path / "a.jsonl", texts() * 150)
     arguments = ["--input", source, "--tokenizer", tokenizer_dir, "--output-prefix", tmp_path / "out", "--workers", "2"]
     process = subprocess.Popen([*TOOL, *map(str, arguments)], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
