@@ -38,7 +38,7 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list
         cases[f"killed {key}"] = nano.case(recipe, f"cut-{key}", *overrides, kill_at=13)
         cases[f"resumed {key}"] = nano.case(recipe, f"cut-{key}", *overrides)
         poisoned = [*overrides, "faults.non_finite=skip"]
-        cases[f"skipped {key}"] = nano.case(recipe, f"skipped-{key}", *poisoned, poison_at=12, poison="gradient")
+        cases[f"skipped {key}"] = nano.case(recipe, f"skipped-{key}", *poisoned, poison_at=nano.HALF, poison="gradient")
     begun = str(folder / "runs" / "whole-1-fp32" / "checkpoints" / "step-10")
     for name, (ranks, overrides) in OTHERS.items():
         run = name.replace(" ", "-").replace(",", "")
@@ -70,9 +70,9 @@ def test_a_gradient_that_is_not_finite_is_met_before_it_moves_an_expert(stage, p
     key = f"{stage}-{precision}"
     nano.check(outcomes[f"skipped {key}"])
     records = read_metrics(runs / f"skipped-{key}" / METRICS)
-    assert [record["step"] for record in records if record.get("skipped")] == [13]
-    before = [record[2] for record in nano.losses(runs / f"whole-{key}")][:13]
-    assert [record["loss"] for record in records[:13]] == before
+    assert [record["step"] for record in records if record.get("skipped")] == [nano.HALF + 1]
+    before = [record[2] for record in nano.losses(runs / f"whole-{key}")][: nano.HALF]
+    assert [record["loss"] for record in records[: nano.HALF]] == before
     assert records[-1]["loss"] < records[0]["loss"] - 0.3
 
 
