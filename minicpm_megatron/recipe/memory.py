@@ -22,6 +22,12 @@ ELEMENT_BYTES = {"fp32": 4, "bf16": 2}
 ALLREDUCE_BUCKET_SIZE = 500_000_000  # elements; DeepSpeed's MEMORY_OPT_ALLREDUCE_SIZE, which no setting changes
 
 
+def loss_chunk_bytes(device_type: str) -> int:
+    """Logits that the fused loss holds at once. On a GPU products of few tokens do not fill the device; on CPU a
+    quarter of a large head's gradient is enough for the product with it to take most of the time."""
+    return 96 * 2**20 if device_type == "cpu" else 512 * 2**20
+
+
 @dataclass(frozen=True)
 class MemoryEstimate:
     """Bytes on the fullest rank.
