@@ -2,10 +2,10 @@
 
 Tokens go through the head in chunks. A chunk's logits are made, turned into their own gradient in place and multiplied
 on into the gradients of hidden states and head before the next chunk takes the buffer, so that a training step costs
-three matrix products (6 S V H operations) and no logits remain. Only torch is needed, and no process group without
-tensor parallelism. Chunks with the gradient made in forward are Liger-Kernel's idea (Hsu et al. 2024, arXiv
-2410.10989), the memory-free loss that recomputes is cut cross-entropy's (Wijmans et al. 2024, arXiv 2411.09009), and the
-loss over a divided vocabulary is Megatron-LM's (Shoeybi et al. 2019, arXiv 1909.08053, section 3).
+three matrix products (6 T V H operations for T tokens) and no logits remain. Needs torch alone, and no process group
+without tensor parallelism. Chunks whose gradient is made in forward are Liger-Kernel's idea (Hsu et al. 2024, arXiv
+2410.10989), making logits twice is cut cross-entropy's (Wijmans et al. 2024, arXiv 2411.09009), and the loss over a
+divided vocabulary is Megatron-LM's (Shoeybi et al. 2019, arXiv 1909.08053, section 3).
 """
 
 from __future__ import annotations
@@ -32,11 +32,12 @@ class VocabParallelLinearCrossEntropy(torch.nn.Module):
     Memory beyond the gradients themselves (which have the shapes of hidden and weight), in bytes, with V rows of the
     head on this rank and e bytes an element:
 
-        c V e + r V 4 + 24 T,  c = min(T, max(1, chunk_bytes / (V e))) tokens,  r V 4 at most 4 MiB on CPU, c V 4 elsewhere
+        c V e + s V + 40 T,  c = min(T, max(1, chunk_bytes / (V e))) tokens in a chunk
 
-    for T tokens: no term grows with T x V. More than 16 chunks accumulate the head's gradient in fp32 and not in bf16,
-    which adds 2 V H. Sequence parallelism adds the gathered hidden states and their gradient, 2 T H e, as
-    ColumnParallelLinear does.
+    for T tokens, where s V, the softmax in fp32, is at most 4 MiB on CPU (or one token's, if that is more), 4 c V
+    elsewhere, and nothing with Triton: no term grows with T x V. With more than 16 chunks the gradient of a head in
+    half precision is summed in fp32 and narrowed in place, which adds 2 V H. Sequence parallelism adds the gathered
+    hidden states and their gradient, 2 T H e, as ColumnParallelLinear does.
 
     Gradients. `gradient_in="forward"` makes them with the loss, 6 T V H operations in all. They are then those for an
     upstream gradient that is the same for every token, which backward multiplies by it: always so for "mean" and "sum".
@@ -44,9 +45,8 @@ class VocabParallelLinearCrossEntropy(torch.nn.Module):
     gradients anew from the saved log-sum-exps (10 T V H in all). `gradient_in="backward"` only ever does that (8 T V H)
     and holds nothing between forward and backward but hidden states. Without gradients to make, 2 T V H.
 
-    Precision: products in the dtype of the inputs, softmax and loss in fp32. Up to 16 chunks the head's bf16 gradient is
-    rounded once a chunk, which stays below the rounding of logits that every bf16 head has; benchmarks/README.md has the
-    figures.
+    Precision: products in the dtype of the inputs, softmax and loss in fp32. A bf16 gradient of the head is rounded
+    once a chunk, 16 times at most; benchmarks/README.md says what that costs.
 
     Args:
         reduction: "none", a loss a token; "sum"; "mean" over the weight of the mask, 0 where that is 0.
@@ -82,13 +82,9 @@ class VocabParallelLinearCrossEntropy(torch.nn.Module):
         kernels: Literal["auto", "torch", "triton"] = "auto",
     ) -> None:
         super().__init__()
-        self.reduction, self.ignore_index, self.z_loss, self.logit_scale = reduction, ignore_index, z_loss, logit_scale
-        self.vocab_size, self.gradient_in, self.chunk_bytes, self.kernels = (
-            vocab_size,
-            gradient_in,
-            chunk_bytes,
-            kernels,
-        )
+        self.reduction, self.ignore_index, self.z_loss = reduction, ignore_index, z_loss
+        self.logit_scale, self.vocab_size, self.gradient_in = logit_scale, vocab_size, gradient_in
+        self.chunk_bytes, self.kernels = chunk_bytes, kernels
         self.group = group if group is not None and group.size() > 1 else None
         self.sequence_parallel = sequence_parallel and self.group is not None
 
@@ -191,26 +187,26 @@ class _LinearCrossEntropy(torch.autograd.Function):
         losses = torch.where(factor == 0, 0.0, losses * factor)
         del head.buffer, head.scratch
         ctx.gradients = None if sums is None else _finish(sums, hidden, group)
-        ctx.save_for_backward(hidden, weight, labels, factor, log_sums)
-        ctx.part, ctx.group, ctx.reduced = part, group, reduced
+        ctx.save_for_backward(hidden, weight, labels, log_sums)
+        ctx.factor, ctx.part, ctx.group, ctx.reduced = factor, part, group, reduced
         return losses.sum() if reduced else losses
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> Any:  # type: ignore[override]
-        # they are scaled where they are, so a second backward has to make them anew
+        # they are scaled where they lie, so a second backward has to make them anew
         gradients, ctx.gradients = ctx.gradients, None
-        hidden, weight, labels, factor, log_sums = (None,) * 5 if gradients and ctx.reduced else ctx.saved_tensors
         if gradients is not None:
-            scale = float(upstream) if ctx.reduced else _common(upstream, factor)
+            scale = float(upstream) if ctx.reduced else _common(upstream, ctx.factor)
             if scale is not None:
                 if scale != 1.0:
                     for gradient in gradients:
                         gradient is None or gradient.mul_(scale)
                 return *gradients, *(None,) * 6
             del gradients
+        hidden, weight, labels, log_sums = ctx.saved_tensors
         head = ChunkedHead(_whole(hidden, *ctx.group), weight, labels, ctx.part)
         sums = Gradients(head, weight, ctx.needs_input_grad[:2])
-        factor = factor * upstream
+        factor = ctx.factor * upstream
         for tokens in head:
             sums.add(tokens, head.differentiate_(tokens, head.logits(tokens), log_sums[tokens], factor[tokens]))
         del head.buffer, head.scratch
