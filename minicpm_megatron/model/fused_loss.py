@@ -199,8 +199,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             scale = float(upstream) if ctx.reduced else _common(upstream, ctx.factor)
             if scale is not None:
                 if scale != 1.0:
-                    for gradient in gradients:
-                        gradient is None or gradient.mul_(scale)
+                    for gradient in filter(torch.is_tensor, gradients):
+                        gradient.mul_(scale)
                 return *gradients, *(None,) * 6
             del gradients
         hidden, weight, labels, log_sums = ctx.saved_tensors
@@ -250,7 +250,7 @@ def _join(statistics: Tensor, group: Any) -> tuple[Tensor, Tensor]:
     if group is None:
         return statistics[0] + statistics[1].log(), statistics[2]
     every = statistics.new_empty(group.size(), *statistics.shape)
-    dist.all_gather_into_tensor(every, statistics, group=group)
+    dist.all_gather_into_tensor(every.flatten(0, 1), statistics, group=group)  # gloo knows concatenation only
     largest = every[:, 0].amax(0)
     total = (every[:, 1] * (every[:, 0] - largest).exp()).sum(0)
     return largest + total.log(), every[:, 2].sum(0)
