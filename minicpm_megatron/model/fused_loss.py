@@ -21,6 +21,9 @@ from minicpm_megatron.model.fused_loss_chunks import ChunkedHead, Gradients, Par
 from minicpm_megatron.recipe.memory import loss_chunk_bytes
 
 Reduction = Literal["none", "mean", "sum"]
+# torch 2.13 has new names for them and warns of the old ones
+_all_gather: Any = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+_reduce_scatter: Any = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 
 class VocabParallelLinearCrossEntropy(torch.nn.Module):
@@ -228,7 +231,7 @@ def _whole(hidden: Tensor, group: Any, sequence_parallel: bool) -> Tensor:
     if sequence_parallel:
         parts = hidden.contiguous()
         hidden = parts.new_empty(group.size() * parts.size(0), *parts.shape[1:])
-        dist.all_gather_into_tensor(hidden, parts, group=group)
+        _all_gather(hidden, parts, group=group)
     return hidden.reshape(-1, hidden.size(-1))
 
 
@@ -239,7 +242,7 @@ def _finish(sums: Gradients, hidden: Tensor, group: tuple[Any, bool]) -> tuple[T
         return None if gradient is None else gradient.view(hidden.shape), weight
     if group[1]:
         part = hidden.new_empty(hidden.shape)
-        dist.reduce_scatter_tensor(part, gradient.view(-1, *hidden.shape[1:]), group=group[0])
+        _reduce_scatter(part, gradient.view(-1, *hidden.shape[1:]), group=group[0])
         return part, weight
     dist.all_reduce(gradient, group=group[0])
     return gradient.view(hidden.shape), weight
@@ -250,7 +253,7 @@ def _join(statistics: Tensor, group: Any) -> tuple[Tensor, Tensor]:
     if group is None:
         return statistics[0] + statistics[1].log(), statistics[2]
     every = statistics.new_empty(group.size(), *statistics.shape)
-    dist.all_gather_into_tensor(every.flatten(0, 1), statistics, group=group)  # gloo knows concatenation only
+    _all_gather(every.flatten(0, 1), statistics, group=group)  # gloo knows concatenation only
     largest = every[:, 0].amax(0)
     total = (every[:, 1] * (every[:, 0] - largest).exp()).sum(0)
     return largest + total.log(), every[:, 2].sum(0)

@@ -22,7 +22,7 @@ class LanguageModelHead(ColumnParallelLinear):
 
     @classmethod
     def of(cls, linear: torch.nn.Module) -> LanguageModelHead:
-        """`linear`, a ColumnParallelLinear, made one: GPTModel builds a linear layer that nothing can be put in the place of."""
+        """`linear`, a ColumnParallelLinear, made one: GPTModel builds its head itself and takes no other."""
         assert isinstance(linear, ColumnParallelLinear)
         linear.__class__ = cls
         assert isinstance(linear, cls)
