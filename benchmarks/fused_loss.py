@@ -6,9 +6,9 @@
     python -m benchmarks.fused_loss --device cuda --tokens 8192 --rounds 21
 
 A candidate makes the mean loss of random hidden states and labels and both gradients. Its time is divided by that of
-`floor` in the same round: the three matrix products of 6 T V H operations and nothing else. Memory is what the process
-(on CUDA: the allocator) held more at its peak than before, gradients included. Peers that are not installed are left
-out.
+`floor` in the same round: the three matrix products of 6 T V H operations and nothing else. Time is the process's CPU
+time, so that other work on the machine disturbs little, and on CUDA wall time. Memory is what the process (on CUDA: the
+allocator) held more at its peak than before, gradients included. Peers that are not installed are left out.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import gc
 import importlib.metadata
-import os
 import random
 import statistics
 import tempfile
@@ -127,12 +126,13 @@ class Measure:
         gc.collect()
         self._wait()
         before = self._reset()
-        began = time.perf_counter()
+        clock = time.perf_counter if self.cuda else time.process_time
+        began = clock()
         loss = step()
         if backward:
             loss.backward()
         self._wait()
-        seconds = time.perf_counter() - began
+        seconds = clock() - began
         return seconds, self._peak() - before, float(loss.detach())
 
     def _wait(self) -> None:
@@ -176,11 +176,10 @@ def measure(rank: int, case: Case, store: str, results: Any) -> None:
             skipped[name] = str(error) or type(error).__name__
     found: dict[str, list[tuple[float, float, int, float]]] = {name: [] for name in steps}
     order = random.Random(3)
+    base_step = floor(inputs)
+    base_step()
     for _ in range(case.rounds):
-        base_step = floor(inputs)
-        base_step()
-        base = min(take(base_step, backward=False)[0] for _ in range(2))
-        del base_step
+        base = take(base_step, backward=False)[0]
         for name in order.sample(list(steps), len(steps)):
             seconds, size, loss = take(steps[name], backward=True)
             found[name].append((seconds / base, seconds, size, loss))
@@ -231,7 +230,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--tensor-parallel", type=int, default=1, metavar="RANKS")
-    parser.add_argument("--threads", type=int, help="a rank's (default: the cores, shared out)")
+    parser.add_argument("--threads", type=int, default=1, help="of a rank")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--candidates", nargs="+", choices=CANDIDATES, default=list(CANDIDATES), metavar="NAME")
     given = parser.parse_args()
@@ -242,7 +241,7 @@ def main() -> None:
         dtype=given.dtype,
         device=given.device,
         ranks=given.tensor_parallel,
-        threads=given.threads or max(1, len(os.sched_getaffinity(0)) // given.tensor_parallel),
+        threads=given.threads,
         rounds=given.rounds,
         candidates=tuple(given.candidates),
     )

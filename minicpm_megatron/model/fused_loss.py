@@ -37,7 +37,7 @@ class VocabParallelLinearCrossEntropy(torch.nn.Module):
 
         c V e + s V + 40 T,  c = min(T, max(1, chunk_bytes / (V e))) tokens in a chunk
 
-    for T tokens, where s V, the softmax in fp32, is at most 4 MiB on CPU (or one token's, if that is more), 4 c V
+    for T tokens, where s V, the softmax in fp32, is at most 4 MiB on CPU (or one token's, if that is more), 8 c V
     elsewhere, and nothing with Triton: no term grows with T x V. With more than 16 chunks the gradient of a head in
     half precision is summed in fp32 and narrowed in place, which adds 2 V H. Sequence parallelism adds the gathered
     hidden states and their gradient, 2 T H e, as ColumnParallelLinear does.
@@ -125,13 +125,12 @@ class VocabParallelLinearCrossEntropy(torch.nn.Module):
         )
         group = (self.group, self.sequence_parallel)
         in_forward = self.gradient_in == "forward" and torch.is_grad_enabled()
-        if self.reduction == "mean":
-            total = factor.sum()
-            factor = torch.where(total == 0, 0.0, factor / total)
         losses = _LinearCrossEntropy.apply(
             hidden, weight, labels.reshape(-1), factor.reshape(-1), part, group, in_forward, self.reduction != "none"
         )
-        return losses.view(labels.shape) if self.reduction == "none" else losses
+        if self.reduction == "none":
+            return losses.view(labels.shape)
+        return losses / factor.sum().clamp(min=torch.finfo(factor.dtype).tiny) if self.reduction == "mean" else losses
 
     def _check(self, hidden: Tensor, weight: Tensor, labels: Tensor, loss_mask: Tensor | None) -> None:
         where = type(self).__name__
@@ -181,9 +180,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         log_sums, targets = torch.empty_like(factor), torch.empty_like(factor)
         for tokens in head:
             logits = head.logits(tokens)
-            log_sums[tokens], targets[tokens] = _join(head.statistics(tokens, logits), group[0])
+            own = head.statistics(tokens, logits, keep_softmax=sums is not None)
+            log_sums[tokens], targets[tokens] = _join(own, group[0])
             if sums is not None:
-                sums.add(tokens, head.differentiate_(tokens, logits, log_sums[tokens], factor[tokens]))
+                sums.add(tokens, head.correct_(tokens, logits, own, log_sums[tokens], factor[tokens]))
         losses = log_sums - targets
         if part.z_loss:
             losses += part.z_loss * log_sums.square()
@@ -248,15 +248,13 @@ def _finish(sums: Gradients, hidden: Tensor, group: tuple[Any, bool]) -> tuple[T
     return gradient.view(hidden.shape), weight
 
 
-def _join(statistics: Tensor, group: Any) -> tuple[Tensor, Tensor]:
-    """(log-sum-exp, logit of the label) [n] over the whole vocabulary from each rank's [3, n]; one message."""
+def _join(own: Tensor, group: Any) -> tuple[Tensor, Tensor]:
+    """(log-sum-exp, logit of the label) [n] over the whole vocabulary from each rank's [2, n]; one message."""
     if group is None:
-        return statistics[0] + statistics[1].log(), statistics[2]
-    every = statistics.new_empty(group.size(), *statistics.shape)
-    _all_gather(every.flatten(0, 1), statistics, group=group)  # gloo knows concatenation only
-    largest = every[:, 0].amax(0)
-    total = (every[:, 1] * (every[:, 0] - largest).exp()).sum(0)
-    return largest + total.log(), every[:, 2].sum(0)
+        return own[0], own[1]
+    every = own.new_empty(group.size(), *own.shape)
+    _all_gather(every.flatten(0, 1), own, group=group)  # gloo knows concatenation only
+    return every[:, 0].logsumexp(0), every[:, 1].sum(0)
 
 
 def _check_labels(labels: Tensor, vocab_size: int) -> None:

@@ -63,8 +63,9 @@ class ChunkedHead:
         width = wide(hidden.dtype)
         rows = self.size
         if hidden.device.type == "cpu":
-            rows = min(rows, max(1, SCRATCH_BYTES // max(1, self.weight.size(0) * width.itemsize)))
-        self.scratch = hidden.new_empty(0 if self.triton else rows, self.weight.size(0), dtype=width)
+            rows = min(rows, max(1, SCRATCH_BYTES // max(1, 2 * self.weight.size(0) * width.itemsize)))
+        # two of them: logits and softmax
+        self.scratch = hidden.new_empty(2, 0 if self.triton else rows, self.weight.size(0), dtype=width)
 
     def __iter__(self) -> Iterator[slice]:
         """The tokens of each chunk."""
@@ -84,10 +85,14 @@ class ChunkedHead:
         entry = self.entry(tokens)
         return torch.mm(entry, self.weight.t(), out=self.buffer[: entry.size(0)])
 
-    def statistics(self, tokens: slice, logits: Tensor) -> Tensor:
-        """[3, n]: this rank's largest logit, its sum of exp(logit - largest), and the label's logit or 0."""
+    def statistics(self, tokens: slice, logits: Tensor, *, keep_softmax: bool) -> Tensor:
+        """[2, n]: log-sum-exp over this rank's rows, and the label's logit, 0 where another rank has it.
+
+        With `keep_softmax` the softmax over this rank's rows takes the place of the logits, for `correct_`; Triton's
+        kernels rather read logits again.
+        """
         labels = self.labels[tokens]
-        found = logits.new_empty(3, labels.size(0), dtype=wide(logits.dtype))
+        found = logits.new_empty(2, labels.size(0), dtype=wide(logits.dtype))
         if not logits.size(1):  # nothing but padding
             found.zero_()[0] = -torch.inf
             return found
@@ -96,13 +101,37 @@ class ChunkedHead:
 
             return statistics(logits, labels, found)
         for rows in self._blocks(labels.size(0)):
-            values = self.scratch[: rows.stop - rows.start].copy_(logits[rows])
-            label = labels[rows, None]
-            largest = values.amax(1, keepdim=True)
-            found[0, rows] = largest[:, 0]
-            found[2, rows] = torch.where(label < 0, 0.0, values.gather(1, label.clamp(min=0)))[:, 0]
-            found[1, rows] = values.sub_(largest).exp_().sum(1)
+            values, softmax = (scratch[: rows.stop - rows.start] for scratch in self.scratch)
+            values.copy_(logits[rows])
+            found[1, rows] = torch.where(labels[rows] < 0, 0.0, _at(values, labels[rows]))
+            # torch.exp takes longer than all of softmax, whose largest value is exp(largest logit - log-sum-exp)
+            torch.softmax(values, 1, out=softmax)
+            found[0, rows] = values.amax(1) - softmax.amax(1).log()
+            if keep_softmax:
+                logits[rows] = softmax
         return found
+
+    def correct_(self, tokens: slice, softmax: Tensor, own: Tensor, log_sum: Tensor, factor: Tensor) -> Tensor:
+        """Make the gradient of `statistics`' softmax, in place.
+
+        Args:
+            own: [2, n], what `statistics` returned.
+            log_sum, factor: as for `differentiate_`, which this is equal to but for roundings.
+        """
+        if self.triton:
+            return self.differentiate_(tokens, softmax, log_sum, factor)
+        if not softmax.size(1):
+            return softmax
+        labels, at_softmax = self.labels[tokens], self._softmax_factor(log_sum, factor)
+        share = at_softmax * (own[0] - log_sum).exp()
+        if not bool((share == 1).all()):
+            for rows in self._blocks(labels.size(0)):
+                values = self.scratch[0][: rows.stop - rows.start].copy_(softmax[rows])
+                softmax[rows] = values.mul_(share[rows, None])
+        # from the logit and not from the rounded softmax, which near 1 would leave nothing
+        label = at_softmax * (own[1] - log_sum).exp() - factor
+        label = torch.where(labels < 0, _at(softmax, labels), label.to(softmax.dtype))
+        return softmax.scatter_(1, labels.clamp(min=0)[:, None], label[:, None])
 
     def differentiate_(self, tokens: slice, logits: Tensor, log_sum: Tensor, factor: Tensor) -> Tensor:
         """Put the gradient in place of the logits.
@@ -115,7 +144,7 @@ class ChunkedHead:
             `logits`, which then are factor x (softmax x (1 + 2 z_loss log_sum) - 1 at the label).
         """
         labels = self.labels[tokens]
-        softmax_factor = factor * (1 + 2 * self.part.z_loss * log_sum)
+        softmax_factor = self._softmax_factor(log_sum, factor)
         if not logits.size(1):
             return logits
         if self.triton:
@@ -124,7 +153,7 @@ class ChunkedHead:
             return differentiate_(logits, labels, log_sum, softmax_factor, factor)
         narrow = logits.dtype in WIDE
         for rows in self._blocks(labels.size(0)):
-            values = self.scratch[: rows.stop - rows.start].copy_(logits[rows]) if narrow else logits[rows]
+            values = self.scratch[0][: rows.stop - rows.start].copy_(logits[rows]) if narrow else logits[rows]
             values.sub_(log_sum[rows, None]).exp_().mul_(softmax_factor[rows, None])
             label = labels[rows, None]
             values.scatter_add_(1, label.clamp(min=0), torch.where(label < 0, 0.0, -factor[rows, None]))
@@ -132,9 +161,17 @@ class ChunkedHead:
                 logits[rows] = values
         return logits
 
+    def _softmax_factor(self, log_sum: Tensor, factor: Tensor) -> Tensor:
+        return factor * (1 + 2 * self.part.z_loss * log_sum)
+
     def _blocks(self, count: int) -> Iterator[slice]:
-        for start in range(0, count, self.scratch.size(0)):
-            yield slice(start, min(start + self.scratch.size(0), count))
+        for start in range(0, count, self.scratch.size(1)):
+            yield slice(start, min(start + self.scratch.size(1), count))
+
+
+def _at(values: Tensor, labels: Tensor) -> Tensor:
+    """[n]: the value of [n, V] at each label; at 0 for a label of -1."""
+    return values.gather(1, labels.clamp(min=0)[:, None])[:, 0]
 
 
 def chunk_tokens(tokens: int, rows: int, element: int, chunk_bytes: int) -> int:

@@ -28,9 +28,8 @@ def _statistics(logits: Any, labels: Any, found: Any, columns: Any, stride: Any,
         largest = higher
     label = tl.load(labels + token)
     target = tl.load(row + label, mask=label >= 0, other=0.0).to(tl.float32)
-    tl.store(found + token, largest)
-    tl.store(found + tokens + token, total)
-    tl.store(found + 2 * tokens + token, target)
+    tl.store(found + token, largest + tl.log(total))
+    tl.store(found + tokens + token, target)
 
 
 @triton.jit
@@ -57,7 +56,7 @@ def _differentiate(  # type: ignore[no-untyped-def]
 
 
 def statistics(logits: Tensor, labels: Tensor, found: Tensor) -> Tensor:
-    """As `ChunkedHead.statistics`: logits [n, V], labels int64 [n], -1 where another rank has it; fp32 [3, n]."""
+    """As `ChunkedHead.statistics`: logits [n, V], labels int64 [n], -1 where another rank has it; fp32 [2, n]."""
     _statistics[(labels.size(0),)](
         logits, labels, found, logits.size(1), logits.stride(0), labels.size(0), BLOCK=BLOCK, num_warps=8
     )
