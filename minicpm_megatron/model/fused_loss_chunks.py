@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from minicpm_megatron.errors import UserError
+from minicpm_megatron.recipe.loss_chunks import CPU_SCRATCH_BYTES, ROUNDINGS, chunk_tokens
 
 Kernels = Literal["auto", "torch", "triton"]
-SCRATCH_BYTES = 4 * 2**20  # of softmax in fp32 on CPU: rows that stay in the cache between one operator and the next
-ROUNDINGS = 16  # of a half-precision gradient; with more chunks than that they add up to more than bf16's logits cost
 WIDE = {torch.bfloat16: torch.float32, torch.float16: torch.float32}
 
 
@@ -63,7 +62,7 @@ class ChunkedHead:
         width = wide(hidden.dtype)
         rows = self.size
         if hidden.device.type == "cpu":
-            rows = min(rows, max(1, SCRATCH_BYTES // max(1, 2 * self.weight.size(0) * width.itemsize)))
+            rows = min(rows, max(1, CPU_SCRATCH_BYTES // max(1, 2 * self.weight.size(0) * width.itemsize)))
         # two of them: logits and softmax
         self.scratch = hidden.new_empty(2, 0 if self.triton else rows, self.weight.size(0), dtype=width)
 
@@ -172,16 +171,6 @@ class ChunkedHead:
 def _at(values: Tensor, labels: Tensor) -> Tensor:
     """[n]: the value of [n, V] at each label; at 0 for a label of -1."""
     return values.gather(1, labels.clamp(min=0)[:, None])[:, 0]
-
-
-def chunk_tokens(tokens: int, rows: int, element: int, chunk_bytes: int) -> int:
-    """Tokens of a chunk: as even as can be, in multiples of 32 where there are that many, which products like."""
-    most = max(1, chunk_bytes // (rows * element))
-    if tokens <= most:
-        return max(1, tokens)
-    even = -(-tokens // -(-tokens // most))
-    rounded = -(-even // 32) * 32
-    return rounded if rounded <= most else even
 
 
 class Gradients:

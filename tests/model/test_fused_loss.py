@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from minicpm_megatron import VocabParallelLinearCrossEntropy
 from minicpm_megatron.errors import UserError
-from minicpm_megatron.model.fused_loss_chunks import ROUNDINGS, chunk_tokens
+from minicpm_megatron.recipe.loss_chunks import ROUNDINGS, chunk_tokens
 from tests.distributed.launch import run_on_ranks
 
 TOKENS, HIDDEN, ROWS, VOCABULARY = 77, 24, 311, 301  # nothing divides anything; 10 rows are padding
