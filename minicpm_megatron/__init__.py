@@ -18,6 +18,7 @@ _SURFACE = {
     "MiniCPMModel": "minicpm_megatron.model.model:MiniCPMModel",
     "get_minicpm_layer_spec": "minicpm_megatron.model.layer_spec:get_minicpm_layer_spec",
     "get_minicpm_block_spec": "minicpm_megatron.model.layer_spec:get_minicpm_block_spec",
+    "VocabParallelLinearCrossEntropy": "minicpm_megatron.model.fused_loss:VocabParallelLinearCrossEntropy",
     "initialize_parameters": "minicpm_megatron.model.initialize:initialize_parameters",
     "mup_param_groups": "minicpm_megatron.methods.mup:mup_param_groups",
     "WSDScheduler": "minicpm_megatron.methods.torch_schedulers:WSDScheduler",

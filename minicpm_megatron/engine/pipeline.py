@@ -61,9 +61,17 @@ def stage_bounds(config: MiniCPMConfig, layers: tuple[int, ...] | None) -> list[
 class MiniCPMPipeline(PipelineModule):
     """A PipelineModule that is told where to cut, so that no stage builds the others' layers to count them."""
 
-    def __init__(self, bounds: list[int], **keywords: Any) -> None:
-        self.bounds = bounds
-        super().__init__(**keywords)
+    def __init__(self, config: MiniCPMConfig, bounds: list[int], **keywords: Any) -> None:
+        self.config, self.bounds = config, bounds
+        super().__init__(loss_fn=lambda outputs, labels: self.losses(outputs, labels).mean(), **keywords)
+
+    def losses(self, outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Of the last stage's outputs: fp32 [b, s] in nats."""
+        if not self.config.fused_loss:
+            return token_losses(self.config, outputs, labels)
+        # the head has let the hidden states through
+        head: Any = self.tied_modules[TIED] if TIED in self.tied_modules else self.forward_funcs[-1]
+        return head.losses(outputs, labels)
 
     def _partition_layers(self, method: str = "") -> None:
         self.parts = self.bounds
@@ -85,7 +93,7 @@ def build_pipeline(config: MiniCPMConfig, recipe: Recipe) -> MiniCPMPipeline:
             TIED,
             PipelineEmbedding,
             config,
-            forward_fn=lambda module, hidden_states: module.logits(hidden_states),
+            forward_fn=lambda module, hidden_states: module.head(hidden_states),
             tied_weight_attr="embedding.word_embeddings.weight",
         ),
     ]
@@ -99,10 +107,10 @@ def build_pipeline(config: MiniCPMConfig, recipe: Recipe) -> MiniCPMPipeline:
     deepspeed.init_distributed(dist_backend=device.backend(), auto_mpi_discovery=False, verbose=False)
     with contextlib.redirect_stdout(io.StringIO()):  # it prints its seeds
         return MiniCPMPipeline(
+            config,
             stage_bounds(config, recipe.parallel.pipeline_layers),
             layers=layers,
             topology=topology,
-            loss_fn=lambda logits, labels: token_losses(config, logits, labels).mean(),
         )
 
 

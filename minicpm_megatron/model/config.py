@@ -33,6 +33,9 @@ class MiniCPMConfig(TransformerConfig):
     dim_model_base: int = 256
     parametrization: Literal["mup", "standard"] = "mup"
     embedding_role: Literal["vector", "matrix"] = "vector"
+    fused_loss: bool = True
+    """The loss is computed with the LM head, without logits (`fused_loss.VocabParallelLinearCrossEntropy`); False:
+    from whole logits, which is the reference."""
     make_vocab_size_divisible_by: int = 128
     """Rows of the embedding a rank holds are padded to a multiple of this (Megatron-LM's name and default). Padding
     is all zero, gets no probability and never leaves the model, so that results do not depend on it."""

@@ -1,4 +1,4 @@
-"""MiniCPMModel: Megatron-Core's GPTModel with MiniCPM's block and a loss that ignores vocabulary padding."""
+"""MiniCPMModel: Megatron-Core's GPTModel with MiniCPM's block, and a loss that needs no logits."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from minicpm_megatron.methods.rope import rope_of
 from minicpm_megatron.model.config import MiniCPMConfig
+from minicpm_megatron.model.head import LanguageModelHead
 from minicpm_megatron.model.layer_spec import get_minicpm_block_spec
 from minicpm_megatron.model.loss import token_losses
 from minicpm_megatron.model.rope import MiniCPMRotaryEmbedding
@@ -41,6 +42,8 @@ class MiniCPMModel(GPTModel):
         self.rotary_pos_emb = MiniCPMRotaryEmbedding(
             rope_of(config), on_cpu=bool(config.use_cpu_initialization), cp_group=self.pg_collection.cp
         )
+        if self.post_process:
+            self.output_layer = LanguageModelHead.of(self.get_submodule("output_layer"))
 
     def forward(
         self,
@@ -54,13 +57,26 @@ class MiniCPMModel(GPTModel):
         Args:
             input_ids: int64 [b, s].
             position_ids, attention_mask: unused by rotary, causal attention; GPTModel's signature.
-            keywords: `labels` int64 [b, s] and whatever else GPTModel.forward takes.
+            keywords: `labels` int64 [b, s], `loss_mask` [b, s] and whatever else GPTModel.forward takes.
 
         Returns:
-            With labels: fp32 [b, s], the cross-entropy in nats of every token. Without: logits [b, s, padded
-            vocabulary over the tensor-parallel ranks] in the model's dtype.
+            With labels: fp32 [b, s], the cross-entropy in nats of every token, times its mask if there is one and
+            the loss is fused. Without: logits [b, s, padded vocabulary over the tensor-parallel ranks] in the model's
+            dtype.
         """
         return super().forward(input_ids, position_ids, attention_mask, **keywords)
+
+    def _postprocess(
+        self, hidden_states: Tensor, labels: Tensor | None = None, loss_mask: Tensor | None = None, **keywords: Any
+    ) -> Tensor:
+        """What GPTModel does after the last layer; with labels it would make logits first.
+
+        Megatron-Core 0.16 has no other place for that; 0.18 and later also have `output_processor`.
+        """
+        if labels is None or not self.post_process or not self.config.fused_loss:
+            return super()._postprocess(hidden_states=hidden_states, labels=labels, loss_mask=loss_mask, **keywords)
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        return self.output_layer(hidden_states, weight=weight, labels=labels, loss_mask=loss_mask)
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """`loss.token_losses` of [s, b, local vocabulary] logits against [b, s] labels."""

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from minicpm_megatron.methods.rope import Rope, rope_of
 from minicpm_megatron.model.config import MiniCPMConfig
+from minicpm_megatron.model.head import LanguageModelHead
 from minicpm_megatron.model.layer_spec import get_minicpm_layer_spec
 from minicpm_megatron.model.norm import MiniCPMFinalNorm
 from minicpm_megatron.model.rope import MiniCPMRotaryEmbedding
@@ -29,22 +30,32 @@ class PipelineEmbedding(torch.nn.Module):
     def __init__(self, config: MiniCPMConfig) -> None:
         super().__init__()
         self.global_prefix = ("embedding.", "embedding.")
+        self.fused_loss = config.fused_loss
         self.embedding = LanguageModelEmbedding(
             config=_single_stage(config),
             vocab_size=config.padded_vocab_size(),
             max_sequence_length=config.max_position_embeddings,
             position_embedding_type="rope",
         )
-        self.output_layer = None if config.untie_embeddings_and_output_weights else _head(config, tied=True)
+        self.output_layer = (
+            None if config.untie_embeddings_and_output_weights else LanguageModelHead.build(config, tied=True)
+        )
 
     def forward(self, tokens: Tensor) -> Tensor:
         """int64 [b, s] -> [s, b, hidden_size]; s is a rank's own part under sequence parallelism."""
         return self.embedding(input_ids=tokens, position_ids=None)
 
-    def logits(self, hidden_states: Tensor) -> Tensor:
-        """[s, b, hidden_size] after the final norm -> [s, b, local vocabulary]."""
+    def head(self, hidden_states: Tensor) -> Tensor:
+        """As `PipelineHead.forward`."""
         assert self.output_layer is not None, "an untied head is a module of its own"
+        if self.fused_loss:
+            return hidden_states
         return self.output_layer(hidden_states, weight=self.embedding.word_embeddings.weight)[0]
+
+    def losses(self, hidden_states: Tensor, labels: Tensor) -> Tensor:
+        """As `PipelineHead.losses`."""
+        assert self.output_layer is not None, "an untied head is a module of its own"
+        return self.output_layer(hidden_states, weight=self.embedding.word_embeddings.weight, labels=labels)
 
 
 class PipelineLayer(torch.nn.Module):
@@ -90,11 +101,16 @@ class PipelineHead(torch.nn.Module):
     def __init__(self, config: MiniCPMConfig) -> None:
         super().__init__()
         self.global_prefix = ("output_layer.", "output_layer.")
-        self.output_layer = _head(config, tied=False)
+        self.fused_loss = config.fused_loss
+        self.output_layer = LanguageModelHead.build(config, tied=False)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """[s, b, hidden_size] -> [s, b, local vocabulary]."""
-        return self.output_layer(hidden_states)[0]
+        """[s, b, hidden_size] after the final norm -> [s, b, local vocabulary]; unchanged where the loss is fused."""
+        return hidden_states if self.fused_loss else self.output_layer(hidden_states)[0]
+
+    def losses(self, hidden_states: Tensor, labels: Tensor) -> Tensor:
+        """Hidden states and int64 [b, s] -> fp32 [b, s] in nats, without logits."""
+        return self.output_layer(hidden_states, labels=labels)
 
 
 def _single_stage(config: MiniCPMConfig) -> MiniCPMConfig:
@@ -102,19 +118,6 @@ def _single_stage(config: MiniCPMConfig) -> MiniCPMConfig:
     single = copy.copy(config)
     single.pipeline_model_parallel_size = 1
     return single
-
-
-def _head(config: MiniCPMConfig, *, tied: bool) -> tensor_parallel.ColumnParallelLinear:
-    return tensor_parallel.ColumnParallelLinear(
-        config.hidden_size,
-        config.padded_vocab_size(),
-        config=config,
-        init_method=config.init_method,
-        bias=False,
-        skip_bias_add=False,
-        gather_output=False,
-        skip_weight_param_allocation=tied,
-    )
 
 
 @lru_cache(maxsize=1)

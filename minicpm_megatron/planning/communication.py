@@ -108,30 +108,32 @@ def tensor_parallel(work: Work) -> Traffic:
 
     Sequence parallelism (Korthikanti et al. 2022, section 4.2.2): each of a layer's two blocks gathers its input and
     scatters its output in forward, mirrors both in backward and gathers the input once more for the weights' gradients:
-    5 u a block, 7 u with full recompute. The embedding scatters and gathers, 2 u; the head gathers twice and scatters,
-    3 u; gradients of norms' weights are all-reduced.
+    5 u a block, 7 u with full recompute. The embedding scatters and gathers, 2 u; the head gathers once (without the
+    fused loss twice) and scatters; gradients of norms' weights are all-reduced.
     Without it (Shoeybi et al. 2019, arXiv 1909.08053) a block all-reduces its output in forward and its input's
     gradient in backward: 4 u, 6 u with full recompute; embedding and head 2 u each; pipeline stages send
     parts of what is whole on every rank, so that each gathers its input, its output again and the gradient of that.
-    The loss all-reduces three fp32 numbers a token. The experts of a mixture gather the k copies of a token and scatter
-    their output, in fp32, in every pass: k (1 + 4 / e) u.
+    The fused loss gathers two fp32 numbers a token from every rank, the other one all-reduces three. The experts of a
+    mixture gather the k copies of a token and scatter their output, in fp32, in every pass: k (1 + 4 / e) u.
     """
     tp, stage, sequence_parallel = (
         work.layout.tensor_model_parallel_size,
         work.stage,
         work.recipe.parallel.sequence_parallel,
     )
-    passes, head = work.passes("full"), 3 if sequence_parallel else 2
+    fused = work.recipe.training.fused_loss
+    passes, head = work.passes("full"), 3 if sequence_parallel and not fused else 2
     block = mlp = 2 * passes + sequence_parallel
     if work.recipe.model.num_moe_experts is not None:
         mlp = passes * work.experts_per_token * (1 + FP32 // work.element)
     units = stage.layers * (block + mlp) + 2 * stage.first + head * stage.last
     if not sequence_parallel:
         units += (not stage.first) + 2 * (not stage.last)
-    reduced = 3 * FP32 * work.tokens * stage.last
+    gathered = 2 * FP32 * work.tokens * tp * stage.last if fused else 0.0
+    reduced = 0.0 if fused else 3 * FP32 * work.tokens * stage.last
     if sequence_parallel:
         reduced += (2 * stage.layers + stage.last) * work.recipe.model.hidden_size * work.element
-    sent = (units * work.hidden_bytes + 2 * reduced) * (tp - 1) / tp
+    sent = (units * work.hidden_bytes + 2 * reduced + gathered) * (tp - 1) / tp
     return Traffic("tensor", sent, micro_batch_seconds=work.cluster.gather_seconds(sent, tp, 1))
 
 

@@ -16,6 +16,7 @@ from minicpm_megatron.recipe.memory import (
     logits_bytes,
     parameters_on_rank,
     pipeline_stages,
+    vocabulary_rows,
 )
 from minicpm_megatron.recipe.schema import Recipe
 
@@ -113,7 +114,8 @@ def stage_seconds(work: Work) -> tuple[float, float]:
     Products: `flops_per_token` of the stage's layers, and of the head on the last, over tp; what is recomputed costs
     its forward again, a third. Attention is counted as if not causal: flash kernels do 7/12 of that at a lower rate.
     Memory: each kept element of a layer (`layer_elements`) is written and read in forward, read in backward, and its
-    gradient written and read: 5 passes, 7 with full recompute; logits are written and read; gradients are added up.
+    gradient written and read: 5 passes, 7 with full recompute; logits are written and read, fused ones in the run's
+    precision twice; gradients are added up.
     """
     recipe, layout, model, stage = work.recipe, work.layout, work.recipe.model, work.stage
     length, recompute = recipe.data.sequence_length, recipe.training.recompute
@@ -124,7 +126,10 @@ def stage_seconds(work: Work) -> tuple[float, float]:
     moved = (
         stage.layers * layer_elements(recipe, layout) * work.tokens * work.element * (7 if recompute == "full" else 5)
     )
-    moved += 2 * logits_bytes(recipe, layout) if stage.last else 0.0
+    if stage.last and recipe.training.fused_loss:
+        moved += 4 * work.tokens * vocabulary_rows(model, layout) * work.element
+    elif stage.last:
+        moved += 2 * logits_bytes(recipe, layout)
     for count, replicas in parameters_on_rank(model, layout, stage):
         moved += count * (work.element + 2 * _gradient_sum_bytes(recipe, replicas))
     products = work.cluster.product_seconds(work.tokens * flops / layout.tensor_model_parallel_size)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, fields
 
 from minicpm_megatron.recipe.checks import Layout
 from minicpm_megatron.recipe.deepspeed_json import zero_sizes
+from minicpm_megatron.recipe.loss_chunks import loss_bytes
 from minicpm_megatron.recipe.parameters import attention_parameters, count_parameters, mlp_parameters
 from minicpm_megatron.recipe.schema import ModelRecipe, Recipe
 
@@ -31,7 +32,7 @@ class MemoryEstimate:
         gradients: what is kept of them from one micro-batch to the next.
         optimizer: Adam's two moments and the fp32 master weights.
         activations: kept from forward to backward for every micro-batch in flight.
-        working: the more of what the loss holds (logits, their fp32 copy, the head's gradient) and what the backward
+        working: the more of what the loss holds (a chunk of logits, or all; the head's gradient) and what the backward
             pass of one layer holds (its recomputed activations, their gradients).
         buffers: what communication holds beside all that.
     """
@@ -95,7 +96,7 @@ def stage_memory(recipe: Recipe, layout: Layout, stage: Stage, *, fused_norm: bo
 
     Args:
         fused_norm: RMSNorm is one kernel, which keeps its input and its output (CUDA). Torch composes it on CPU, where
-            it keeps input and normalised input in fp32 and the output.
+            it keeps input and normalised input in fp32 and the output; chunks of the loss, too, are then CPU's.
     """
     element = ELEMENT_BYTES[recipe.training.precision]
     zero, half = recipe.deepspeed.zero_stage, recipe.training.precision != "fp32"
@@ -113,7 +114,7 @@ def stage_memory(recipe: Recipe, layout: Layout, stage: Stage, *, fused_norm: bo
     norm = _norm_bytes(recipe, layout, fused_norm)
     layer = _layer_bytes(recipe, layout, norm)
     activations = _activations(recipe, layout, stage, norm, layer)
-    working = _working(recipe, layout, stage, norm, layer)
+    working = _working(recipe, layout, stage, norm, layer, on_cpu=not fused_norm)
     total = sum(count for count, _ in parameters)
     during, after = _buffers(recipe, layout, stage, total)
     fetch = during + _unpacked_bytes(recipe, layout, stage, total) - working
@@ -223,16 +224,17 @@ def _activations(recipe: Recipe, layout: Layout, stage: Stage, norm: float, laye
     return tokens_on_rank(recipe, layout) * kept * stage.in_flight
 
 
-def _working(recipe: Recipe, layout: Layout, stage: Stage, norm: float, layer: float) -> float:
+def _working(recipe: Recipe, layout: Layout, stage: Stage, norm: float, layer: float, *, on_cpu: bool = False) -> float:
     """The more of the loss and of one layer's backward, beside all activations.
 
-    Loss: logits in the run's precision and in fp32, which becomes the softmax and then its gradient in place; fp32
-    needs no copy. Head: the gradients of logits, of its input and of its weight.
+    Fused loss: `loss_chunks.loss_bytes`, and the gradient of the head's input.
+    Otherwise the loss: logits in the run's precision and in fp32, which becomes the softmax and then its gradient in
+    place; fp32 needs no copy. Head: the gradients of logits, of its input and of its weight.
     Layer: gradients of the MLP's product, of its two factors and of the layer's output, less the product, which is no
     longer needed: 2 F + H a token; with full recompute the layer's activations; the final norm's are gone by then. The
     gradient of a tied embedding waits for the one of the input embedding.
-    DeepSpeed's pipeline has two buffers on the last stage, which hold the logits of two micro-batches until they are
-    replaced by new ones.
+    DeepSpeed's pipeline has two buffers on the last stage, which hold the logits (fused: the head's inputs) of two
+    micro-batches until they are replaced by new ones.
     """
     model, element = recipe.model, ELEMENT_BYTES[recipe.training.precision]
     tp, tokens = layout.tensor_model_parallel_size, tokens_on_rank(recipe, layout)
@@ -246,6 +248,10 @@ def _working(recipe: Recipe, layout: Layout, stage: Stage, norm: float, layer: f
     if stage.first and not model.untie_embeddings_and_output_weights:
         backward += head
     entry = tokens * element * model.hidden_size  # sequence parallelism gathers and then scatters it
+    if recipe.training.fused_loss:
+        rows = vocabulary_rows(model, layout)
+        loss = loss_bytes(math.ceil(tokens), rows, model.hidden_size, element, on_cpu=on_cpu) + entry
+        return max(loss, backward - tokens * norm) + (0 if stage.first else hidden)
     logits = tokens * vocabulary_rows(model, layout) * element
     product, backward = logits + entry + head, backward - tokens * norm
     if stage.first:

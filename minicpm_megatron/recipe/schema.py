@@ -215,6 +215,8 @@ class TrainingRecipe(Section):
     """Decides initial weights and sample order."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations computed again in backward: none, the attention core, or whole layers."""
+    fused_loss: bool = True
+    """LM head and loss in one, chunk by chunk; false: whole logits first, the reference to compare with."""
     stop_after: Count | None = None
     """End after this many steps, the schedule unchanged."""
     hang_timeout: Positive = 600.0

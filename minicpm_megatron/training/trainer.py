@@ -71,6 +71,7 @@ class Trainer:
             recipe.parallel,
             precision=recipe.training.precision,
             recompute=recipe.training.recompute,
+            fused_loss=recipe.training.fused_loss,
         )
         model = build_model(self.config, recipe)
         newest = self.checkpointer.find_latest()

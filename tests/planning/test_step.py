@@ -22,7 +22,7 @@ def test_a_step_on_one_gpu_by_hand() -> None:
     assert flops_per_token(recipe().model, 16) == flops
     assert one.products == pytest.approx(8 * 16 * flops / 0.6e12)
     # kept a token and layer: 4 x 8, queries, keys and values 8 + 4 + 4, rotated 8 + 4, output 8, MLP 5 x 16
-    kept, logits = 4 * 16 * (32 + 16 + 12 + 8 + 80) * 2, 16 * 32 * 6
+    kept, logits = 4 * 16 * (32 + 16 + 12 + 8 + 80) * 2, 16 * 32 * 4
     assert one.memory_bound == pytest.approx(8 * (5 * kept + 2 * logits + PARAMETERS * (2 + 2 * 4)) / 0.8e9)
     assert one.optimizer == pytest.approx(PARAMETERS * 30 / 0.8e9)
     assert one.step_seconds == pytest.approx(one.products + one.memory_bound + one.optimizer)
@@ -97,8 +97,9 @@ def test_reduce_buckets_are_whole_whatever_the_model(stage: int, buckets: int, l
 
 def test_what_zero_1_reduces_takes_the_place_of_the_activations() -> None:
     memory = predict(recipe(), Cluster(GPU, 4, 8)).memory
-    # 16 tokens x 4 layers of 148 and a norm of 16, and 32 logits of 6 bytes, are gone when 6 a parameter are joined
-    assert memory.activations + memory.working == 16 * (4 * 148 + 16) * 2 + 16 * 32 * 6
+    # 16 tokens x 4 layers of 148 and a norm of 16, and 32 logits, one gradient of 8 hidden units and that of the head,
+    # are gone when 6 a parameter are joined
+    assert memory.activations + memory.working == 16 * (4 * 148 + 16) * 2 + (16 * (32 + 8) + 32 * 8) * 2
     assert memory.buffers == max(0, 6 * PARAMETERS - memory.activations - memory.working)
     one_layer = predict(recipe(data__sequence_length=2), Cluster(GPU, 4, 8)).memory
     assert one_layer.buffers == 6 * PARAMETERS - one_layer.activations - one_layer.working > 0

@@ -64,11 +64,11 @@ def worker(rank: int, case: dict[str, Any]) -> dict[str, Any]:
             always; "left_out": numbers of the steps that do not happen; "shift": samples that every position is
             moved by; "kill_after_rollback": the step not survived once the run has gone back.
     """
-    from minicpm_megatron.engine import pipeline
     from minicpm_megatron.engine.engine import Engine
-    from minicpm_megatron.model.loss import token_losses
+    from minicpm_megatron.engine.pipeline import MiniCPMPipeline
 
     step, losses, read = nano.Trainer._one_step, Engine.losses, BatchReader.micro_batches
+    pipeline_losses = MiniCPMPipeline.losses
     broken = case.get("broken", {})
     now: dict[str, Any] = {"first": None, "step": None}
 
@@ -93,12 +93,12 @@ def worker(rank: int, case: dict[str, Any]) -> dict[str, Any]:
         found, how = losses(self, *batch), fault()
         return found if how is None or rank == 0 or not torch.is_grad_enabled() else _disturb(found, how)
 
-    def loss_of_a_pipeline(config: Any, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        found, how = token_losses(config, logits, labels), fault()
+    def losses_of_a_pipeline(self: MiniCPMPipeline, *batch: torch.Tensor) -> torch.Tensor:
+        found, how = pipeline_losses(self, *batch), fault()
         return found if how is None or not torch.is_grad_enabled() else _disturb(found, how)
 
     nano.Trainer._one_step, Engine.losses, BatchReader.micro_batches = one_step, disturbed, micro_batches
-    pipeline.token_losses = loss_of_a_pipeline
+    MiniCPMPipeline.losses = losses_of_a_pipeline
     return nano.train(rank, case)
 
 
