@@ -20,6 +20,7 @@ _SURFACE = {
     "get_minicpm_block_spec": "minicpm_megatron.model.layer_spec:get_minicpm_block_spec",
     "initialize_parameters": "minicpm_megatron.model.initialize:initialize_parameters",
     "mup_param_groups": "minicpm_megatron.methods.mup:mup_param_groups",
+    "upcycle_state_dict": "minicpm_megatron.methods.upcycling:upcycle_state_dict",
     "WSDScheduler": "minicpm_megatron.methods.torch_schedulers:WSDScheduler",
     "CosineScheduler": "minicpm_megatron.methods.torch_schedulers:CosineScheduler",
     "CosineLoopScheduler": "minicpm_megatron.methods.torch_schedulers:CosineLoopScheduler",

@@ -135,7 +135,9 @@ class Format:
             "torch_dtype": dtype,
             "dtype": dtype,
             NOTE_KEY: write_note(model),
-            **({str(self.experts_key): model.num_moe_experts, EXPERTS_A_TOKEN: model.moe_router_topk} if sparse else {}),
+            **(
+                {str(self.experts_key): model.num_moe_experts, EXPERTS_A_TOKEN: model.moe_router_topk} if sparse else {}
+            ),
         } | self.write(model)
 
     def read_config(self, config: Mapping[str, Any], where: str) -> ModelRecipe:

@@ -1,7 +1,8 @@
 """The three multipliers of a MiniCPM forward pass, and what keeps them across formats that cannot hold them.
 
-A format either has fields for them (minicpm, granite, granitemoe) or folds them into the weights (llama, mixtral). What it has no field
-for travels as a *note*: one object in config.json under `NOTE_KEY`, which other programs keep and ignore.
+A format either has fields for them (minicpm, granite, granitemoe) or folds them into the weights (llama, mixtral).
+What it has no field for travels as a *note*: one object in config.json under `NOTE_KEY`, which other programs keep and
+ignore.
 """
 
 from __future__ import annotations

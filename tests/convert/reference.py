@@ -24,7 +24,10 @@ def published(weights: Weights, config: Mapping[str, Any]) -> dict[str, Any]:
         if config.get("num_experts"):
             modules = [tuple(f"experts.{e}.{w}" for w in ("w1", "w3", "w2")) for e in range(config["num_experts"])]
         experts = [
-            {name: weights[f"{p}mlp.{module}.weight"] for name, module in zip(("gate", "up", "down"), names, strict=True)}
+            {
+                name: weights[f"{p}mlp.{module}.weight"]
+                for name, module in zip(("gate", "up", "down"), names, strict=True)
+            }
             for names in modules
         ]
         layers.append(
@@ -67,9 +70,7 @@ def canonical(weights: Weights, config: Mapping[str, Any]) -> dict[str, Any]:
             module = f"mlp.experts.local_experts.{e}." if config.get("num_experts") else "mlp."
             fc1 = weights[p + module + "linear_fc1.weight"]
             half = fc1.shape[0] // 2
-            experts.append(
-                {"gate": fc1[:half], "up": fc1[half:], "down": weights[p + module + "linear_fc2.weight"]}
-            )
+            experts.append({"gate": fc1[:half], "up": fc1[half:], "down": weights[p + module + "linear_fc2.weight"]})
         layers.append(
             {
                 "norm1": weights[p + "input_layernorm.weight"],

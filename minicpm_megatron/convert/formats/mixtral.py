@@ -22,7 +22,9 @@ def _write(model: ModelRecipe) -> Fields:
 
 def _read(config: Mapping[str, Any], model: ModelRecipe) -> Fields:
     if config.get("sliding_window") is not None:
-        raise UserError(f"sliding_window {config['sliding_window']!r} is not supported", fix="only null can be imported")
+        raise UserError(
+            f"sliding_window {config['sliding_window']!r} is not supported", fix="only null can be imported"
+        )
     return read_plain(config, model)
 
 
