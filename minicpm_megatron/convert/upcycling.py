@@ -11,7 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from minicpm_megatron.convert.source import Source
+from minicpm_megatron.convert.source import Source, TensorSource
 from minicpm_megatron.methods.upcycling import Upcycling, upcycle_moment, upcycle_tensor
 from minicpm_megatron.recipe import ModelRecipe, count_parameters
 from minicpm_megatron.storage.atomic import fsync_directory
@@ -29,10 +29,18 @@ from minicpm_megatron.storage.sharded import (
 _BYTES = 4  # fp32
 
 
+def _moments(source: Source) -> list[str]:
+    """Kinds of optimizer state that the source has of every tensor."""
+    reader = source.tensors
+    if not isinstance(reader, CheckpointReader):
+        return []
+    names = reader.names()
+    return [kind for kind in reader.kinds(names[0]) if kind != WEIGHT and all(kind in reader.kinds(n) for n in names)]
+
+
 def has_moments(source: Source) -> bool:
     """Whether the source is a checkpoint with optimizer state."""
-    reader = source.tensors
-    return isinstance(reader, CheckpointReader) and all(len(reader.kinds(name)) > 1 for name in reader.names())
+    return bool(_moments(source))
 
 
 def bytes_of(source: Source, model: ModelRecipe) -> int:
@@ -62,25 +70,27 @@ def write_upcycled(
     """
     folder.mkdir(parents=True)
     files = []
+    kinds = _moments(source)
     with tqdm(total=total_bytes, unit="B", unit_scale=True, desc="writing", disable=not progress) as bar:
         for number, name in enumerate(source.tensors.names()):
             path = folder / f"tensor-{number:05}.safetensors"
-            files.append(write_fragments(path, _fragments(source, name, plan, clone_moments), {}))
+            files.append(write_fragments(path, _fragments(source.tensors, name, kinds, plan, clone_moments), {}))
             bar.update(files[-1].size)
     files += _random_state(source, folder)
     write_manifest(folder, files, state=state, facts=facts)
     fsync_directory(folder)
 
 
-def _fragments(source: Source, name: str, plan: Upcycling, clone_moments: bool) -> Iterator[Fragment]:
-    reader = source.tensors
-    for new, tensor in upcycle_tensor(name, reader.read(name), plan):
+def _fragments(
+    tensors: TensorSource, name: str, kinds: list[str], plan: Upcycling, clone_moments: bool
+) -> Iterator[Fragment]:
+    """What comes of one dense tensor: weights, then each of the `kinds` of moments."""
+    for new, tensor in upcycle_tensor(name, tensors.read(name), plan):
         yield _whole(new, WEIGHT, tensor)
-    if isinstance(reader, CheckpointReader) and has_moments(source):
-        for kind in reader.kinds(name):
-            if kind != WEIGHT:
-                for new, moment in upcycle_moment(name, kind, reader.read(name, kind), plan, clone=clone_moments):
-                    yield _whole(new, kind, moment)
+    if isinstance(tensors, CheckpointReader):
+        for kind in kinds:
+            for new, moment in upcycle_moment(name, kind, tensors.read(name, kind), plan, clone=clone_moments):
+                yield _whole(new, kind, moment)
 
 
 def _whole(name: str, kind: str, tensor: Any) -> Fragment:

@@ -49,6 +49,7 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list
         "clone ep2": mixture("clone-ep2", ep2, moments="clone"),
         "fine": mixture("fine", plan={"granularity": 2}),
         "raw": mixture("raw", "model.moe_router_pre_softmax=true"),
+        "branch": nano.case(runs / "ep1" / "recipe.yaml", "branch", "--from", "ep1@10", "schedule.decay=4"),
         "again": nano.case(runs / "ep2" / "recipe.yaml", "ep2", "schedule.total=22", "schedule.decay=12"),
     }
     outcomes = run_forked("tests.training.test_upcycle:worker", list(cases.values()))
@@ -99,6 +100,14 @@ def test_without_renormalisation_it_is_another_model(jobs: tuple[Path, dict[str,
     runs, outcomes = jobs
     nano.check(outcomes["raw"])
     assert _held_out(runs / "raw", 10) > 1.001 * _held_out(runs / "dense", 10)
+
+
+def test_a_decay_branches_from_the_upcycled_checkpoint(jobs: tuple[Path, dict[str, list[Outcome]]]) -> None:
+    runs, outcomes = jobs
+    nano.check(outcomes["branch"])
+    branch, trunk = _steps(runs / "branch"), _steps(runs / "ep1")
+    assert list(branch) == [11, 12, 13, 14] and branch[11][0] == trunk[11][0]
+    assert nano.state(runs / "branch" / "checkpoints" / "step-14")["origin"] == {"run": str(runs / "ep1"), "step": 10}
 
 
 def test_the_run_resumes_like_any_other(jobs: tuple[Path, dict[str, list[Outcome]]]) -> None:
