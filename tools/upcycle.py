@@ -30,7 +30,7 @@ def main() -> int:
     )
     parser.add_argument("--output", type=Path, required=True, help="folder of the new run; appears whole or not at all")
     parser.add_argument("--experts", type=int, default=default.copies, help=f"copies of each MLP ({default.copies})")
-    parser.add_argument("--top-k", type=int, default=2, help="copies a token (2)")
+    parser.add_argument("--top-k", type=int, default=default.top_k, help=f"copies a token ({default.top_k})")
     parser.add_argument(
         "--router-std",
         type=float,
@@ -53,19 +53,25 @@ def main() -> int:
     parser.add_argument(
         "--moments",
         choices=MOMENTS,
-        default="drop",
-        help="what experts get of Adam's moments: zeros, or the dense MLP's scaled to their gradients (drop)",
+        default=MOMENTS[0],
+        help=f"what experts get of Adam's moments: the dense MLP's, scaled as theirs will be, or zeros ({MOMENTS[0]})",
     )
     parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="change one value of the new run's recipe"
     )
     options = parser.parse_intermixed_args()
-    plan = Upcycling(options.experts, options.router_std, options.seed, options.noise, options.granularity)
+    plan = Upcycling(
+        copies=options.experts,
+        top_k=options.top_k,
+        router_std=options.router_std,
+        seed=options.seed,
+        noise=options.noise,
+        granularity=options.granularity,
+    )
     done = upcycle(
         find_dense(options.input),
         options.output,
         plan,
-        top_k=options.top_k,
         moments=options.moments,
         overrides=options.overrides,
         progress=sys.stderr.isatty(),

@@ -26,7 +26,7 @@ from minicpm_megatron.storage.atomic import write_bytes
 from minicpm_megatron.storage.sharded import CheckpointReader
 from minicpm_megatron.training.start import check_same_past
 
-MOMENTS = ("drop", "clone")
+MOMENTS = ("clone", "drop")
 RECIPE = "recipe.yaml"
 _SMALL_FILES = 1 << 20
 # of the mixture; what else a model has is the dense one's or follows from the options
@@ -73,8 +73,7 @@ def upcycle(
     run: Path,
     plan: Upcycling,
     *,
-    top_k: int = 2,
-    moments: str = "drop",
+    moments: str = "clone",
     overrides: Sequence[str] = (),
     progress: bool = False,
 ) -> Upcycled:
@@ -82,8 +81,7 @@ def upcycle(
 
     Args:
         dense: a checkpoint of ours, of any layout, or a published folder.
-        top_k: copies a token.
-        moments: what experts get of Adam's: "drop" zeros, "clone" the dense MLP's; see `upcycle_moment`.
+        moments: what experts get of Adam's: "clone" the dense MLP's, "drop" zeros; see `upcycle_moment`.
         overrides: section.key=value for the new run's recipe.
         progress: show bytes, rate and remaining time on standard error.
 
@@ -97,7 +95,7 @@ def upcycle(
         raise UserError(
             f"a mixture of {source.model.num_moe_experts} experts already", where=str(dense), fix="give a dense model"
         )
-    model = upcycled_model(source.model, plan, top_k)
+    model = upcycled_model(source.model, plan)
     if run.exists():
         raise UserError("exists already", where=str(run), fix="give another --output")
     manifest = source.tensors.manifest if isinstance(source.tensors, CheckpointReader) else {}
@@ -116,7 +114,7 @@ def upcycle(
             source,
             plan,
             clone_moments=moments == "clone",
-            state=_state(source, before, recipe, _origin(source, step, plan, top_k, moments)),
+            state=_state(source, before, recipe, _origin(source, step, plan, moments)),
             facts=facts,
             total_bytes=amount,
             progress=progress,
@@ -157,13 +155,13 @@ def _recipe(
     return recipe
 
 
-def _origin(source: Source, step: int, plan: Upcycling, top_k: int, moments: str) -> dict[str, Any]:
+def _origin(source: Source, step: int, plan: Upcycling, moments: str) -> dict[str, Any]:
     folder = source.folder.resolve()
     of_a_run = folder.parent.name == CHECKPOINTS
     return {
         "run": str(folder.parent.parent if of_a_run else folder),
         "step": step,
-        "upcycling": {**plan.facts(), "top_k": top_k, "moments": moments},
+        "upcycling": {**plan.facts(), "moments": moments},
     }
 
 

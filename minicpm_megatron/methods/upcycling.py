@@ -37,6 +37,7 @@ class Upcycling:
 
     Attributes:
         copies: E, copies of the MLP.
+        top_k: k, copies a token.
         router_std: standard deviation of the routers' weights.
         seed: of the routers and the noise; each tensor depends on it and on its name alone.
         noise: standard deviation of the noise on each copy, relative to that of the copied matrix; 0: exact copies.
@@ -47,6 +48,7 @@ class Upcycling:
     """
 
     copies: int = 8
+    top_k: int = 2
     router_std: float = ROUTER_STD
     seed: int = 0
     noise: float = 0.0
@@ -60,6 +62,12 @@ class Upcycling:
             (0 <= self.noise < float("inf"), "--noise", f"must be 0 or more, not {self.noise}"),
             (self.granularity >= 1, "--granularity", f"must be 1 or more, not {self.granularity}"),
             (0 <= self.seed < 1 << 63, "--seed", f"must be 0 or more and fit 63 bits, not {self.seed}"),
+            (1 <= self.top_k <= self.copies, "--top-k", f"{self.top_k} of {self.copies} copies a token"),
+            (
+                self.top_k * self.granularity > 1,
+                "--top-k",
+                "the router of one expert a token would learn nothing, as its weight is always 1",
+            ),
         ):
             if not holds:
                 raise UserError(what, where=where)
@@ -69,25 +77,15 @@ class Upcycling:
         return asdict(self)
 
 
-def upcycled_model(dense: ModelRecipe, plan: Upcycling, top_k: int = 2) -> ModelRecipe:
+def upcycled_model(dense: ModelRecipe, plan: Upcycling) -> ModelRecipe:
     """The shape of the mixture; everything but its experts is the dense model's.
 
-    Args:
-        top_k: copies a token; times the granularity, experts a token.
-
     Raises:
-        UserError: `dense` has experts already, the granularity does not divide its width, or top_k is no number of
-            copies whose weights could be learnt.
+        UserError: `dense` has experts already, or the granularity does not divide its width.
     """
     if dense.num_moe_experts is not None:
         raise UserError(
             f"is a mixture of {dense.num_moe_experts} experts already", where="the model", fix="give a dense model"
-        )
-    if not 1 < top_k * plan.granularity or not 1 <= top_k <= plan.copies:
-        raise UserError(
-            f"{top_k} of {plan.copies} copies a token",
-            where="--top-k",
-            fix=f"give 2 to {plan.copies}; a router of one expert a token would learn nothing",
         )
     if dense.ffn_hidden_size % plan.granularity:
         raise _uneven(dense.ffn_hidden_size, plan.granularity)
@@ -95,7 +93,7 @@ def upcycled_model(dense: ModelRecipe, plan: Upcycling, top_k: int = 2) -> Model
         **dense.model_dump()
         | {
             "num_moe_experts": plan.copies * plan.granularity,
-            "moe_router_topk": top_k * plan.granularity,
+            "moe_router_topk": plan.top_k * plan.granularity,
             "moe_ffn_hidden_size": dense.ffn_hidden_size // plan.granularity,
             "moe_router_pre_softmax": False,
         }
@@ -142,22 +140,23 @@ def upcycle_moment(
 
     Args:
         kind: exp_avg or exp_avg_sq.
-        clone: give experts the dense moments, in the size their own gradients will have: an expert sees one token in
-            E/k with weight 1/k, so that its gradient is on average 1/E of the dense one, and for the enlarged second
-            matrix of a slice 1/(E G). False: zeros. Routers always start from zeros.
+        clone: give experts the dense moments, in the size their own will have. An expert sees k of E tokens with a
+            weight of 1/k: its gradient is on average 1/E of the dense one, and its square, which is mostly the noise
+            of a batch, 1/(k E). For the enlarged second matrix of a slice it is 1/G and 1/G^2 of that. False: zeros.
+            Routers always start from zeros.
     """
     match = _MLP.fullmatch(name)
     if match is None:
         yield name, moment
         return
     module, matrix = match.groups()
-    share = 1.0 / plan.copies
+    first = kind == "exp_avg"
+    share = 1.0 / plan.copies if first else 1.0 / (plan.top_k * plan.copies)
     if matrix == "linear_fc1.weight":
         yield module + "router.weight", moment.new_zeros(plan.copies * plan.granularity, moment.size(1))
     else:
-        share /= plan.granularity
-    factor = (share if kind == "exp_avg" else share * share) if clone else 0.0
-    scaled = moment * factor
+        share /= plan.granularity if first else plan.granularity**2
+    scaled = moment * (share if clone else 0.0)
     for number in range(plan.copies * plan.granularity):
         expert = f"{module}experts.local_experts.{number}.{matrix}"
         yield expert, _slice(scaled, matrix, number % plan.granularity, plan.granularity)
@@ -184,7 +183,7 @@ def upcycle_state_dict(
     Raises:
         UserError: there is no dense MLP in `state_dict`, or experts already; a value out of its range.
     """
-    plan = Upcycling(experts, router_std, seed, noise, granularity)
+    plan = Upcycling(copies=experts, router_std=router_std, seed=seed, noise=noise, granularity=granularity)
     if any(".experts." in name for name in state_dict):
         raise UserError("has experts already", where="state_dict", fix="give a dense model")
     if not any(map(_MLP.fullmatch, state_dict)):

@@ -120,7 +120,7 @@ def test_noise_is_relative_and_of_its_own_for_every_copy() -> None:
 def test_moments_have_the_shapes_of_the_weights(clone: bool, granularity: int) -> None:
     plan = Upcycling(copies=4, granularity=granularity)
     weights = upcycle_state_dict(dense(), 4, granularity=granularity)
-    for kind, power in (("exp_avg", 1), ("exp_avg_sq", 2)):
+    for kind, share in (("exp_avg", 1 / 4 / granularity), ("exp_avg_sq", 1 / 8 / granularity**2)):
         found = {}
         for name, tensor in dense().items():
             found |= dict(upcycle_moment(name, kind, tensor.abs(), plan, clone=clone))
@@ -129,8 +129,7 @@ def test_moments_have_the_shapes_of_the_weights(clone: bool, granularity: int) -
         assert not found[MLP + "router.weight"].any()
         expert = found[f"{EXPERT}{granularity - 1}.linear_fc2.weight"]
         columns = dense()[MLP + "linear_fc2.weight"].abs()[:, -expert.size(1) :]
-        factor = (1 / 4 / granularity) ** power if clone else 0.0
-        torch.testing.assert_close(expert, columns * factor)
+        torch.testing.assert_close(expert, columns * (share if clone else 0.0))
 
 
 @pytest.mark.parametrize("granularity", [1, 2])
@@ -156,7 +155,7 @@ def test_the_gradients_of_experts_sum_to_the_dense_one_scaled(granularity: int, 
 
 def test_the_model_that_comes_of_it() -> None:
     model = small_model(untie_embeddings_and_output_weights=True)
-    sparse = upcycled_model(model, Upcycling(copies=8, granularity=4), top_k=2)
+    sparse = upcycled_model(model, Upcycling(copies=8, granularity=4))
     assert (sparse.num_moe_experts, sparse.moe_router_topk, sparse.moe_ffn_hidden_size) == (32, 8, 60)
     assert sparse.model_copy(update={key: getattr(model, key) for key in EXPERTS}) == model
     shapes = {name: tuple(t.shape) for name, t in upcycle_state_dict(random_tensors(model), granularity=4).items()}
@@ -197,6 +196,6 @@ def test_other_state_dicts() -> None:
         upcycle_state_dict({"model.layers.0.mlp.gate_proj.weight": torch.ones(2, 2)})
     with pytest.raises(UserError, match="mixture of 5 experts already"):
         upcycled_model(small_model(**EXPERTS), Upcycling())
-    for top_k in (0, 1, 9):
-        with pytest.raises(UserError, match=f"--top-k: {top_k} of 8 copies"):
-            upcycled_model(small_model(), Upcycling(), top_k)
+    for top_k, message in ((0, "0 of 8 copies"), (9, "9 of 8 copies"), (1, "would learn nothing")):
+        with pytest.raises(UserError, match=f"--top-k: .*{message}"):
+            Upcycling(top_k=top_k)

@@ -47,8 +47,8 @@ def differences() -> dict[str, float]:
         options = {"experts": 8, **case}
         top_k, pre_softmax = options.pop("top_k", 2), options.pop("pre_softmax", False)
         tensors = library.upcycle_state_dict(random_tensors(dense), **options)
-        plan = Upcycling(options["experts"], granularity=options.get("granularity", 1))
-        shape = upcycled_model(dense, plan, top_k).model_copy(update={"moe_router_pre_softmax": pre_softmax})
+        plan = Upcycling(options["experts"], top_k, granularity=options.get("granularity", 1))
+        shape = upcycled_model(dense, plan).model_copy(update={"moe_router_pre_softmax": pre_softmax})
         found[name] = float((logits(shape, tensors) - expected).abs().max() / expected.abs().max())
     return found
 

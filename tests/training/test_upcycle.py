@@ -45,8 +45,8 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list
         "ep1": mixture("ep1"),
         "ep2": mixture("ep2", ep2),
         "zero2": mixture("zero2", ep2, "deepspeed.zero_stage=2"),
-        "clone": mixture("clone", moments="clone"),
-        "clone ep2": mixture("clone-ep2", ep2, moments="clone"),
+        "drop": mixture("drop", moments="drop"),
+        "drop ep2": mixture("drop-ep2", ep2, moments="drop"),
         "fine": mixture("fine", plan={"granularity": 2}),
         "raw": mixture("raw", "model.moe_router_pre_softmax=true"),
         "branch": nano.case(runs / "ep1" / "recipe.yaml", "branch", "--from", "ep1@10", "schedule.decay=4"),
@@ -69,7 +69,7 @@ def test_a_mixture_goes_on_where_the_dense_run_stood(jobs: tuple[Path, dict[str,
     runs, outcomes = jobs
     nano.check(outcomes["dense"])
     dense = _steps(runs / "dense")
-    for name in ("ep1", "ep2", "clone", "fine"):
+    for name in ("ep1", "ep2", "drop", "fine"):
         nano.check(outcomes[name])
         assert "at step 10" in outcomes[name][0].log
         steps = _steps(runs / name)
@@ -86,7 +86,7 @@ def test_a_mixture_goes_on_where_the_dense_run_stood(jobs: tuple[Path, dict[str,
     assert state["origin"]["upcycling"]["copies"] == 4
 
 
-@pytest.mark.parametrize(("one", "other"), [("ep1", "ep2"), ("ep1", "zero2"), ("clone", "clone-ep2")])
+@pytest.mark.parametrize(("one", "other"), [("ep1", "ep2"), ("ep1", "zero2"), ("drop", "drop-ep2")])
 def test_expert_parallelism_changes_nothing(one: str, other: str, jobs: tuple[Path, dict[str, list[Outcome]]]) -> None:
     runs, _ = jobs
     first, second = _steps(runs / one), _steps(runs / other)
