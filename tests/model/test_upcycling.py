@@ -66,5 +66,5 @@ def test_the_mixture_has_the_logits_of_the_dense_model(name: str, found: dict[st
 
 def test_noise_and_unnormalised_weights_do_not(found: dict[str, float]) -> None:
     assert 1e-5 < found["noise"] < 0.05
-    # two of eight nearly equal probabilities sum to about a quarter: blocks add a quarter of what they did
+    # two of eight nearly equal probabilities sum to about a quarter: an MLP adds a quarter of what it did
     assert found["not renormalised"] > 0.1

@@ -10,6 +10,7 @@ import pytest
 import torch.distributed as dist
 
 from minicpm_megatron.cli.upcycle import upcycle
+from minicpm_megatron.convert import convert
 from minicpm_megatron.methods.upcycling import Upcycling
 from minicpm_megatron.training.metrics import METRICS, read_metrics
 from tests.distributed.forked import Outcome, run_forked
@@ -23,6 +24,9 @@ def worker(rank: int, case: dict[str, Any]) -> dict[str, Any]:
     if "upcycle" in case and rank == 0:
         runs = Path(case["runs"])
         dense, options = runs / "dense" / "checkpoints" / "step-10", dict(case["upcycle"])
+        if "published" in case:
+            convert(dense, runs / case["published"], case["published"], dtype="fp32")
+            dense = runs / case["published"]
         plan = Upcycling(copies=4, **options.pop("plan", {}))
         upcycle(dense, runs / case["run"], plan, **options)
     dist.barrier()
@@ -49,6 +53,8 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list
         "drop ep2": mixture("drop-ep2", ep2, moments="drop"),
         "fine": mixture("fine", plan={"granularity": 2}),
         "raw": mixture("raw", "model.moe_router_pre_softmax=true"),
+        "granite": nano.case(recipe, "hf", "model.num_moe_experts=4", "training.stop_after=2", "evaluation.interval=2")
+        | {"runs": str(runs), "upcycle": {}, "published": "granite"},
         "branch": nano.case(runs / "ep1" / "recipe.yaml", "branch", "--from", "ep1@10", "schedule.decay=4"),
         "again": nano.case(runs / "ep2" / "recipe.yaml", "ep2", "schedule.total=22", "schedule.decay=12"),
     }
@@ -96,10 +102,21 @@ def test_expert_parallelism_changes_nothing(one: str, other: str, jobs: tuple[Pa
 
 
 def test_without_renormalisation_it_is_another_model(jobs: tuple[Path, dict[str, list[Outcome]]]) -> None:
-    """Two of four nearly equal weights sum to about a half: every block's output shrinks, and the loss is higher."""
+    """Two of four nearly equal weights sum to about a half: every MLP's output shrinks, and the loss is higher."""
     runs, outcomes = jobs
     nano.check(outcomes["raw"])
     assert _held_out(runs / "raw", 10) > 1.001 * _held_out(runs / "dense", 10)
+
+
+def test_a_run_begins_with_a_published_dense_model(jobs: tuple[Path, dict[str, list[Outcome]]]) -> None:
+    """With a recipe of one's own, at step 0 and without optimizer state."""
+    runs, outcomes = jobs
+    nano.check(outcomes["granite"])
+    assert "at step 0" in outcomes["granite"][0].log
+    # the dense model had come down to 4.9 from the 6.2 of uniform guesses
+    assert _steps(runs / "hf")[1][0] < 5.2
+    state = nano.state(runs / "hf" / "checkpoints" / "step-2")
+    assert (state["updates"], state["origin"]["run"]) == (2, str(runs / "granite"))
 
 
 def test_a_decay_branches_from_the_upcycled_checkpoint(jobs: tuple[Path, dict[str, list[Outcome]]]) -> None:
