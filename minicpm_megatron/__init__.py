@@ -21,6 +21,7 @@ _SURFACE = {
     "VocabParallelLinearCrossEntropy": "minicpm_megatron.model.fused_loss:VocabParallelLinearCrossEntropy",
     "initialize_parameters": "minicpm_megatron.model.initialize:initialize_parameters",
     "mup_param_groups": "minicpm_megatron.methods.mup:mup_param_groups",
+    "upcycle_state_dict": "minicpm_megatron.methods.upcycling:upcycle_state_dict",
     "WSDScheduler": "minicpm_megatron.methods.torch_schedulers:WSDScheduler",
     "CosineScheduler": "minicpm_megatron.methods.torch_schedulers:CosineScheduler",
     "CosineLoopScheduler": "minicpm_megatron.methods.torch_schedulers:CosineLoopScheduler",

@@ -7,7 +7,7 @@ something it is not. A format adds its own multipliers in its own file under `fo
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from minicpm_megatron.recipe import ModelRecipe, build_section
 
 Fields = dict[str, Any]
 CONFIG = "config.json"
+EXPERTS_A_TOKEN = "num_experts_per_tok"
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,9 @@ class Format:
     Attributes:
         name: what `--to` takes.
         model_type, architecture: how its config.json identifies it.
-        rows: the name table.
+        rows: the name table of a dense model; empty where the format holds none.
+        sparse_rows: the name table of a mixture of experts; empty where the format holds none.
+        experts_key: config.json's key for the number of experts; None where the format holds none.
         write: the configuration fields that say the model's multipliers, merged over the common ones.
         read: config.json -> the `ModelRecipe` fields that the common ones leave open (multipliers).
         check: raises UserError for a model that the format cannot hold.
@@ -53,24 +56,47 @@ class Format:
     check: Callable[[ModelRecipe], None]
     tied_by_default: bool = False
     always_untied: bool = False
+    sparse_rows: Sequence[Row] = ()
+    experts_key: str | None = None
 
     @property
     def folds(self) -> bool:
         """Whether multipliers live inside the weights."""
-        return any(row.fold for row in self.rows)
+        return any(row.fold for row in (*self.rows, *self.sparse_rows))
+
+    def table(self, model: ModelRecipe) -> Sequence[Row]:
+        """The name table of a model of this kind, dense or sparse; empty where the format does not hold it."""
+        return self.rows if model.num_moe_experts is None else self.sparse_rows
+
+    def check_kind(self, model: ModelRecipe, others: Iterable[Format] = ()) -> None:
+        """Raise UserError unless the format holds models of this kind, with those of `others` that do."""
+        if not self.table(model):
+            raise UserError(
+                f"this format holds {'dense models' if self.rows else 'mixtures of experts'} only",
+                where=f"--to {self.name}",
+                fix=f"use {' or '.join(other.name for other in others if other.table(model))}" if others else "",
+            )
+        if model.num_moe_experts is not None and model.moe_router_pre_softmax:
+            raise UserError(
+                "the weights of a token's experts are renormalised in every published format, and "
+                "moe_router_pre_softmax leaves them as they are",
+                where=f"--to {self.name}",
+                fix="only a model trained with moe_router_pre_softmax false can be published",
+            )
 
     def export_groups(self, model: ModelRecipe) -> list[Group]:
         """The tensors to write for `model`."""
         if model.untie_embeddings_and_output_weights:
-            return expand(self.rows, model)
+            return expand(self.table(model), model)
         if not self.always_untied:
             return self.import_groups(model)
-        return expand([dataclasses.replace(r, kind=EMBEDDING) if r.kind == HEAD else r for r in self.rows], model)
+        table = self.table(model)
+        return expand([dataclasses.replace(r, kind=EMBEDDING) if r.kind == HEAD else r for r in table], model)
 
     def import_groups(self, model: ModelRecipe) -> list[Group]:
         """The tensors that make up `model`; the head of a tied one is its embedding and no tensor."""
         tied = not model.untie_embeddings_and_output_weights
-        return expand([row for row in self.rows if not (tied and row.kind == HEAD)], model)
+        return expand([row for row in self.table(model) if not (tied and row.kind == HEAD)], model)
 
     def write_config(self, model: ModelRecipe, tokens: SpecialTokens, dtype: str) -> Fields:
         """config.json of `model`.
@@ -78,15 +104,15 @@ class Format:
         Raises:
             UserError: the format cannot hold this model.
         """
-        if model.num_moe_experts is not None:
-            raise UserError("this format holds dense models only", where=f"--to {self.name}")
+        self.check_kind(model)
         self.check(model)
+        sparse = model.num_moe_experts is not None
         return {
             "architectures": [self.architecture],
             "model_type": self.model_type,
             "vocab_size": model.vocab_size,
             "hidden_size": model.hidden_size,
-            "intermediate_size": model.ffn_hidden_size,
+            "intermediate_size": model.mlp_width,
             "num_hidden_layers": model.num_layers,
             "num_attention_heads": model.num_attention_heads,
             "num_key_value_heads": model.num_query_groups,
@@ -106,15 +132,18 @@ class Format:
             "torch_dtype": dtype,
             "dtype": dtype,
             NOTE_KEY: write_note(model) | rope_note(model),
+            **(
+                {str(self.experts_key): model.num_moe_experts, EXPERTS_A_TOKEN: model.moe_router_topk} if sparse else {}
+            ),
         } | self.write(model)
 
     def read_config(self, config: Mapping[str, Any], where: str) -> ModelRecipe:
         """The model that a config.json describes; whether it is tied may still be corrected by its tensors.
 
         Raises:
-            UserError: something in it is not a MiniCPM-shaped dense model, or missing, or of another type.
+            UserError: something in it is not a MiniCPM-shaped model, or missing, or of another type.
         """
-        native = build_section(ModelRecipe, _common_fields(config, where, self.tied_by_default), where=where)
+        native = build_section(ModelRecipe, self._common_fields(config, where), where=where)
         try:
             native = build_section(ModelRecipe, native.model_dump() | self.read(config, native), where=where)
         except UserError as error:
@@ -123,10 +152,35 @@ class Format:
         if self.folds and not native.untie_embeddings_and_output_weights:
             # one tensor cannot hold two folds: whoever tied it again made a plain model of it
             return native
-        note = {k: v for k, v in read_note(config).items() if k != "untie_embeddings_and_output_weights"}
+        sparse = native.num_moe_experts is not None
+        note = read_note(config, sparse=sparse)
+        note.pop("untie_embeddings_and_output_weights", None)
         noted = build_section(ModelRecipe, native.model_dump() | note, where=f"{where}: {NOTE_KEY}")
         # a configuration edited by hand is right against a note that was not
         return noted if self.folds or same_multipliers(native, noted) else native
+
+    def _common_fields(self, config: Mapping[str, Any], where: str) -> Fields:
+        try:
+            return _dense_fields(config, self.tied_by_default) | self._expert_fields(config)
+        except UserError as error:
+            raise error if error.where else UserError(error.what, where=where, fix=error.fix) from None
+
+    def _expert_fields(self, config: Mapping[str, Any]) -> Fields:
+        for key in ("num_experts", "num_local_experts"):
+            if key != self.experts_key and config.get(key):
+                raise UserError(f"{key} is set", fix=f"{self.name} holds {self.experts_key or 'dense models only'}")
+        experts = config.get(self.experts_key) if self.experts_key else None
+        if not experts:
+            if not self.rows:
+                raise UserError(f"{self.experts_key} is missing")
+            return {}
+        if EXPERTS_A_TOKEN not in config:
+            raise UserError(f"{EXPERTS_A_TOKEN} is missing")
+        return {
+            "num_moe_experts": experts,
+            "moe_router_topk": config[EXPERTS_A_TOKEN],
+            "moe_ffn_hidden_size": config["intermediate_size"],
+        }
 
     def noted_tied(self, config: Mapping[str, Any]) -> bool:
         """Whether the note says that the exported model was tied."""
@@ -155,20 +209,12 @@ def refuse_uneven_heads(model: ModelRecipe, format_name: str) -> None:
         )
 
 
-def _common_fields(config: Mapping[str, Any], where: str, tied_by_default: bool) -> Fields:
-    try:
-        return _dense_fields(config, tied_by_default)
-    except UserError as error:
-        raise error if error.where else UserError(error.what, where=where, fix=error.fix) from None
-
-
 def _dense_fields(config: Mapping[str, Any], tied_by_default: bool) -> Fields:
     for key, wanted in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False)):
         if config.get(key, wanted) != wanted:
             raise UserError(f"{key} {config[key]!r} is not supported", fix=f"only {wanted!r} can be imported")
-    for key in ("quantization_config", "num_experts", "num_local_experts"):
-        if config.get(key):
-            raise UserError(f"{key} is set", fix="only dense models with plain weights can be imported")
+    if config.get("quantization_config"):
+        raise UserError("quantization_config is set", fix="only plain weights can be imported")
     required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     if missing := [key for key in required if key not in config]:
         raise UserError(f"{', '.join(missing)} missing")

@@ -77,3 +77,9 @@ GATE_UP = Fusion(
     split=lambda tensors, model: tensors[0].chunk(2, dim=0),
     merge=lambda tensors, model: (torch.cat(list(tensors), dim=0),),
 )
+# a layer's experts, one tensor each, in one tensor with a leading dimension
+STACK = Fusion(
+    shapes=lambda shape, model: ((model.num_moe_experts or 0, *shape),),
+    split=lambda tensors, model: (torch.stack(list(tensors)),),
+    merge=lambda tensors, model: tensors[0].unbind(0),
+)

@@ -1,7 +1,7 @@
 """Text from any folder that can be converted: our checkpoints and every published format alike.
 
-The model is built in memory as transformers' Granite, which has exactly MiniCPM's multipliers, and transformers
-generates: cache, sampling and stopping are theirs.
+The model is built in memory as transformers' Granite, or GraniteMoe for a mixture of experts, which have exactly
+MiniCPM's multipliers, and transformers generates: cache, sampling and stopping are theirs.
 """
 
 from __future__ import annotations
@@ -14,10 +14,16 @@ from typing import Any
 import torch
 
 from minicpm_megatron.convert.format import SpecialTokens
-from minicpm_megatron.convert.formats import granite
+from minicpm_megatron.convert.formats import granite, granitemoe
 from minicpm_megatron.convert.operation import open_source
 from minicpm_megatron.convert.source import Source
 from minicpm_megatron.errors import UserError
+
+_GRANITEMOE_5 = {
+    "input_linear.weight": "experts.gate_up_proj",
+    "output_linear.weight": "experts.down_proj",
+    "router.layer.weight": "router.weight",
+}
 
 
 @dataclass(frozen=True)
@@ -136,18 +142,28 @@ class Generator:
 
 
 def as_granite(source: Source) -> Any:
-    """The source as transformers' GraniteForCausalLM in fp32 (bf16 on CUDA), in evaluation mode."""
-    from transformers import GraniteConfig, GraniteForCausalLM
+    """The source as transformers' Granite(Moe)ForCausalLM in fp32 (bf16 on CUDA), in evaluation mode."""
+    from transformers import GraniteConfig, GraniteForCausalLM, GraniteMoeConfig, GraniteMoeForCausalLM
 
+    sparse = source.model.num_moe_experts is not None
     dtype, device = (torch.bfloat16, "cuda") if torch.cuda.is_available() else (torch.float32, "cpu")
-    layout = granite.FORMAT
+    layout = granitemoe.FORMAT if sparse else granite.FORMAT
     fields = layout.write_config(source.model, SpecialTokens(), "float32")
-    model: Any = GraniteForCausalLM(GraniteConfig(**fields))
+    model: Any = (
+        GraniteMoeForCausalLM(GraniteMoeConfig(**fields)) if sparse else GraniteForCausalLM(GraniteConfig(**fields))
+    )
     model = model.to(dtype)
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for group in layout.export_groups(source.model):
             tensors = [source.tensors.read(name) for name in group.canonical]
             for name, value in group.to_published(tensors, source.model).items():
-                parameters[name].copy_(value)
+                parameters[_in_memory(name)].copy_(value)
     return model.to(device).eval()
+
+
+def _in_memory(name: str) -> str:
+    """The parameter of transformers 5 that a tensor of a GraniteMoe folder is loaded into."""
+    for stored, parameter in _GRANITEMOE_5.items():
+        name = name.replace(stored, parameter)
+    return name

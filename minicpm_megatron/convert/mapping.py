@@ -43,6 +43,11 @@ ATTENTION_OUTPUT = Kind(
 MLP_NORM = Kind(_LAYER + "pre_mlp_layernorm.weight", _vector)
 MLP_INPUT = Kind(_LAYER + "mlp.linear_fc1.weight", lambda m: (2 * m.ffn_hidden_size, m.hidden_size))
 MLP_OUTPUT = Kind(_LAYER + "mlp.linear_fc2.weight", lambda m: (m.hidden_size, m.ffn_hidden_size))
+ROUTER = Kind(_LAYER + "mlp.router.weight", lambda m: (m.num_moe_experts or 0, m.hidden_size))
+EXPERT_INPUT = Kind(
+    _LAYER + "mlp.experts.local_experts.*.linear_fc1.weight", lambda m: (2 * m.mlp_width, m.hidden_size)
+)
+EXPERT_OUTPUT = Kind(_LAYER + "mlp.experts.local_experts.*.linear_fc2.weight", lambda m: (m.hidden_size, m.mlp_width))
 FINAL_NORM = Kind("decoder.final_layernorm.weight", _vector)
 HEAD = Kind("output_layer.weight", lambda m: (m.vocab_size, m.hidden_size))
 

@@ -1,7 +1,8 @@
 """The three multipliers of a MiniCPM forward pass, and what keeps them across formats that cannot hold them.
 
-A format either has fields for them (minicpm, granite) or folds them into the weights (llama). What it has no field
-for travels as a *note*: one object in config.json under `NOTE_KEY`, which other programs keep and ignore.
+A format either has fields for them (minicpm, granite, granitemoe) or folds them into the weights (llama, mixtral).
+What it has no field for travels as a *note*: one object in config.json under `NOTE_KEY`, which other programs keep and
+ignore.
 """
 
 from __future__ import annotations
@@ -22,6 +23,13 @@ NOTE_FIELDS = (
     "parametrization",
     "embedding_role",
     "untie_embeddings_and_output_weights",
+)
+# of a mixture of experts; intermediate_size is the width of its experts
+EXPERT_NOTE_FIELDS = (
+    "ffn_hidden_size",
+    "moe_aux_loss_coeff",
+    "moe_router_load_balancing_type",
+    "moe_z_loss_coeff",
 )
 # a multiplier that went through decimal text and a square root comes back to within a few units in the last place
 AGREEMENT = 1e-9
@@ -52,10 +60,14 @@ def same_multipliers(first: ModelRecipe, second: ModelRecipe) -> bool:
 
 def write_note(model: ModelRecipe) -> dict[str, Any]:
     """What a published configuration cannot say about `model`."""
-    return {field: getattr(model, field) for field in NOTE_FIELDS}
+    return {field: getattr(model, field) for field in _fields(sparse=model.num_moe_experts is not None)}
 
 
-def read_note(config: Mapping[str, Any]) -> dict[str, Any]:
+def read_note(config: Mapping[str, Any], *, sparse: bool = False) -> dict[str, Any]:
     """The note in a config.json, restricted to known fields; empty when there is none."""
     note = config.get(NOTE_KEY)
-    return {field: note[field] for field in NOTE_FIELDS if field in note} if isinstance(note, dict) else {}
+    return {field: note[field] for field in _fields(sparse) if field in note} if isinstance(note, dict) else {}
+
+
+def _fields(sparse: bool) -> tuple[str, ...]:
+    return NOTE_FIELDS + EXPERT_NOTE_FIELDS if sparse else NOTE_FIELDS

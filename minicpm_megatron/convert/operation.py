@@ -32,6 +32,7 @@ from minicpm_megatron.convert.weight_files import (
     write_weights,
 )
 from minicpm_megatron.errors import UserError
+from minicpm_megatron.recipe import count_parameters
 from minicpm_megatron.storage.atomic import write_json
 
 TARGETS = (*FORMATS, MEGATRON)
@@ -177,6 +178,7 @@ def _publish(
     progress: bool,
 ) -> None:
     tokens = (pieces.special_tokens if pieces else None) or source.special_tokens
+    layout.check_kind(source.model, FORMATS.values())
     config = layout.write_config(source.model, tokens, DTYPE_NAMES[dtype])
     groups = layout.export_groups(source.model)
     _check_complete(source, groups)
@@ -237,6 +239,4 @@ def _generation_config(tokens: SpecialTokens) -> dict[str, Any]:
 
 
 def _parameters(source: Source) -> int:
-    # every dense format has the same canonical tensors, so any table counts them
-    groups = next(iter(FORMATS.values())).import_groups(source.model)
-    return sum(torch.Size(group.row.kind.shape(source.model)).numel() for group in groups)
+    return count_parameters(source.model).total

@@ -58,6 +58,7 @@ class PublishedTensors:
     def __init__(self, weights: WeightFolder, groups: list[Group], model: ModelRecipe) -> None:
         self._weights, self._model = weights, model
         self._groups = {name: group for group in groups for name in group.canonical}
+        self._stacked: dict[str, torch.Tensor] = {}
 
     def names(self) -> list[str]:
         """Canonical names, in reading order."""
@@ -65,9 +66,12 @@ class PublishedTensors:
 
     def read(self, name: str) -> torch.Tensor:
         """One canonical tensor in fp32."""
-        group = self._groups[name]
-        parts = [self._weights.read(part).float() for part in group.published]
-        return group.to_canonical(parts, self._model)[name]
+        if name not in self._stacked:
+            group = self._groups[name]
+            parts = [self._weights.read(part).float() for part in group.published]
+            # experts that are stored as one tensor are asked for one after the other
+            self._stacked = group.to_canonical(parts, self._model)
+        return self._stacked.pop(name)
 
 
 def open_published(folder: Path, layout: Format) -> Source:
@@ -82,7 +86,7 @@ def open_published(folder: Path, layout: Format) -> Source:
     weights = WeightFolder(folder)
     model = _with_true_tie(declared, layout, weights, noted=layout.noted_tied(config))
     groups = layout.import_groups(model)
-    _check_tensors(weights, groups, model, head=_head_and_embedding(layout)[0])
+    _check_tensors(weights, groups, model, head=_head_and_embedding(layout, model)[0])
     return Source(
         format=layout.name,
         folder=folder,
@@ -104,14 +108,14 @@ def _special_tokens(config: Mapping[str, Any]) -> SpecialTokens:
     return SpecialTokens(bos, eos)
 
 
-def _head_and_embedding(layout: Format) -> tuple[str, str]:
-    names = {row.kind: row.published[0] for row in layout.rows}
+def _head_and_embedding(layout: Format, model: ModelRecipe) -> tuple[str, str]:
+    names = {row.kind: row.published[0] for row in layout.table(model)}
     return names[HEAD], names[EMBEDDING]
 
 
 def _with_true_tie(model: ModelRecipe, layout: Format, weights: WeightFolder, *, noted: bool) -> ModelRecipe:
     """Decide from the tensors whether head and embedding are one: the flag alone is written in too many ways."""
-    head, embedding = _head_and_embedding(layout)
+    head, embedding = _head_and_embedding(layout, model)
     names = set(weights.names())
     declared_tied = not model.untie_embeddings_and_output_weights
     # a head that merely starts as a copy of the embedding (the 128K model's) stays a head unless the note says more
@@ -128,10 +132,10 @@ def _with_true_tie(model: ModelRecipe, layout: Format, weights: WeightFolder, *,
 
 
 def _same_up_to_folds(model: ModelRecipe, layout: Format, weights: WeightFolder) -> bool:
-    head, embedding = _head_and_embedding(layout)
+    head, embedding = _head_and_embedding(layout, model)
     if weights.shape(head) != weights.shape(embedding):
         return False
-    folds = {row.published[0]: row.fold(model) for row in layout.rows if row.fold}
+    folds = {row.published[0]: row.fold(model) for row in layout.table(model) if row.fold}
     ratio = folds.get(head, 1.0) / folds.get(embedding, 1.0)
     # folded and stored, each side was rounded twice; near zero the spacing of numbers no longer shrinks with them
     limits = torch.finfo(weights.dtype(head))

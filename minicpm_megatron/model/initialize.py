@@ -6,10 +6,9 @@ shard. So weights are bit-identical for every tensor- and pipeline-parallel size
 
 from __future__ import annotations
 
-import hashlib
-
 import torch
 
+from minicpm_megatron.methods import draws
 from minicpm_megatron.methods.mup import mup_table, role_of
 from minicpm_megatron.model.config import MiniCPMConfig
 from minicpm_megatron.model.sharding import mark_tensor_parallel, named_shards
@@ -17,11 +16,7 @@ from minicpm_megatron.model.sharding import mark_tensor_parallel, named_shards
 
 def initial_tensor(name: str, shape: tuple[int, ...], std: float | None, seed: int) -> torch.Tensor:
     """The whole initial tensor `name`: fp32 normal with deviation `std`, or ones where std is None."""
-    if std is None:
-        return torch.ones(shape)
-    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-    return torch.empty(shape).normal_(0.0, std, generator=generator)
+    return torch.ones(shape) if std is None else draws.normal(name, shape, std, seed)
 
 
 @torch.no_grad()

@@ -10,12 +10,27 @@ from typing import Any
 import pytest
 import torch
 
+from minicpm_megatron.convert.formats import FORMATS
 from minicpm_megatron.convert.our_checkpoint import CheckpointReader, write_single
 from minicpm_megatron.recipe import ModelRecipe
 from tests.convert import reference
 
 VOCABULARY = 400
 MakeCheckpoint = Callable[..., Path]
+EXPERTS: dict[str, Any] = {"num_moe_experts": 5, "moe_router_topk": 2, "moe_ffn_hidden_size": 72}
+# every format with each kind of model it holds
+DENSE_CASES: list[tuple[str, dict[str, Any]]] = [(name, {}) for name, layout in FORMATS.items() if layout.rows]
+SPARSE_CASES = [(name, EXPERTS) for name, layout in FORMATS.items() if layout.sparse_rows]
+CASES = DENSE_CASES + SPARSE_CASES
+
+
+def named(cases: list[tuple[str, dict[str, Any]]]) -> dict[str, Any]:
+    """Arguments of `pytest.mark.parametrize` that go with a list of cases."""
+    return {
+        "argnames": ("target", "kind"),
+        "argvalues": cases,
+        "ids": [f"{name}, {'experts' if kind else 'dense'}" for name, kind in cases],
+    }
 
 
 def small_model(**changes: Any) -> ModelRecipe:
@@ -47,9 +62,15 @@ def random_tensors(model: ModelRecipe, seed: int = 0) -> dict[str, torch.Tensor]
             p + "self_attention.linear_qkv.weight": ((heads + 2 * groups) * channels, hidden),
             p + "self_attention.linear_proj.weight": (hidden, heads * channels),
             p + "pre_mlp_layernorm.weight": (hidden,),
-            p + "mlp.linear_fc1.weight": (2 * ffn, hidden),
-            p + "mlp.linear_fc2.weight": (hidden, ffn),
         }
+        if model.num_moe_experts is None:
+            shapes |= {p + "mlp.linear_fc1.weight": (2 * ffn, hidden), p + "mlp.linear_fc2.weight": (hidden, ffn)}
+            continue
+        shapes[p + "mlp.router.weight"] = (model.num_moe_experts, hidden)
+        width = model.mlp_width
+        for e in range(model.num_moe_experts):
+            expert = f"{p}mlp.experts.local_experts.{e}."
+            shapes |= {expert + "linear_fc1.weight": (2 * width, hidden), expert + "linear_fc2.weight": (hidden, width)}
     shapes["decoder.final_layernorm.weight"] = (hidden,)
     if model.untie_embeddings_and_output_weights:
         shapes["output_layer.weight"] = (vocabulary, hidden)
@@ -73,6 +94,8 @@ def reference_config(model: ModelRecipe) -> dict[str, Any]:
         "scale_emb": model.scale_emb,
         "scale_depth": model.scale_depth,
         "dim_model_base": model.dim_model_base if model.parametrization == "mup" else model.hidden_size,
+        "num_experts": model.num_moe_experts,
+        "num_experts_per_tok": model.moe_router_topk,
     }
 
 

@@ -20,6 +20,16 @@ def published(weights: Weights, config: Mapping[str, Any]) -> dict[str, Any]:
     layers = []
     for n in range(config["num_hidden_layers"]):
         p = f"model.layers.{n}."
+        modules = [("gate_proj", "up_proj", "down_proj")]
+        if config.get("num_experts"):
+            modules = [tuple(f"experts.{e}.{w}" for w in ("w1", "w3", "w2")) for e in range(config["num_experts"])]
+        experts = [
+            {
+                name: weights[f"{p}mlp.{module}.weight"]
+                for name, module in zip(("gate", "up", "down"), names, strict=True)
+            }
+            for names in modules
+        ]
         layers.append(
             {
                 "norm1": weights[p + "input_layernorm.weight"],
@@ -28,9 +38,8 @@ def published(weights: Weights, config: Mapping[str, Any]) -> dict[str, Any]:
                 "v": weights[p + "self_attn.v_proj.weight"],
                 "o": weights[p + "self_attn.o_proj.weight"],
                 "norm2": weights[p + "post_attention_layernorm.weight"],
-                "gate": weights[p + "mlp.gate_proj.weight"],
-                "up": weights[p + "mlp.up_proj.weight"],
-                "down": weights[p + "mlp.down_proj.weight"],
+                "router": weights.get(p + "mlp.gate.weight"),
+                "experts": experts,
             }
         )
     embedding = weights["model.embed_tokens.weight"]
@@ -56,17 +65,20 @@ def canonical(weights: Weights, config: Mapping[str, Any]) -> dict[str, Any]:
             parts["k"].append(rows.pop(0))
             parts["v"].append(rows.pop(0))
         assert not rows
-        fc1 = weights[p + "mlp.linear_fc1.weight"]
-        half = fc1.shape[0] // 2
+        experts = []
+        for e in range(config.get("num_experts") or 1):
+            module = f"mlp.experts.local_experts.{e}." if config.get("num_experts") else "mlp."
+            fc1 = weights[p + module + "linear_fc1.weight"]
+            half = fc1.shape[0] // 2
+            experts.append({"gate": fc1[:half], "up": fc1[half:], "down": weights[p + module + "linear_fc2.weight"]})
         layers.append(
             {
                 "norm1": weights[p + "input_layernorm.weight"],
                 **{name: torch.cat(part) for name, part in parts.items()},
                 "o": weights[p + "self_attention.linear_proj.weight"],
                 "norm2": weights[p + "pre_mlp_layernorm.weight"],
-                "gate": fc1[:half],
-                "up": fc1[half:],
-                "down": weights[p + "mlp.linear_fc2.weight"],
+                "router": weights.get(p + "mlp.router.weight"),
+                "experts": experts,
             }
         )
     embedding = weights["embedding.word_embeddings.weight"]
@@ -91,6 +103,22 @@ def _rotate(x: torch.Tensor, base: float) -> torch.Tensor:
     return torch.cat([first * angles.cos() - second * angles.sin(), second * angles.cos() + first * angles.sin()], -1)
 
 
+def _mlp(x: torch.Tensor, weights: Weights) -> torch.Tensor:
+    gate = x @ weights["gate"].T
+    return (gate * gate.sigmoid() * (x @ weights["up"].T)) @ weights["down"].T
+
+
+def _mixture(token: torch.Tensor, layer: Mapping[str, Any], chosen: int) -> torch.Tensor:
+    """[hidden]: softmax over all experts, the `chosen` largest, renormalised to sum to 1."""
+    probabilities = (layer["router"] @ token).softmax(0).tolist()
+    best = sorted(range(len(probabilities)), key=lambda e: -probabilities[e])[:chosen]
+    total = sum(probabilities[e] for e in best)
+    output = torch.zeros_like(token)
+    for e in best:
+        output = output + probabilities[e] / total * _mlp(token, layer["experts"][e])
+    return output
+
+
 def logits(model: Mapping[str, Any], config: Mapping[str, Any], tokens: torch.Tensor) -> torch.Tensor:
     """[sequence] ids -> [sequence, vocabulary] logits."""
     heads, groups, channels = config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]
@@ -110,6 +138,9 @@ def logits(model: Mapping[str, Any], config: Mapping[str, Any], tokens: torch.Te
             outputs.append(scores.softmax(-1) @ v)
         x = x + residual * (torch.cat(outputs, -1) @ layer["o"].T)
         y = _norm(x, layer["norm2"], eps)
-        gate = y @ layer["gate"].T
-        x = x + residual * ((gate * gate.sigmoid() * (y @ layer["up"].T)) @ layer["down"].T)
+        if layer["router"] is None:
+            x = x + residual * _mlp(y, layer["experts"][0])
+        else:
+            rows = [_mixture(row, layer, config["num_experts_per_tok"]) for row in y]
+            x = x + residual * torch.stack(rows)
     return _norm(x, model["norm"], eps) / (hidden / config["dim_model_base"]) @ model["head"].T

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from minicpm_megatron.convert import convert, open_source, recognise
 from minicpm_megatron.errors import UserError
-from tests.convert.conftest import MakeCheckpoint, random_tensors, small_model
+from tests.convert.conftest import EXPERTS, MakeCheckpoint, random_tensors, small_model
 
 
 @pytest.fixture
@@ -89,7 +89,7 @@ CONFIG_FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "rope is no object": ({"rope_scaling": "linear"}, "rope_scaling 'linear' is not supported"),
     "two bases": ({"rope_theta": 5e5}, "two different values of rope_theta"),
-    "experts": ({"num_local_experts": 8}, "num_local_experts is set"),
+    "experts": ({"num_local_experts": 8}, "num_local_experts is set; granite holds dense models only"),
     "quantised": ({"quantization_config": {"bits": 4}}, "quantization_config is set"),
     "missing size": ({"hidden_size": None}, "hidden_size missing"),
     "size of another type": ({"num_hidden_layers": "six"}, "num_layers.*six"),
@@ -115,6 +115,34 @@ def test_configuration(fault: str, folder: Path) -> None:
     with pytest.raises(UserError, match=message) as caught:
         open_source(folder)
     assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+
+
+EXPERT_FAULTS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "no experts": ("mixtral", {"num_local_experts": None}, "num_local_experts is missing"),
+    "another key": ("granitemoe", {"num_experts": 5}, "num_experts is set; granitemoe holds num_local_experts"),
+    "none a token": ("mixtral", {"num_experts_per_tok": None}, "num_experts_per_tok is missing"),
+    "too many a token": ("mixtral", {"num_experts_per_tok": 9}, "9 experts a token of only 5"),
+    "experts of another type": ("granitemoe", {"num_local_experts": "5"}, "num_moe_experts.*'5'"),
+    "more experts than tensors": (
+        "minicpm",
+        {"num_experts": 6},
+        r"tensor .*experts\.5\.w1\.weight and \d+ more missing",
+    ),
+    "fewer experts than tensors": ("minicpm", {"num_experts": 4}, r"gate\.weight has shape|unexpected tensor"),
+    "dense": ("minicpm", {"num_experts": None}, r"tensor .*mlp\.gate_proj\.weight and \d+ more missing"),
+    "stacked otherwise": ("granitemoe", {"num_local_experts": 4}, r"shape \[5, .*says \[4,"),
+    "window": ("mixtral", {"sliding_window": 64}, "sliding_window 64 is not supported"),
+}
+
+
+@pytest.mark.parametrize("case", EXPERT_FAULTS)
+def test_mixtures(case: str, checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    target, changes, message = EXPERT_FAULTS[case]
+    convert(checkpoint(**EXPERTS), tmp_path / "out", target)
+    edit(tmp_path / "out", **changes)
+    with pytest.raises(UserError, match=message) as caught:
+        open_source(tmp_path / "out")
+    assert str(tmp_path / "out") in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "3", "[" * 200_000, b"\xff\xfe{"])

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from minicpm_megatron.convert import convert, open_source
 from minicpm_megatron.convert.generation import Generator, Sampling
 from minicpm_megatron.errors import UserError
-from tests.convert.conftest import canonical_logits, read_checkpoint
+from tests.convert.conftest import CASES, EXPERTS, canonical_logits, named, read_checkpoint
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PROMPT = "the cat"
@@ -32,11 +32,11 @@ def argmax_continuation(folder: Path, tokenizer: Path, length: int) -> str:
     return pieces.decode(tokens[0], skip_special_tokens=True)
 
 
-@pytest.mark.parametrize("target", [None, "llama", "granite", "minicpm"])
-def test_greedy_text_is_the_argmax_of_the_reference(checkpoint, tokenizer, tmp_path, target):
-    folder = checkpoint()
+@pytest.mark.parametrize(**named([("megatron", {}), ("megatron", EXPERTS), *CASES]))
+def test_greedy_text_is_the_argmax_of_the_reference(checkpoint, tokenizer, tmp_path, target, kind):
+    folder = checkpoint(**kind)
     expected = argmax_continuation(folder, tokenizer, 12)
-    if target is not None:
+    if target != "megatron":
         convert(folder, tmp_path / "out", target, dtype="fp32", tokenizer=tokenizer)
         folder = tmp_path / "out"
     found = Generator(folder, tokenizer).continue_text(PROMPT, Sampling(max_new_tokens=12, temperature=0.0))

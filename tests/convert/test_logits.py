@@ -12,7 +12,14 @@ from safetensors.torch import load_file
 
 from minicpm_megatron.convert import convert
 from tests.convert import reference
-from tests.convert.conftest import MakeCheckpoint, canonical_logits, random_tensors, reference_config, small_model
+from tests.convert.conftest import (
+    EXPERTS,
+    MakeCheckpoint,
+    canonical_logits,
+    random_tensors,
+    reference_config,
+    small_model,
+)
 
 TOLERANCE = 1e-4  # of the largest logit
 
@@ -41,13 +48,14 @@ def transformers_logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
         return model(tokens[None]).logits[0]
 
 
-@pytest.mark.parametrize("target", ["llama", "granite"])
+@pytest.mark.parametrize("target", ["llama", "granite", "mixtral", "granitemoe"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_stock_transformers_agrees(
     variant: str, target: str, checkpoint: MakeCheckpoint, tmp_path: Path, tokens: torch.Tensor
 ) -> None:
-    model = small_model(**VARIANTS[variant])
-    convert(checkpoint(**VARIANTS[variant]), tmp_path / "out", target, dtype="fp32")
+    changes = VARIANTS[variant] | (EXPERTS if target in ("mixtral", "granitemoe") else {})
+    model = small_model(**changes)
+    convert(checkpoint(**changes), tmp_path / "out", target, dtype="fp32")
     ours = canonical_logits(model, random_tensors(model), tokens)
     assert_close(ours, transformers_logits(tmp_path / "out", tokens))
 
@@ -59,12 +67,30 @@ def test_granite_with_its_own_head_width(checkpoint: MakeCheckpoint, tmp_path: P
     assert_close(ours, transformers_logits(tmp_path / "out", tokens))
 
 
+@pytest.mark.parametrize("target", ["mixtral", "granitemoe"])
+@pytest.mark.parametrize(
+    "experts",
+    [{"kv_channels": 16}, {"num_moe_experts": 2}, {"num_moe_experts": 9, "moe_router_topk": 4}],
+    ids=["its own head width", "all experts", "4 of 9"],
+)
+def test_mixtures_of_other_shapes(
+    experts: dict[str, Any], target: str, checkpoint: MakeCheckpoint, tmp_path: Path, tokens: torch.Tensor
+) -> None:
+    changes = EXPERTS | experts
+    model = small_model(**changes)
+    convert(checkpoint(**changes), tmp_path / "out", target, dtype="fp32")
+    ours = canonical_logits(model, random_tensors(model), tokens)
+    assert_close(ours, transformers_logits(tmp_path / "out", tokens))
+
+
+@pytest.mark.parametrize("experts", [{}, EXPERTS], ids=["dense", "experts"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_minicpm_agrees_with_the_reference(
-    variant: str, checkpoint: MakeCheckpoint, tmp_path: Path, tokens: torch.Tensor
+    variant: str, experts: dict[str, Any], checkpoint: MakeCheckpoint, tmp_path: Path, tokens: torch.Tensor
 ) -> None:
-    model = small_model(**VARIANTS[variant])
-    convert(checkpoint(**VARIANTS[variant]), tmp_path / "out", "minicpm", dtype="fp32")
+    changes = VARIANTS[variant] | experts
+    model = small_model(**changes)
+    convert(checkpoint(**changes), tmp_path / "out", "minicpm", dtype="fp32")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     weights = load_file(tmp_path / "out" / "model.safetensors")
     # the multipliers are those of the exported configuration, read by their published names
@@ -76,9 +102,11 @@ def test_minicpm_agrees_with_the_reference(
     assert_close(canonical_logits(model, random_tensors(model), tokens), theirs)
 
 
-@pytest.mark.parametrize("fault", ["scale_emb", "scale_depth", "dim_model_base", "num_key_value_heads"])
+@pytest.mark.parametrize(
+    "fault", ["scale_emb", "scale_depth", "dim_model_base", "num_key_value_heads", "num_experts_per_tok"]
+)
 def test_the_comparison_sees_each_multiplier(fault: str, tokens: torch.Tensor) -> None:
-    model = small_model(num_query_groups=4)
+    model = small_model(num_query_groups=4, **EXPERTS)
     config = reference_config(model)
     wrong = config | {fault: config[fault] * 2}
     if fault == "num_key_value_heads":

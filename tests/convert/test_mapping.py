@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from minicpm_megatron.convert import convert
 from minicpm_megatron.convert.formats import FORMATS
 from minicpm_megatron.convert.formats.llama_names import DENSE_ROWS
-from minicpm_megatron.convert.fused import GATE_UP, QKV, Fusion, merge_qkv, split_qkv
+from minicpm_megatron.convert.fused import GATE_UP, QKV, STACK, Fusion, merge_qkv, split_qkv
 from minicpm_megatron.convert.mapping import Kind, Row, expand
+from minicpm_megatron.errors import UserError
 from minicpm_megatron.recipe import count_parameters
-from tests.convert.conftest import small_model
+from tests.convert.conftest import CASES, EXPERTS, SPARSE_CASES, MakeCheckpoint, named, small_model
 
 
 @pytest.mark.parametrize("heads, groups", [(8, 8), (8, 4), (8, 2), (8, 1), (6, 3)])
@@ -41,11 +45,11 @@ def test_shapes_are_those_of_the_parts(fusion: Fusion) -> None:
     assert torch.equal(fusion.merge(parts, model)[0], tensor)
 
 
-@pytest.mark.parametrize("name", list(FORMATS))
+@pytest.mark.parametrize(**named(CASES))
 @pytest.mark.parametrize("untied", [False, True])
-def test_every_parameter_is_in_the_table_once(name: str, untied: bool) -> None:
-    model = small_model(untie_embeddings_and_output_weights=untied)
-    groups = FORMATS[name].import_groups(model)
+def test_every_parameter_is_in_the_table_once(target: str, kind: dict[str, Any], untied: bool) -> None:
+    model = small_model(untie_embeddings_and_output_weights=untied, **kind)
+    groups = FORMATS[target].import_groups(model)
     names = [canonical for group in groups for canonical in group.canonical]
     assert len(names) == len(set(names))
     published = [shape for group in groups for shape in group.published_shapes(model).values()]
@@ -81,12 +85,7 @@ def test_experts_one_by_one_are_a_second_wildcard() -> None:
 
 def test_experts_stacked_are_one_published_tensor() -> None:
     model, experts = _sparse()
-    stack = Fusion(
-        shapes=lambda shape, m: ((m.num_moe_experts, *shape),),
-        split=lambda tensors, m: (torch.stack(list(tensors)),),
-        merge=lambda tensors, m: tensors[0].unbind(0),
-    )
-    first, second = expand((Row(_EXPERT, ("model.layers.*.output_linear.weight",), stack, lambda m: 0.5),), model)
+    first, second = expand((Row(_EXPERT, ("model.layers.*.output_linear.weight",), STACK, lambda m: 0.5),), model)
     assert first.canonical == tuple(f"decoder.layers.0.experts.{e}.fc2.weight" for e in range(3))
     assert second.published == ("model.layers.1.output_linear.weight",)
     published = first.to_published(experts, model)
@@ -97,14 +96,26 @@ def test_experts_stacked_are_one_published_tensor() -> None:
     assert all(torch.equal(back[name], expert) for name, expert in zip(first.canonical, experts, strict=True))
 
 
-def test_a_dense_format_refuses_a_sparse_model() -> None:
-    from minicpm_megatron.convert.format import SpecialTokens
-    from minicpm_megatron.errors import UserError
+@pytest.mark.parametrize("target", [name for name, layout in FORMATS.items() if not layout.sparse_rows])
+def test_a_dense_format_refuses_a_mixture(target: str, checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"{target}: this .* dense models only; use minicpm or mixtral or granitemoe$"):
+        convert(checkpoint(**EXPERTS), tmp_path / "out", target)
 
-    sparse = small_model().model_copy(update={"num_moe_experts": 4})
-    for layout in FORMATS.values():
-        with pytest.raises(UserError, match="dense models only"):
-            layout.write_config(sparse, SpecialTokens(), "float32")
+
+@pytest.mark.parametrize("target", [name for name, layout in FORMATS.items() if not layout.rows])
+def test_a_format_of_mixtures_refuses_a_dense_model(target: str, checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"{target}: .* mixtures of experts only; use minicpm or llama or granite$"):
+        convert(checkpoint(), tmp_path / "out", target)
+
+
+@pytest.mark.parametrize(**named(SPARSE_CASES))
+def test_weights_that_are_not_renormalised_fit_no_format(
+    target: str, kind: dict[str, Any], checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    folder = checkpoint(**kind, moe_router_pre_softmax=True)
+    with pytest.raises(UserError, match=f"--to {target}: .*moe_router_pre_softmax leaves them as they are"):
+        convert(folder, tmp_path / "out", target)
+    assert not (tmp_path / "out").exists()
 
 
 def test_formats_are_found_by_what_identifies_them() -> None:

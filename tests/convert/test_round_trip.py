@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,25 +12,34 @@ from safetensors.torch import load_file, save_file
 
 from minicpm_megatron.convert import FORMATS, convert, open_source
 from tests.convert.conftest import (
+    CASES,
+    EXPERTS,
     MakeCheckpoint,
     assert_bit_equal,
     canonical_logits,
+    named,
     random_tensors,
     read_checkpoint,
     small_model,
 )
 
-UNFOLDED = [name for name, layout in FORMATS.items() if not layout.folds]
-FOLDED = [name for name, layout in FORMATS.items() if layout.folds]
+UNFOLDED = pytest.mark.parametrize(**named([case for case in CASES if not FORMATS[case[0]].folds]))
+FOLDED = pytest.mark.parametrize(**named([case for case in CASES if FORMATS[case[0]].folds]))
 TIES = pytest.mark.parametrize("untied", [False, True], ids=["tied", "untied"])
 
 
 @TIES
-@pytest.mark.parametrize("target", UNFOLDED)
+@UNFOLDED
 def test_fp32_is_bit_equal_and_the_model_is_the_same(
-    target: str, untied: bool, checkpoint: MakeCheckpoint, tmp_path: Path
+    target: str, kind: dict[str, Any], untied: bool, checkpoint: MakeCheckpoint, tmp_path: Path
 ) -> None:
-    model = small_model(untie_embeddings_and_output_weights=untied, embedding_role="matrix", init_method_std=0.07)
+    unsaid = {"moe_aux_loss_coeff": 0.003, "moe_z_loss_coeff": 1e-3, "moe_router_load_balancing_type": "aux_loss"}
+    model = small_model(
+        untie_embeddings_and_output_weights=untied,
+        embedding_role="matrix",
+        init_method_std=0.07,
+        **(kind | unsaid if kind else {}),
+    )
     folder = checkpoint(**model.model_dump())
     convert(folder, tmp_path / "out", target, dtype="fp32")
     convert(tmp_path / "out", tmp_path / "back", "megatron")
@@ -38,15 +48,15 @@ def test_fp32_is_bit_equal_and_the_model_is_the_same(
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-@pytest.mark.parametrize("target", UNFOLDED)
+@UNFOLDED
 def test_half_precision_is_bit_equal_after_the_first_rounding(
-    target: str, dtype: str, checkpoint: MakeCheckpoint, tmp_path: Path
+    target: str, kind: dict[str, Any], dtype: str, checkpoint: MakeCheckpoint, tmp_path: Path
 ) -> None:
-    convert(checkpoint(), tmp_path / "out", target, dtype=dtype)
+    convert(checkpoint(**kind), tmp_path / "out", target, dtype=dtype)
     convert(tmp_path / "out", tmp_path / "back", "megatron")
     rounded = {
         name: tensor.to({"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]).float()
-        for name, tensor in random_tensors(small_model()).items()
+        for name, tensor in random_tensors(small_model(**kind)).items()
     }
     assert_bit_equal(rounded, read_checkpoint(tmp_path / "back"))
     convert(tmp_path / "back", tmp_path / "again", target, dtype=dtype)
@@ -56,9 +66,11 @@ def test_half_precision_is_bit_equal_after_the_first_rounding(
 
 
 @TIES
-@pytest.mark.parametrize("target", FOLDED)
-def test_our_own_folded_export_unfolds(target: str, untied: bool, checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
-    model = small_model(untie_embeddings_and_output_weights=untied)
+@FOLDED
+def test_our_own_folded_export_unfolds(
+    target: str, kind: dict[str, Any], untied: bool, checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    model = small_model(untie_embeddings_and_output_weights=untied, **kind)
     convert(checkpoint(**model.model_dump()), tmp_path / "out", target, dtype="fp32")
     convert(tmp_path / "out", tmp_path / "back", "megatron")
     assert open_source(tmp_path / "back").model == model
@@ -70,16 +82,20 @@ def test_our_own_folded_export_unfolds(target: str, untied: bool, checkpoint: Ma
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@FOLDED
 def test_a_folded_export_in_half_precision_is_still_known_to_be_tied(
-    dtype: str, checkpoint: MakeCheckpoint, tmp_path: Path
+    target: str, kind: dict[str, Any], dtype: str, checkpoint: MakeCheckpoint, tmp_path: Path
 ) -> None:
-    convert(checkpoint(), tmp_path / "out", "llama", dtype=dtype)
-    assert open_source(tmp_path / "out").model == small_model()
+    convert(checkpoint(**kind), tmp_path / "out", target, dtype=dtype)
+    assert open_source(tmp_path / "out").model == small_model(**kind)
 
 
-def test_folds_by_powers_of_two_come_back_in_every_bit(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
-    exact = {"num_layers": 4, "scale_emb": 8.0, "scale_depth": 0.5, "hidden_size": 96, "dim_model_base": 24}
-    convert(checkpoint(**exact), tmp_path / "out", "llama", dtype="bf16")
+@FOLDED
+def test_folds_by_powers_of_two_come_back_in_every_bit(
+    target: str, kind: dict[str, Any], checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    exact = {"num_layers": 4, "scale_emb": 8.0, "scale_depth": 0.5, "hidden_size": 96, "dim_model_base": 24} | kind
+    convert(checkpoint(**exact), tmp_path / "out", target, dtype="bf16")
     convert(tmp_path / "out", tmp_path / "back", "megatron")
     rounded = {name: t.bfloat16().float() for name, t in random_tensors(small_model(**exact)).items()}
     assert_bit_equal(rounded, read_checkpoint(tmp_path / "back"))
@@ -146,6 +162,69 @@ def test_somebody_elses_granite(tied: bool, tmp_path: Path, tokens: torch.Tensor
         expected = theirs(tokens[None]).logits[0]
     actual = canonical_logits(source.model, read_checkpoint(tmp_path / "ours"), tokens)
     assert (actual - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+def somebody_elses_mixture(kind: str) -> Any:
+    """A model of transformers with random weights."""
+    from transformers import GraniteMoeConfig, GraniteMoeForCausalLM, MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(0)
+    shape: dict[str, Any] = dict(
+        vocab_size=400,
+        hidden_size=64,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=6,
+        num_experts_per_tok=3,
+        initializer_range=0.2,
+    )
+    if kind == "mixtral":
+        return MixtralForCausalLM(MixtralConfig(**shape))
+    own = dict(embedding_multiplier=6.0, residual_multiplier=0.22, logits_scaling=2.0, attention_multiplier=0.25)
+    return GraniteMoeForCausalLM(GraniteMoeConfig(**shape, **own))
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "granitemoe"])
+def test_somebody_elses_mixture(kind: str, tmp_path: Path, tokens: torch.Tensor) -> None:
+    theirs = somebody_elses_mixture(kind)
+    theirs.save_pretrained(tmp_path / "theirs")
+    convert(tmp_path / "theirs", tmp_path / "ours", "megatron")
+    source = open_source(tmp_path / "ours")
+    assert (source.model.num_moe_experts, source.model.moe_router_topk, source.model.moe_ffn_hidden_size) == (6, 3, 48)
+    assert source.model.scale_emb == (1.0 if kind == "mixtral" else 6.0)
+    assert source.model.rotary_base == (1e6 if kind == "mixtral" else 1e4)  # each configuration's own default
+    with torch.no_grad():
+        expected = theirs(tokens[None]).logits[0]
+    actual = canonical_logits(source.model, read_checkpoint(tmp_path / "ours"), tokens)
+    assert (actual - expected).abs().max() < 1e-4 * expected.abs().max()
+    convert(tmp_path / "ours", tmp_path / "again", kind, dtype="fp32")
+    again, first = (load_file(tmp_path / name / "model.safetensors") for name in ("again", "theirs"))
+    assert_bit_equal(first, again)
+
+
+def test_a_mixture_from_one_published_format_to_another(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    convert(checkpoint(**EXPERTS), tmp_path / "direct", "minicpm", dtype="fp32")
+    for middle, rtol in (("granitemoe", 0.0), ("mixtral", 4e-7)):
+        convert(tmp_path / "direct", tmp_path / middle, middle, dtype="fp32")
+        convert(tmp_path / middle, tmp_path / "final", "minicpm", dtype="fp32", overwrite=True)
+        direct, final = (load_file(tmp_path / name / "model.safetensors") for name in ("direct", "final"))
+        for name, tensor in direct.items():
+            torch.testing.assert_close(final[name], tensor, rtol=rtol, atol=0.0)
+
+
+def test_the_published_names_of_a_mixture(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    """The names and keys of the released 8x2B."""
+    convert(checkpoint(**EXPERTS), tmp_path / "out", "minicpm", dtype="fp32")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["architectures"] == ["MiniCPMForCausalLM"] and config["model_type"] == "minicpm"
+    assert (config["num_experts"], config["num_experts_per_tok"], config["intermediate_size"]) == (5, 2, 72)
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    names = {name for name in weights if name.startswith("model.layers.5.mlp.")}
+    experts = {f"model.layers.5.mlp.experts.{e}.{w}.weight" for e in range(5) for w in ("w1", "w2", "w3")}
+    assert names == {"model.layers.5.mlp.gate.weight"} | experts
+    assert tuple(weights["model.layers.5.mlp.experts.4.w1.weight"].shape) == (72, 96)
 
 
 @pytest.mark.parametrize("middle", ["llama", "granite"])

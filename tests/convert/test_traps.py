@@ -12,12 +12,21 @@ import sentencepiece
 import torch
 from safetensors import safe_open
 
-from minicpm_megatron.convert import FORMATS, convert
+from minicpm_megatron.convert import convert
 from minicpm_megatron.convert.tokenizer_folder import PROBES
 from minicpm_megatron.errors import UserError
-from tests.convert.conftest import VOCABULARY, MakeCheckpoint
+from tests.convert.conftest import (
+    CASES,
+    EXPERTS,
+    VOCABULARY,
+    MakeCheckpoint,
+    canonical_logits,
+    named,
+    random_tensors,
+    small_model,
+)
 
-EVERY_FORMAT = pytest.mark.parametrize("target", list(FORMATS))
+EVERY_FORMAT = pytest.mark.parametrize(**named(CASES))
 
 
 def exported(
@@ -33,29 +42,29 @@ def config_of(folder: Path) -> dict[str, Any]:
 
 @EVERY_FORMAT
 def test_trap_1_rope_is_written_for_old_and_new_readers(
-    target: str, checkpoint: MakeCheckpoint, tmp_path: Path
+    target: str, kind: dict[str, Any], checkpoint: MakeCheckpoint, tmp_path: Path
 ) -> None:
-    folder = exported(checkpoint, tmp_path, target, rotary_base=1e6)
+    folder = exported(checkpoint, tmp_path, target, rotary_base=5e5, **kind)
     config = config_of(folder)
-    assert config["rope_theta"] == 1e6
+    assert config["rope_theta"] == 5e5
     assert config["rope_scaling"] is None and "rope_scaling" in config
-    assert config["rope_parameters"] == {"rope_type": "default", "rope_theta": 1e6}
+    assert config["rope_parameters"] == {"rope_type": "default", "rope_theta": 5e5}
     if target != "minicpm":
         from transformers import AutoConfig
 
-        assert AutoConfig.from_pretrained(folder).rope_parameters["rope_theta"] == 1e6
+        assert AutoConfig.from_pretrained(folder).rope_parameters["rope_theta"] == 5e5
 
 
 @pytest.mark.parametrize("untied", [False, True], ids=["tied", "untied"])
 @EVERY_FORMAT
 def test_trap_2_the_tie_is_explicit_and_true_only_without_a_head(
-    target: str, untied: bool, checkpoint: MakeCheckpoint, tmp_path: Path
+    target: str, kind: dict[str, Any], untied: bool, checkpoint: MakeCheckpoint, tmp_path: Path
 ) -> None:
-    folder = exported(checkpoint, tmp_path, target, untie_embeddings_and_output_weights=untied)
+    folder = exported(checkpoint, tmp_path, target, untie_embeddings_and_output_weights=untied, **kind)
     tied = config_of(folder)["tie_word_embeddings"]
     with safe_open(folder / "model.safetensors", framework="pt") as weights:
         assert ("lm_head.weight" in weights.keys()) is not tied  # noqa: SIM118
-    assert tied is (target == "granite" and not untied)
+    assert tied is (target in ("granite", "granitemoe") and not untied)
 
 
 def test_trap_2_a_tied_minicpm_has_its_embedding_as_head(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
@@ -67,11 +76,11 @@ def test_trap_2_a_tied_minicpm_has_its_embedding_as_head(checkpoint: MakeCheckpo
 
 @EVERY_FORMAT
 def test_trap_3_transformers_and_sentencepiece_give_the_same_ids(
-    target: str, checkpoint: MakeCheckpoint, tmp_path: Path, tokenizer: Path
+    target: str, kind: dict[str, Any], checkpoint: MakeCheckpoint, tmp_path: Path, tokenizer: Path
 ) -> None:
     from transformers import AutoTokenizer
 
-    folder = exported(checkpoint, tmp_path, target, tokenizer)
+    folder = exported(checkpoint, tmp_path, target, tokenizer, **kind)
     assert (folder / "tokenizer.model").read_bytes() == (tokenizer / "tokenizer.model").read_bytes()
     assert (folder / "tokenizer.json").is_file()
     slow = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
@@ -102,17 +111,37 @@ def test_trap_3_a_lone_tokenizer_model_is_refused(checkpoint: MakeCheckpoint, tm
     convert(checkpoint("other"), tmp_path / "kept", "megatron", tokenizer=tmp_path / "tokenizer")
 
 
-def test_attention_multiplier_of_granite_is_not_its_default(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
-    assert config_of(exported(checkpoint, tmp_path, "granite"))["attention_multiplier"] == pytest.approx(12**-0.5)
+@pytest.mark.parametrize(("target", "kind"), [("granite", {}), ("granitemoe", EXPERTS)], ids=["granite", "granitemoe"])
+def test_attention_multiplier_of_granite_is_not_its_default(
+    target: str, kind: dict[str, Any], checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    config = config_of(exported(checkpoint, tmp_path, target, **kind))
+    assert config["attention_multiplier"] == pytest.approx(12**-0.5)
+
+
+def test_trap_4_a_mixture_in_fp64_runs_with_the_eager_experts_of_transformers(
+    checkpoint: MakeCheckpoint, tmp_path: Path, tokens: torch.Tensor
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder = tmp_path / "out"
+    convert(checkpoint(**EXPERTS), folder, "granitemoe", dtype="fp32")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, experts_implementation="eager")
+    with torch.no_grad():
+        theirs = model(tokens[None]).logits[0]
+    shape = small_model(**EXPERTS)
+    weights = {name: tensor.double() for name, tensor in random_tensors(shape).items()}
+    ours = canonical_logits(shape, weights, tokens)
+    assert (ours - theirs).abs().max() < 1e-5 * ours.abs().max()  # transformers keeps norms and rotations in fp32
 
 
 @EVERY_FORMAT
 def test_no_code_is_named_and_none_is_shipped(
-    target: str, checkpoint: MakeCheckpoint, tmp_path: Path, tokenizer: Path
+    target: str, kind: dict[str, Any], checkpoint: MakeCheckpoint, tmp_path: Path, tokenizer: Path
 ) -> None:
     copy = shutil.copytree(tokenizer, tmp_path / "tokenizer")
     (copy / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["evil.T", null]}, "bos_token": "<s>"}')
-    folder = exported(checkpoint, tmp_path, target, copy)
+    folder = exported(checkpoint, tmp_path, target, copy, **kind)
     assert not list(folder.glob("*.py"))
     assert all("auto_map" not in path.read_text() for path in folder.glob("*.json"))
     assert json.loads((folder / "tokenizer_config.json").read_text()) == {"bos_token": "<s>"}
@@ -146,13 +175,13 @@ def test_published_fields_of_minicpm(checkpoint: MakeCheckpoint, tmp_path: Path,
     }
 
 
-@pytest.mark.parametrize("target", ["llama", "granite"])
+@pytest.mark.parametrize(**named([case for case in CASES if case[0] != "minicpm"]))
 def test_transformers_generates_from_the_folder(
-    target: str, checkpoint: MakeCheckpoint, tmp_path: Path, tokenizer: Path
+    target: str, kind: dict[str, Any], checkpoint: MakeCheckpoint, tmp_path: Path, tokenizer: Path
 ) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder = exported(checkpoint, tmp_path, target, tokenizer)
+    folder = exported(checkpoint, tmp_path, target, tokenizer, **kind)
     model = AutoModelForCausalLM.from_pretrained(folder)
     words = AutoTokenizer.from_pretrained(folder)
     assert (model.generation_config.top_p, model.generation_config.temperature) == (0.8, 0.8)

@@ -31,7 +31,7 @@ def test_relative_links_lead_somewhere(page):
             assert (page.parent / target).exists(), target
 
 
-@pytest.mark.parametrize("page", [*PAGES, ROOT / "examples" / "quickstart.sh"], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*PAGES, *sorted((ROOT / "examples").glob("*.sh"))], ids=lambda page: page.name)
 def test_commands_and_their_options_exist(page):
     text = page.read_text(encoding="utf-8").replace("\\\n", " ")
     for script, rest in re.findall(r"((?:tools|examples)/\w+\.py)([^\n`]*)", text):

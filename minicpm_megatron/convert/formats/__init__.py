@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from minicpm_megatron.convert.format import Format
-from minicpm_megatron.convert.formats import granite, llama, minicpm
+from minicpm_megatron.convert.formats import granite, granitemoe, llama, minicpm, mixtral
 
-FORMATS: dict[str, Format] = {f.name: f for f in (minicpm.FORMAT, llama.FORMAT, granite.FORMAT)}
+FORMATS: dict[str, Format] = {
+    f.name: f for f in (minicpm.FORMAT, llama.FORMAT, granite.FORMAT, mixtral.FORMAT, granitemoe.FORMAT)
+}

@@ -18,21 +18,28 @@ from minicpm_megatron.methods import mup
 from minicpm_megatron.recipe import ModelRecipe
 
 
-def _write(model: ModelRecipe) -> Fields:
+def write(model: ModelRecipe) -> Fields:
+    """The multipliers as Granite's fields, and the head width where it does not follow."""
     fields: Fields = {
         "embedding_multiplier": embedding_multiplier(model),
         "residual_multiplier": residual_multiplier(model),
         "logits_scaling": mup.width_multiplier(model),
         # the default of 1.0 would leave attention unscaled
         "attention_multiplier": model.kv_channels**-0.5,
-        "mlp_bias": False,
     }
+    if model.num_moe_experts is None:
+        fields["mlp_bias"] = False
     if model.kv_channels * model.num_attention_heads != model.hidden_size:
         fields["head_dim"] = model.kv_channels
     return fields
 
 
-def _read(config: Mapping[str, Any], model: ModelRecipe) -> Fields:
+def read(config: Mapping[str, Any], model: ModelRecipe) -> Fields:
+    """Granite's fields as our multipliers.
+
+    Raises:
+        UserError: attention scaled otherwise, or a divisor of the logits that is no ratio of widths.
+    """
     attention = number(config, "attention_multiplier", 1.0)
     if not math.isclose(attention, model.kv_channels**-0.5, rel_tol=AGREEMENT):
         raise UserError(
@@ -55,7 +62,7 @@ FORMAT = Format(
     model_type="granite",
     architecture="GraniteForCausalLM",
     rows=DENSE_ROWS,
-    write=_write,
-    read=_read,
+    write=write,
+    read=read,
     check=lambda model: None,
 )

@@ -11,29 +11,37 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from minicpm_megatron.convert import mapping
 from minicpm_megatron.convert.format import Fields, Format
 from minicpm_megatron.convert.formats.llama_names import DENSE_ROWS
+from minicpm_megatron.convert.mapping import Row
 from minicpm_megatron.convert.multipliers import embedding_multiplier, logits_multiplier, residual_multiplier
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.recipe import ModelRecipe
 
-FOLDS = {
+_FOLDS = {
     mapping.EMBEDDING: embedding_multiplier,
     mapping.ATTENTION_OUTPUT: residual_multiplier,
     mapping.MLP_OUTPUT: residual_multiplier,
+    mapping.EXPERT_OUTPUT: residual_multiplier,
     mapping.HEAD: logits_multiplier,
 }
+
+
+def folded(rows: Sequence[Row]) -> tuple[Row, ...]:
+    """The table with the multipliers inside the weights."""
+    return tuple(dataclasses.replace(row, fold=_FOLDS.get(row.kind)) for row in rows)
 
 
 def _write(model: ModelRecipe) -> Fields:
     return {"head_dim": model.kv_channels, "mlp_bias": False, "pretraining_tp": 1}
 
 
-def _read(config: Mapping[str, Any], model: ModelRecipe) -> Fields:
+def read_plain(config: Mapping[str, Any], model: ModelRecipe) -> Fields:
+    """Multipliers of exactly 1: what is folded is in the weights."""
     return {"scale_emb": 1.0, "scale_depth": math.sqrt(model.num_layers), "dim_model_base": model.hidden_size}
 
 
@@ -51,9 +59,9 @@ FORMAT = Format(
     name="llama",
     model_type="llama",
     architecture="LlamaForCausalLM",
-    rows=tuple(dataclasses.replace(row, fold=FOLDS.get(row.kind)) for row in DENSE_ROWS),
+    rows=folded(DENSE_ROWS),
     write=_write,
-    read=_read,
+    read=read_plain,
     check=_check,
     always_untied=True,
 )

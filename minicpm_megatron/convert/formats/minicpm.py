@@ -2,7 +2,7 @@
 
 There is no auto_map: the published modelling code does not import under transformers 5, and a folder of weights that
 carries no code can run none. Programs that know MiniCPM themselves (llama.cpp, mlx-lm) read it as it is; for stock
-transformers the granite format has the same weights.
+transformers the granite format, granitemoe for a mixture of experts, has the same weights.
 
 The head is always written as a tensor with tie_word_embeddings false, the one form that every program reads: an
 absent key fails in one, true breaks another. The note keeps that it was tied.
@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from minicpm_megatron.convert.format import Fields, Format, number, refuse_uneven_heads
-from minicpm_megatron.convert.formats.llama_names import DENSE_ROWS
+from minicpm_megatron.convert.formats.llama_names import DENSE_ROWS, expert_rows
 from minicpm_megatron.convert.multipliers import logits_multiplier
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.recipe import ModelRecipe
@@ -46,6 +46,8 @@ FORMAT = Format(
     model_type="minicpm",
     architecture="MiniCPMForCausalLM",
     rows=DENSE_ROWS,
+    sparse_rows=expert_rows("mlp"),
+    experts_key="num_experts",
     write=_write,
     read=_read,
     check=lambda model: refuse_uneven_heads(model, "minicpm"),

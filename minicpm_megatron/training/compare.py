@@ -1,0 +1,142 @@
+"""Runs side by side: what each has cost since it began, in tokens and FLOPs, and what it is worth on held-out text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from minicpm_megatron.errors import UserError
+from minicpm_megatron.recipe import Recipe, count_parameters, load_recipe
+from minicpm_megatron.recipe.flops import flops_per_token
+from minicpm_megatron.training.metrics import METRICS, read_metrics
+
+RECIPE = "recipe.yaml"
+_LAST = 10  # steps whose losses are averaged
+
+
+@dataclass(frozen=True)
+class RunCurve:
+    """A run's own steps, those before a branch or an upcycling left out.
+
+    Attributes:
+        name: of the run.
+        parameters: all, and those that serve one token.
+        first_step: steps done when the run's own began.
+        tokens: read in its own steps.
+        flops: of its own steps, by PaLM's convention.
+        loss: mean of its last steps' training losses, nats per token.
+        held_out: set -> loss per token at its last evaluation.
+        points: (tokens, FLOPs, mean loss over the held-out sets) of every evaluation.
+    """
+
+    name: str
+    parameters: tuple[int, int]
+    first_step: int
+    tokens: int
+    flops: float
+    loss: float
+    held_out: dict[str, float]
+    points: tuple[tuple[int, float, float], ...]
+
+
+def run_recipe(run: Path) -> Recipe:
+    """The recipe that a run wrote.
+
+    Raises:
+        UserError: there is none.
+    """
+    if not (run / RECIPE).is_file():
+        raise UserError(f"no {RECIPE} in it", where=str(run), fix="give the folder of a run")
+    return load_recipe(run / RECIPE)
+
+
+def equal_flops(run: Path, other: Path, steps: int) -> int:
+    """Steps of `run` that cost the FLOPs of so many steps of `other`, to the nearest whole one."""
+    costs = []
+    for recipe in map(run_recipe, (run, other)):
+        length = recipe.data.sequence_length
+        costs.append(recipe.training.global_batch_size * length * flops_per_token(recipe.model, length))
+    return max(1, round(steps * costs[1] / costs[0]))
+
+
+def read_curve(run: Path) -> RunCurve:
+    """What a run has done.
+
+    Raises:
+        UserError: it is no run, or has made no step.
+    """
+    recipe = run_recipe(run)
+    steps = read_metrics(run / METRICS) if (run / METRICS).is_file() else []
+    if not steps:
+        raise UserError("has made no step", where=str(run), fix="start it first")
+    model, length = recipe.model, recipe.data.sequence_length
+    cost, count = flops_per_token(model, length), count_parameters(model)
+    begin = steps[0]["tokens"] - (steps[-1]["tokens"] - steps[0]["tokens"]) // max(1, len(steps) - 1)
+    by_step: dict[int, list[tuple[str, int, float]]] = {}
+    for record in read_metrics(run / METRICS, "evaluation"):
+        by_step.setdefault(record["step"], []).append((record["set"], record["tokens"], record["loss_per_token"]))
+    points = []
+    for _, sets in sorted(by_step.items()):
+        own = sets[0][1] - begin
+        points.append((own, own * cost, sum(loss for _, _, loss in sets) / len(sets)))
+    last = [record["loss"] for record in steps if not record.get("skipped")][-_LAST:]
+    tokens = steps[-1]["tokens"] - begin
+    return RunCurve(
+        name=recipe.name,
+        parameters=(count.total, count.total - count.non_embedding + count.active_non_embedding),
+        first_step=steps[0]["step"] - 1,
+        tokens=tokens,
+        flops=tokens * cost,
+        loss=sum(last) / len(last) if last else float("nan"),
+        held_out={name: loss for name, _, loss in by_step[max(by_step)]} if by_step else {},
+        points=tuple(points),
+    )
+
+
+def format_table(curves: Sequence[RunCurve]) -> str:
+    """The runs as lines of a table."""
+    sets = sorted({name for curve in curves for name in curve.held_out})
+    head = ["run", "parameters", "for a token", "from step", "tokens", "FLOPs", "training loss", *sets, "held-out mean"]
+    rows = [head]
+    for curve in curves:
+        held_out = [curve.held_out.get(name) for name in sets]
+        known = [loss for loss in held_out if loss is not None]
+        mean = sum(known) / len(known) if known else None
+        losses = ["-" if loss is None else f"{loss:.4f}" for loss in (curve.loss, *held_out, mean)]
+        numbers = [f"{value:,}" for value in (*curve.parameters, curve.first_step, curve.tokens)]
+        rows.append([curve.name, *numbers, f"{curve.flops:.3g}", *losses])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(
+            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        )
+        for row in rows
+    )
+
+
+def draw(curves: Sequence[RunCurve], path: Path) -> None:
+    """Mean held-out loss over tokens and over FLOPs, side by side, as a picture."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 4), sharey=True, layout="constrained")
+    for axis, index, label in ((axes[0], 0, "tokens"), (axes[1], 1, "FLOPs")):
+        for curve in curves:
+            axis.plot(
+                [point[index] for point in curve.points],
+                [point[2] for point in curve.points],
+                marker="o",
+                markersize=3,
+                label=curve.name,
+            )
+        axis.set_xlabel(f"{label} since the runs parted")
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("held-out loss (nats per token)")
+    axes[0].legend(frameon=False, fontsize=8)
+    partial = path.with_suffix(".part.png")
+    figure.savefig(partial, dpi=130)
+    pyplot.close(figure)
+    partial.replace(path)

@@ -1,0 +1,110 @@
+"""Runs side by side, from metrics written by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from minicpm_megatron.errors import UserError
+from minicpm_megatron.recipe import build, dump_recipe
+from minicpm_megatron.training.compare import equal_flops, format_table, read_curve
+from tests.cli.commands import command
+from tests.convert.conftest import EXPERTS, small_model
+
+
+def write_run(folder: Path, name: str, first: int, last: int, **model: Any) -> Path:
+    """A run of 4 samples of 32 tokens a step, evaluated every 5 steps, whose losses are 10 - step / 10."""
+    recipe = build(
+        {
+            "name": name,
+            "model": small_model(**model).model_dump(mode="json"),
+            "data": {"train": [{"prefix": "data/train"}], "sequence_length": 32},
+            "training": {"global_batch_size": 4, "micro_batch_size": 2},
+            "schedule": {"shape": "constant", "total": 100},
+        }
+    )
+    run = folder / name
+    run.mkdir()
+    (run / "recipe.yaml").write_text(dump_recipe(recipe))
+    lines: list[dict[str, Any]] = []
+    for step in range(first, last + 1):
+        lines.append({"kind": "train", "step": step, "tokens": 128 * step, "loss": 10 - step / 10})
+        if step % 5 == 0:
+            for number, held_out in enumerate(("en", "zh")):
+                loss = 10 - step / 10 + number
+                lines.append(
+                    {"kind": "evaluation", "step": step, "set": held_out, "tokens": 128 * step, "loss_per_token": loss}
+                )
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return run
+
+
+def flops_by_hand(active_experts: int, width: int) -> float:
+    """6 for each weight that multiplies a token, and attention: 6 layers, width 96, 8 heads on 2 of 12 channels."""
+    attention = 96 * (8 + 2 * 2) * 12 + 96 * 96
+    router = 5 * 96 if active_experts > 1 else 0
+    layer = attention + 2 * 96 + router + active_experts * 3 * 96 * width
+    return 6 * (6 * layer + 96) + 6 * 96 * 400 + 12 * 6 * 8 * 12 * 32
+
+
+def test_a_run_counts_its_own_steps(tmp_path: Path) -> None:
+    curve = read_curve(write_run(tmp_path, "moe", 31, 40, **EXPERTS))
+    assert (curve.name, curve.first_step, curve.tokens) == ("moe", 30, 1280)
+    assert curve.flops == pytest.approx(1280 * flops_by_hand(2, 72))
+    assert curve.held_out == {"en": 6.0, "zh": 7.0}
+    assert curve.loss == pytest.approx(sum(10 - step / 10 for step in range(31, 41)) / 10)
+    assert [(tokens, loss) for tokens, _, loss in curve.points] == [(640, 7.0), (1280, 6.5)]
+    assert curve.parameters[0] > curve.parameters[1]
+
+
+def test_steps_of_equal_flops(tmp_path: Path) -> None:
+    dense, moe = write_run(tmp_path, "dense", 1, 2), write_run(tmp_path, "moe", 1, 2, **EXPERTS)
+    ratio = flops_by_hand(2, 72) / flops_by_hand(1, 240)
+    assert equal_flops(dense, moe, 1000) == round(1000 * ratio)
+    assert equal_flops(dense, dense, 7) == 7
+
+
+def test_the_command_prints_a_table_and_draws(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    runs = [write_run(tmp_path, "dense", 31, 40), write_run(tmp_path, "moe", 31, 35, **EXPERTS)]
+    picture = tmp_path / "moe" / "comparison.png"
+    assert command("compare_runs.py", "--runs", *runs, "--output", picture) == 0
+    printed = capfd.readouterr().out
+    assert format_table([read_curve(run) for run in runs]) in printed and str(picture) in printed
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert command("compare_runs.py", "--runs", *runs, "--equal-flops", 10) == 0
+    assert capfd.readouterr().out == f"{equal_flops(*runs, 10)}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--runs", "nowhere"], "nowhere: no recipe.yaml in it"),
+        (["--runs", "empty"], "empty: has made no step; start it first"),
+        (["--runs", "run", "--output", "none/x.png"], "none: no such folder"),
+        (["--runs", "run", "--equal-flops", "3"], "--equal-flops: takes two runs and a number of steps"),
+    ],
+)
+def test_bad_input_is_one_line(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    write_run(tmp_path, "run", 1, 3)
+    (write_run(tmp_path, "empty", 1, 1) / "metrics.jsonl").unlink()
+    monkeypatch.chdir(tmp_path)
+    assert command("compare_runs.py", *arguments) == 2
+    output = capfd.readouterr()
+    assert output.out == "" and output.err == f"error: {output.err[7:]}" and message in output.err
+
+
+def test_a_run_without_evaluations(tmp_path: Path) -> None:
+    run = write_run(tmp_path, "short", 1, 3)
+    assert read_curve(run).held_out == {}
+    assert "-" in format_table([read_curve(run)]).splitlines()[1]
+    with pytest.raises(UserError, match="no recipe"):
+        read_curve(tmp_path)

@@ -1,0 +1,135 @@
+"""A dense run goes on as a mixture of experts: same step, same data, same loss, under any expert parallelism."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from minicpm_megatron.cli.upcycle import upcycle
+from minicpm_megatron.convert import convert
+from minicpm_megatron.methods.upcycling import Upcycling
+from minicpm_megatron.training.metrics import METRICS, read_metrics
+from tests.distributed.forked import Outcome, run_forked
+from tests.distributed.parity import DIGITS, digits
+from tests.training import nano
+
+pytestmark = pytest.mark.timeout(900)  # one fixture runs every job of the file
+
+
+def worker(rank: int, case: dict[str, Any]) -> dict[str, Any]:
+    if "upcycle" in case and rank == 0:
+        runs = Path(case["runs"])
+        dense, options = runs / "dense" / "checkpoints" / "step-10", dict(case["upcycle"])
+        if "published" in case:
+            convert(dense, runs / case["published"], case["published"], dtype="fp32")
+            dense = runs / case["published"]
+        plan = Upcycling(copies=4, **options.pop("plan", {}))
+        upcycle(dense, runs / case["run"], plan, **options)
+    dist.barrier()
+    return nano.train(rank, case)
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[Outcome]]]:
+    folder = tmp_path_factory.mktemp("upcycle")
+    recipe = nano.write_recipe(folder, deepspeed={"zero_stage": 1})
+    runs = folder / "runs"
+
+    def mixture(name: str, *overrides: str, **options: Any) -> dict[str, Any]:
+        case = nano.case(runs / name / "recipe.yaml", name)
+        return case | {"runs": str(runs), "upcycle": options | {"overrides": overrides}}
+
+    ep2 = "parallel.expert_model_parallel_size=2"
+    cases = {
+        "dense": nano.case(recipe, "dense"),
+        "ep1": mixture("ep1"),
+        "ep2": mixture("ep2", ep2),
+        "zero2": mixture("zero2", ep2, "deepspeed.zero_stage=2"),
+        "drop": mixture("drop", moments="drop"),
+        "drop ep2": mixture("drop-ep2", ep2, moments="drop"),
+        "fine": mixture("fine", plan={"granularity": 2}),
+        "raw": mixture("raw", "model.moe_router_pre_softmax=true"),
+        "granite": nano.case(recipe, "hf", "model.num_moe_experts=4", "training.stop_after=2", "evaluation.interval=2")
+        | {"runs": str(runs), "upcycle": {}, "published": "granite"},
+        "branch": nano.case(runs / "ep1" / "recipe.yaml", "branch", "--from", "ep1@10", "schedule.decay=4"),
+        "again": nano.case(runs / "ep2" / "recipe.yaml", "ep2", "schedule.total=22", "schedule.decay=12"),
+    }
+    outcomes = run_forked("tests.training.test_upcycle:worker", list(cases.values()))
+    return runs, dict(zip(cases, outcomes, strict=True))
+
+
+def _steps(run: Path) -> dict[int, tuple[float, float]]:
+    """Step -> (loss, gradient norm)."""
+    return {record["step"]: (record["loss"], record["gradient_norm"]) for record in read_metrics(run / METRICS)}
+
+
+def _held_out(run: Path, step: int) -> float:
+    return next(r["loss_per_token"] for r in read_metrics(run / METRICS, "evaluation") if r["step"] == step)
+
+
+def test_a_mixture_goes_on_where_the_dense_run_stood(jobs: tuple[Path, dict[str, list[Outcome]]]) -> None:
+    runs, outcomes = jobs
+    nano.check(outcomes["dense"])
+    dense = _steps(runs / "dense")
+    for name in ("ep1", "ep2", "drop", "fine"):
+        nano.check(outcomes[name])
+        assert "at step 10" in outcomes[name][0].log
+        steps = _steps(runs / name)
+        assert list(steps) == list(range(11, 21))
+        # before any step of its own it is the dense model
+        assert _held_out(runs / name, 10) == pytest.approx(_held_out(runs / "dense", 10), rel=2e-6)
+        assert steps[11][0] == pytest.approx(dense[11][0], rel=2e-6)
+        assert steps[20][0] < steps[11][0]
+    # the batches are those that the dense run read in these steps
+    for rank in range(2):
+        assert outcomes["ep2"][rank].result["samples"] == outcomes["dense"][rank].result["samples"][10:]
+    state = nano.state(runs / "ep2" / "checkpoints" / "step-20")
+    assert state["updates"] == 20 and state["origin"]["step"] == 10
+    assert state["origin"]["upcycling"]["copies"] == 4
+
+
+@pytest.mark.parametrize(("one", "other"), [("ep1", "ep2"), ("ep1", "zero2"), ("drop", "drop-ep2")])
+def test_expert_parallelism_changes_nothing(one: str, other: str, jobs: tuple[Path, dict[str, list[Outcome]]]) -> None:
+    runs, _ = jobs
+    first, second = _steps(runs / one), _steps(runs / other)
+    assert list(first) == list(second) == list(range(11, 21))
+    agreement = min(digits(a, b) for step in first for a, b in zip(first[step], second[step], strict=True))
+    assert agreement > DIGITS
+
+
+def test_without_renormalisation_it_is_another_model(jobs: tuple[Path, dict[str, list[Outcome]]]) -> None:
+    """Two of four nearly equal weights sum to about a half: every MLP's output shrinks, and the loss is higher."""
+    runs, outcomes = jobs
+    nano.check(outcomes["raw"])
+    assert _held_out(runs / "raw", 10) > 1.001 * _held_out(runs / "dense", 10)
+
+
+def test_a_run_begins_with_a_published_dense_model(jobs: tuple[Path, dict[str, list[Outcome]]]) -> None:
+    """With a recipe of one's own, at step 0 and without optimizer state."""
+    runs, outcomes = jobs
+    nano.check(outcomes["granite"])
+    assert "at step 0" in outcomes["granite"][0].log
+    # the dense model had come down to 4.9 from the 6.2 of uniform guesses
+    assert _steps(runs / "hf")[1][0] < 5.2
+    state = nano.state(runs / "hf" / "checkpoints" / "step-2")
+    assert (state["updates"], state["origin"]["run"]) == (2, str(runs / "granite"))
+
+
+def test_a_decay_branches_from_the_upcycled_checkpoint(jobs: tuple[Path, dict[str, list[Outcome]]]) -> None:
+    runs, outcomes = jobs
+    nano.check(outcomes["branch"])
+    branch, trunk = _steps(runs / "branch"), _steps(runs / "ep1")
+    assert list(branch) == [11, 12, 13, 14] and branch[11][0] == trunk[11][0]
+    assert nano.state(runs / "branch" / "checkpoints" / "step-14")["origin"] == {"run": str(runs / "ep1"), "step": 10}
+
+
+def test_the_run_resumes_like_any_other(jobs: tuple[Path, dict[str, list[Outcome]]]) -> None:
+    runs, outcomes = jobs
+    assert outcomes["again"][0].result["status"] == 2  # its decay has begun
+    assert "schedule: would have given step 11" in outcomes["again"][0].log
+    manifest = json.loads((runs / "ep1" / "checkpoints" / "step-20" / "manifest.json").read_text())
+    assert manifest["recipe"]["name"] == "ep1" and manifest["model"]["num_moe_experts"] == 4

@@ -1,0 +1,45 @@
+"""Compare runs by tokens, FLOPs and held-out loss: a table, and a picture.
+
+    python tools/compare_runs.py --runs runs/dense runs/moe --output runs/moe/comparison.png
+
+Counted are each run's own steps; what was before a branch or an upcycling is common to them.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from minicpm_megatron.cli.entry import run
+from minicpm_megatron.errors import UserError
+from minicpm_megatron.training.compare import draw, equal_flops, format_table, read_curve
+
+
+def main() -> None:
+    """Parse the arguments, print the table and draw."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=Path, nargs="+", required=True, help="folders of runs")
+    parser.add_argument("--output", type=Path, help="picture to write (.png)")
+    parser.add_argument(
+        "--equal-flops",
+        type=int,
+        metavar="STEPS",
+        help="only print how many steps of the first run cost the FLOPs of STEPS of the second",
+    )
+    options = parser.parse_args()
+    if options.equal_flops is not None:
+        if len(options.runs) != 2 or options.equal_flops < 1:
+            raise UserError("takes two runs and a number of steps", where="--equal-flops")
+        print(equal_flops(*options.runs, options.equal_flops))
+        return
+    if options.output is not None and not options.output.resolve().parent.is_dir():
+        raise UserError("no such folder", where=str(options.output.parent), fix="give another --output")
+    curves = [read_curve(folder) for folder in options.runs]
+    print(format_table(curves))
+    if options.output is not None:
+        draw(curves, options.output)
+        print(f"picture: {options.output}")
+
+
+if __name__ == "__main__":
+    run(main)
