@@ -10,11 +10,11 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from minicpm_megatron.convert import FORMATS, convert, open_source
+from minicpm_megatron.convert import convert, open_source
 from minicpm_megatron.convert.generation import Generator
 from minicpm_megatron.methods.rope import ntk_base, product_base
 from minicpm_megatron.recipe import ModelRecipe
-from tests.convert.conftest import MakeCheckpoint, random_tensors, small_model
+from tests.convert.conftest import CASES, MakeCheckpoint, named, random_tensors, small_model
 
 CHANNELS = 12
 SCALINGS: dict[str, dict[str, Any]] = {
@@ -23,7 +23,7 @@ SCALINGS: dict[str, dict[str, Any]] = {
     "product": {"rotary_base": 1e6, "rope_scaling": {"type": "product", "factor": 4.0}},
 }
 EVERY_SCALING = pytest.mark.parametrize("scaling", SCALINGS)
-EVERY_FORMAT = pytest.mark.parametrize("target", list(FORMATS))
+EVERY_FORMAT = pytest.mark.parametrize(**named(CASES))
 
 
 def exported(checkpoint: MakeCheckpoint, tmp_path: Path, target: str, **model: Any) -> tuple[Path, dict[str, Any]]:
@@ -33,9 +33,9 @@ def exported(checkpoint: MakeCheckpoint, tmp_path: Path, target: str, **model: A
 
 @EVERY_FORMAT
 def test_dynamic_is_written_as_the_released_configuration_has_it(
-    target: str, checkpoint: MakeCheckpoint, tmp_path: Path
+    target: str, kind: dict[str, Any], checkpoint: MakeCheckpoint, tmp_path: Path
 ) -> None:
-    folder, config = exported(checkpoint, tmp_path, target, **SCALINGS["dynamic"])
+    folder, config = exported(checkpoint, tmp_path, target, **SCALINGS["dynamic"], **kind)
     assert (config["rope_theta"], config["max_position_embeddings"]) == (1e6, 128)
     # transformers before 4.43 refuses any other number of members than these two
     assert config["rope_scaling"] == {"type": "dynamic", "factor": 4.0}
@@ -50,18 +50,21 @@ def test_dynamic_is_written_as_the_released_configuration_has_it(
     ("scaling", "base"), [("ntk", ntk_base(1e4, 4.0, 12)), ("product", product_base(1e6, 4.0, 12))]
 )
 def test_ntk_and_product_are_written_as_a_base(
-    scaling: str, base: float, target: str, checkpoint: MakeCheckpoint, tmp_path: Path
+    scaling: str, base: float, target: str, kind: dict[str, Any], checkpoint: MakeCheckpoint, tmp_path: Path
 ) -> None:
-    _, config = exported(checkpoint, tmp_path, target, **SCALINGS[scaling])
+    _, config = exported(checkpoint, tmp_path, target, **SCALINGS[scaling], **kind)
     assert config["rope_theta"] == base and config["rope_scaling"] is None
     assert config["rope_parameters"] == {"rope_type": "default", "rope_theta": base}
 
 
 @EVERY_FORMAT
 @EVERY_SCALING
-def test_every_scaling_comes_back(scaling: str, target: str, checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
-    folder, _ = exported(checkpoint, tmp_path, target, **SCALINGS[scaling])
-    assert open_source(folder).model == small_model(**SCALINGS[scaling])
+def test_every_scaling_comes_back(
+    scaling: str, target: str, kind: dict[str, Any], checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    changes = SCALINGS[scaling] | kind
+    folder, _ = exported(checkpoint, tmp_path, target, **changes)
+    assert open_source(folder).model == small_model(**changes)
 
 
 @pytest.mark.parametrize(
