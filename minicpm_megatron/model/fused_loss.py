@@ -38,7 +38,7 @@ class VocabParallelLinearCrossEntropy(torch.nn.Module):
         c V e + s V + 40 T,  c = min(T, max(1, chunk_bytes / (V e))) tokens in a chunk
 
     for T tokens, where s V, the softmax in fp32, is at most 4 MiB on CPU (or one token's, if that is more), 8 c V
-    elsewhere, and nothing with Triton: no term grows with T x V. With more than 16 chunks the gradient of a head in
+    elsewhere, and nothing with Triton: no term grows with T x V. With more than 4 chunks the gradient of a head in
     half precision is summed in fp32 and narrowed in place, which adds 2 V H + c V e / 4. Sequence parallelism adds the
     gathered hidden states and their gradient, 2 T H e, as ColumnParallelLinear does.
 
@@ -49,7 +49,7 @@ class VocabParallelLinearCrossEntropy(torch.nn.Module):
     and holds nothing between forward and backward but hidden states. Without gradients to make, 2 T V H.
 
     Precision: products in the dtype of the inputs, softmax and loss in fp32. A bf16 gradient of the head is rounded
-    once a chunk, 16 times at most; benchmarks/README.md says what that costs.
+    once a chunk, 4 times at most; benchmarks/README.md says what that costs.
 
     Args:
         reduction: "none", a loss a token; "sum"; "mean" over the weight of the mask, 0 where that is 0.
@@ -62,7 +62,8 @@ class VocabParallelLinearCrossEntropy(torch.nn.Module):
         sequence_parallel: hidden states are parts of the sequence in the order of the group's ranks; they are gathered,
             and their gradient is reduced and scattered.
         gradient_in: see above.
-        chunk_bytes: memory of a chunk's logits; None: 96 MiB on CPU, 512 MiB elsewhere.
+        chunk_bytes: memory of a chunk's logits; None: a quarter of the head's on CPU (16 MiB at least), 512
+            MiB elsewhere.
         kernels: "auto" is Triton's on CUDA where it is installed, else torch's.
 
     Raises:
@@ -120,7 +121,7 @@ class VocabParallelLinearCrossEntropy(torch.nn.Module):
             vocab_size=vocab_size,
             logit_scale=self.logit_scale,
             z_loss=self.z_loss,
-            chunk_bytes=self.chunk_bytes or loss_chunk_bytes(hidden.device.type),
+            chunk_bytes=self.chunk_bytes or loss_chunk_bytes(hidden.device.type, weight.nbytes),
             kernels=self.kernels,
         )
         group = (self.group, self.sequence_parallel)
