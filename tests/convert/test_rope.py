@@ -72,13 +72,14 @@ def test_every_scaling_comes_back(
 )
 @EVERY_FORMAT
 def test_either_generation_of_keys_is_enough(
-    target: str, keys: tuple[str, ...], checkpoint: MakeCheckpoint, tmp_path: Path
+    target: str, kind: dict[str, Any], keys: tuple[str, ...], checkpoint: MakeCheckpoint, tmp_path: Path
 ) -> None:
-    folder, config = exported(checkpoint, tmp_path, target, **SCALINGS["dynamic"])
+    changes = SCALINGS["dynamic"] | kind
+    folder, config = exported(checkpoint, tmp_path, target, **changes)
     for key in {"rope_parameters", "rope_theta", "rope_scaling"} - set(keys):
         del config[key]
     (folder / "config.json").write_text(json.dumps(config))
-    assert open_source(folder).model == small_model(**SCALINGS["dynamic"])
+    assert open_source(folder).model == small_model(**changes)
     if target != "minicpm":
         read = AutoConfig.from_pretrained(folder).rope_parameters
         assert (read["rope_type"], read["rope_theta"], read["factor"]) == ("dynamic", 1e6, 4.0)
