@@ -5,17 +5,22 @@ from __future__ import annotations
 import argparse
 import os
 import warnings
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from minicpm_megatron.cli.dry_run import format_dry_run
+from minicpm_megatron.errors import UserError
 from minicpm_megatron.recipe import Recipe, load_recipe
 from minicpm_megatron.versions import check_versions
+
+if TYPE_CHECKING:
+    from minicpm_megatron.training.start import Origin
 
 DESCRIPTION = """Train a MiniCPM model as a recipe says.
 
   deepspeed --num_gpus 2 examples/train.py --recipe examples/recipes/quickstart.yaml
   deepspeed --num_gpus 2 examples/train.py --recipe R.yaml name=try optimizer.lr=0.02      (overrides)
   deepspeed --num_gpus 2 examples/train.py --recipe R.yaml --from RUN@STEP name=decay-a schedule.decay=100
+  deepspeed --num_gpus 2 examples/train.py --recipe LONGER.yaml --init-from RUN@STEP
   python examples/train.py --recipe R.yaml --dry-run                                       (nothing is started)
 
 Started again with the same recipe, a run goes on from its newest checkpoint. Ctrl-C or SIGTERM saves and stops after
@@ -32,6 +37,13 @@ def parser() -> argparse.ArgumentParser:
         dest="reference",
         metavar="RUN@STEP",
         help="start a decay of schedule.decay from a stable checkpoint of another run (STEP may be 'latest')",
+    )
+    result.add_argument(
+        "--init-from",
+        dest="weights",
+        metavar="RUN@STEP",
+        help="begin at step 0 with the weights and moments of another run's checkpoint: a new stage, whose data,"
+        " lengths, RoPE, batches and schedule are the recipe's own",
     )
     result.add_argument("--dry-run", action="store_true", help="print what would be run, and exit")
     result.add_argument(
@@ -51,12 +63,18 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_intermixed_args(arguments)
     check_versions()
     recipe = load_recipe(options.recipe, options.overrides)
-    branch = None
+    origin = None
+    if options.reference is not None and options.weights is not None:
+        raise UserError("a run starts in one way", where="--from and --init-from", fix="give one of them")
     if options.reference is not None:
-        from minicpm_megatron.training.start import branch_recipe
+        from minicpm_megatron.training.start import Origin, branch_recipe
 
         recipe, folder, step = branch_recipe(recipe, options.reference)
-        branch = (folder, step, options.reference)
+        origin = Origin(folder, step, options.reference, goes_on=True)
+    elif options.weights is not None:
+        from minicpm_megatron.training.start import initial_weights
+
+        origin = initial_weights(recipe, options.weights)
     if options.dry_run:
         parallel = recipe.parallel
         fewest = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
@@ -64,10 +82,10 @@ def main(arguments: list[str] | None = None) -> int:
         started = os.environ.get("WORLD_SIZE")
         print(format_dry_run(recipe, options.world_size or int(started or fewest)))
         return 0
-    return _train(recipe, branch)
+    return _train(recipe, origin)
 
 
-def _train(recipe: Recipe, branch: tuple[Path, int, str] | None) -> int:
+def _train(recipe: Recipe, origin: Origin | None) -> int:
     _only_our_lines()
     # seconds of imports, after everything that can be refused without them
     from minicpm_megatron.parallel import groups
@@ -76,7 +94,7 @@ def _train(recipe: Recipe, branch: tuple[Path, int, str] | None) -> int:
     from minicpm_megatron.training.trainer import Trainer
 
     try:
-        trainer = Trainer(recipe, branch)
+        trainer = Trainer(recipe, origin)
         finished = trainer.run() == trainer.total
         if finished and groups.rank() == 0:
             finish(trainer.folder, recipe)

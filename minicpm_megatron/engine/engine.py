@@ -127,6 +127,9 @@ class Engine:
             self.deepspeed.set_train_batch_size(samples)
         return int(self.deepspeed.gradient_accumulation_steps())
 
+    def set_sequence_length(self, tokens: int) -> None:
+        """Told before every step how long the rows of its micro-batches are."""
+
     def accumulate(self, micro_batches: Iterable[MicroBatch], count: int) -> torch.Tensor:
         """Forward and backward of one step's micro-batches.
 

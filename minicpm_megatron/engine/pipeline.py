@@ -133,12 +133,19 @@ class PipelinedEngine(Engine):
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
+        self._sequence_length = self.recipe.data.sequence_length
         if hasattr(self.optimizer, "scaled_global_norm"):
             self.optimizer.scaled_global_norm = lambda norm_type=2: _one_norm(self.optimizer)
 
     @staticmethod
     def _mpu() -> Any:
         return None  # DeepSpeed takes the pipeline's own grid
+
+    def set_sequence_length(self, tokens: int) -> None:
+        """Let stages tell each other anew what shape they send."""
+        if tokens != self._sequence_length:
+            self._sequence_length = tokens
+            self.deepspeed.reset_activation_shape()
 
     def accumulate(self, micro_batches: Iterable[MicroBatch], count: int) -> torch.Tensor:
         """As `Engine.accumulate`; the loss is the mean over all data-parallel ranks."""
@@ -153,6 +160,7 @@ class PipelinedEngine(Engine):
 
     def loss_sum(self, *batch: torch.Tensor) -> torch.Tensor:
         """As `Engine.loss_sum`, for the mean over all data-parallel ranks."""
+        self.set_sequence_length(batch[0].size(1))
         mean = self.deepspeed.eval_batch(iter([batch]), num_micro_batches=1)
         return mean.double().sum() * batch[0].numel()
 

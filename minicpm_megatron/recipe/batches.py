@@ -32,6 +32,7 @@ class BatchPlan:
 
     def __init__(self, recipe: Recipe) -> None:
         self.sequence_length = recipe.data.sequence_length
+        self.curriculum = recipe.data.curriculum
         self.unit, self.total = recipe.schedule.unit, recipe.schedule.total
         phases = [BatchPhase(0, 0, recipe.training.global_batch_size)]
         for growth in recipe.training.batch_growth:
@@ -67,6 +68,11 @@ class BatchPlan:
         An update stands where it ends (`methods.schedules`): in steps at step + 1, in tokens at tokens(step + 1).
         """
         return step + 1 if self.unit == "steps" else self.tokens(step + 1)
+
+    def row_length(self, step: int) -> int:
+        """Tokens of the rows that a sample is fed as in the update that begins when `step` steps are done."""
+        done = step if self.unit == "steps" else self.tokens(step)
+        return next((part.sequence_length for part in self.curriculum if done < part.until), self.sequence_length)
 
     def total_steps(self) -> int:
         """Steps until the schedule's total is reached; in tokens the last step may go beyond it."""

@@ -95,6 +95,7 @@ def check_recipe(recipe: Recipe) -> None:
         f"{recipe.data.sequence_length} tokens exceed {_longest(recipe.model)}",
         "shorten the samples or raise model.max_position_embeddings",
     )
+    _check_curriculum(recipe)
     _check_batches(recipe)
     check_schedule(recipe.schedule)
     for field, answer in (("non_finite", recipe.faults.non_finite), ("spike", recipe.faults.spike)):
@@ -256,6 +257,30 @@ def _check_expert_parallel(recipe: Recipe) -> None:
             "DeepSpeed does not take the norm of offloaded experts over their ranks",
             "set it to none, or parallel.expert_model_parallel_size to 1",
         )
+
+
+def _check_curriculum(recipe: Recipe) -> None:
+    parallel, whole = recipe.parallel, recipe.data.sequence_length
+    unit = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
+    if parallel.context_parallel_size > 1:
+        unit *= 2 * parallel.context_parallel_size
+    until = 0
+    for index, part in enumerate(recipe.data.curriculum):
+        field = f"data.curriculum.{index}"
+        refuse_unless(
+            whole % part.sequence_length == 0 and part.sequence_length % unit == 0,
+            f"{field}.sequence_length",
+            f"{part.sequence_length} tokens do not divide data.sequence_length {whole}, or not over the ranks that"
+            " share a sequence",
+            f"give a divisor of {whole} that is a multiple of {unit}",
+        )
+        refuse_unless(
+            part.until > until,
+            f"{field}.until",
+            f"{part.until:,} does not come after {until:,}",
+            "list the parts in the order they happen",
+        )
+        until = part.until
 
 
 def batch_sizes(recipe: Recipe) -> Iterator[tuple[str, int]]:

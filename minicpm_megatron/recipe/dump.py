@@ -14,7 +14,7 @@ from minicpm_megatron.recipe.yaml_text import CoreDumper
 # losses under any of them, so they may differ between a checkpoint and the run that resumes it.
 DEFINING: dict[str, tuple[str, ...] | None] = {
     "model": None,
-    "data": ("train", "sequence_length", "reset_attention_mask"),
+    "data": ("train", "sequence_length", "reset_attention_mask", "curriculum"),
     "training": ("global_batch_size", "batch_growth", "precision", "gradient_clipping", "seed"),
     "optimizer": None,
     "schedule": None,

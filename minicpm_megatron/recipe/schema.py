@@ -155,6 +155,15 @@ class DataSource(Section):
     """Share of the samples relative to the other sources' weights."""
 
 
+class ShorterSamples(Section):
+    """A part of the run in which samples are fed as several shorter ones."""
+
+    until: Annotated[Length, Field(gt=0)]
+    """Where it ends, in schedule.unit."""
+    sequence_length: Count
+    """Tokens of each of the shorter ones; divides data.sequence_length."""
+
+
 class DataRecipe(Section):
     """What is read. All paths are relative to the directory the command is started in."""
 
@@ -168,6 +177,9 @@ class DataRecipe(Section):
     """Tokens a sample."""
     reset_attention_mask: bool = False
     """Attention ends at the borders of the documents that a sample is packed with (Megatron-LM's name)."""
+    curriculum: Annotated[tuple[ShorterSamples, ...], Field(strict=False)] = ()
+    """Shorter samples to begin with, in order: curriculum learning of the context (section 7.2). The tokens of every
+    step, and their order, are those of the whole samples."""
 
 
 class ParallelRecipe(Section):

@@ -41,22 +41,34 @@ class BatchReader:
         self.context_rank, self.context_size = context_rank, context_size
         self.documents = documents
 
-    def micro_batches(self, first_sample: int, global_batch_size: int) -> Iterator[tuple[torch.Tensor, ...]]:
+    def micro_batches(
+        self, first_sample: int, global_batch_size: int, row_length: int | None = None
+    ) -> Iterator[tuple[torch.Tensor, ...]]:
         """This rank's part of the global batch [first_sample, first_sample + global_batch_size).
 
+        Args:
+            row_length: feed each sample as several rows of so many tokens; None: as one.
+
         Yields:
-            (tokens, labels), int64 [micro_batch_size, sequence_length / context_size] each, labels one token ahead;
-            with `documents` also starts, of the same shape: where in the sample each token's document begins.
+            (tokens, labels), int64 [micro_batch_size, sequence_length / context_size] each, or as many more rows as
+            they are shorter; labels one token ahead. With `documents` also starts, of the same shape: where in the
+            row each token's document begins.
         """
         mine = batch(first_sample, global_batch_size, self.rank, self.size, self.micro_batch_size)
         for indices in mine:
-            rows = np.stack([self.samples[int(index)] for index in indices])
-            both = torch.from_numpy(rows).to(device.device())
-            batch_of_rank = [both[:, :-1], both[:, 1:]]
+            both = torch.from_numpy(np.stack([self.samples[int(index)] for index in indices])).to(device.device())
+            wholes = [both[:, :-1], both[:, 1:]]
             if self.documents:
                 starts = np.stack([self.samples.starts(int(index)) for index in indices])
-                batch_of_rank.append(torch.from_numpy(starts).to(device.device()))
-            yield tuple(self._part(whole) for whole in batch_of_rank)
+                wholes.append(torch.from_numpy(starts).to(device.device()))
+            if row_length is not None:
+                wholes = [whole.reshape(-1, row_length) for whole in wholes]
+            if row_length is not None and self.documents:
+                rows = torch.arange(wholes[2].size(0), device=wholes[2].device)
+                first = rows * row_length % self.samples.sequence_length
+                # of a document that began before it, a row sees what is in it
+                wholes[2] = (wholes[2] - first[:, None]).clamp(min=0)
+            yield tuple(self._part(whole) for whole in wholes)
 
     def _part(self, whole: torch.Tensor) -> torch.Tensor:
         if self.context_size > 1:

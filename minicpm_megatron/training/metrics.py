@@ -12,7 +12,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -38,6 +38,7 @@ class StepRecord:
         gradient_norm: before clipping; None: not known.
         seconds: wall time of the step.
         step_tokens: tokens of the step.
+        sequence_length: tokens of the rows that it was fed as.
         skipped: why no update was made; None: it was.
     """
 
@@ -48,6 +49,7 @@ class StepRecord:
     gradient_norm: float | None
     seconds: float
     step_tokens: int
+    sequence_length: int
     skipped: str | None = None
 
 
@@ -59,7 +61,8 @@ class MetricsLog:
         recipe: for intervals.
         start, total: steps done so far and steps of the whole run.
         evaluate_again: the evaluation at `start` is due again; drop its lines.
-        flops_per_token, peak_flops: FLOPs a token needs, and FLOP/s of all ranks together.
+        flops_per_token: FLOPs that a token of rows so long needs.
+        peak_flops: FLOP/s of all ranks together.
 
     Attributes:
         failure: what kept rank 0 from writing; it is raised once all ranks have stopped and saved, not in the middle
@@ -73,7 +76,7 @@ class MetricsLog:
         *,
         start: int,
         total: int,
-        flops_per_token: float,
+        flops_per_token: Callable[[int], float],
         peak_flops: float,
         evaluate_again: bool = False,
     ) -> None:
@@ -147,7 +150,7 @@ class MetricsLog:
         if self._file is None:
             return
         rate = record.step_tokens / record.seconds
-        achieved = rate * self.flops_per_token
+        achieved = rate * self.flops_per_token(record.sequence_length)
         values: dict[str, float | None] = {
             "loss": _finite(record.loss),
             "lr": record.lr,
@@ -156,6 +159,7 @@ class MetricsLog:
             "model_flops_per_second": achieved,
             "utilisation": achieved / self.peak_flops,
             "memory_bytes": memory_bytes,
+            "sequence_length": record.sequence_length,
         }
         skipped = {"skipped": True, "cause": record.skipped} if record.skipped else {}
         self._write("train", record.step, {"tokens": record.tokens, "seconds": record.seconds, **values, **skipped})
@@ -202,7 +206,7 @@ class MetricsLog:
     def _line(self, record: StepRecord, memory_bytes: int) -> str:
         norm = math.nan if record.gradient_norm is None else record.gradient_norm
         rate = self._tokens / self._seconds
-        achieved = rate * self.flops_per_token
+        achieved = rate * self.flops_per_token(record.sequence_length)
         left = (self.total - record.step) * self._seconds / self._steps
         return (
             f"step {record.step:>{len(str(self.total))}}/{self.total} | loss {record.loss:.4f} | lr {record.lr:.2e} | "

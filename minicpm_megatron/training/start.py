@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from minicpm_megatron.checkpoint.find import CHECKPOINTS, resolve_reference
 from minicpm_megatron.checkpoint.names import published_steps, step_folder
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.methods.schedules import build_schedule
-from minicpm_megatron.recipe import BatchPlan, Recipe, build
+from minicpm_megatron.recipe import BatchPlan, ModelRecipe, Recipe, build
 from minicpm_megatron.storage.manifest import read_manifest
 
 # sections that decide what the steps already done were; everything else may change between two starts of a run
@@ -23,6 +23,63 @@ PAST = (
     "training.gradient_clipping",
     "optimizer",
 )
+
+
+# what a new stage may change about a model whose weights it takes over: no tensor depends on them
+ADAPTABLE = (
+    "max_position_embeddings",
+    "rotary_base",
+    "rope_scaling",
+    "moe_aux_loss_coeff",
+    "moe_z_loss_coeff",
+    "moe_router_load_balancing_type",
+)
+
+
+class Origin(NamedTuple):
+    """A checkpoint of another run that a run starts from.
+
+    Attributes:
+        folder, step: the checkpoint.
+        reference: what the user called it.
+        goes_on: the run is a branch, whose steps go on from the checkpoint's; else one of its own from step 0, with
+            the checkpoint's weights and Adam's moments.
+    """
+
+    folder: Path
+    step: int
+    reference: str
+    goes_on: bool
+
+
+def initial_weights(recipe: Recipe, reference: str) -> Origin:
+    """Where a run of its own takes its weights and moments from, to go on with other data, lengths, RoPE or schedule.
+
+    Args:
+        reference: RUN@STEP, as for `branch_recipe`.
+
+    Raises:
+        UserError: no such checkpoint, one of another model (but for `ADAPTABLE`), or the run has checkpoints already
+            and did not begin so.
+    """
+    started = _started(recipe, reference)
+    if started is not None:
+        return Origin(
+            step_folder(Path(started["run"]) / CHECKPOINTS, started["step"]), started["step"], reference, False
+        )
+    folder = resolve_reference(reference, Path(recipe.run.directory))
+    manifest = read_manifest(folder)
+    old, new = dict(manifest["model"]), recipe.model.model_dump(mode="json")
+    for key in new:
+        # a checkpoint from before a key existed has its default
+        was = old.get(key, ModelRecipe.model_fields[key].default)
+        if key not in ADAPTABLE and was != new[key]:
+            raise UserError(
+                f"is {new[key]!r}, and {was!r} in {reference}",
+                where=f"model.{key}",
+                fix="a stage can change RoPE, lengths and weights of auxiliary losses; tools convert the rest",
+            )
+    return Origin(folder, int(manifest["step"]), reference, False)
 
 
 def branch_recipe(recipe: Recipe, reference: str) -> tuple[Recipe, Path, int]:
@@ -62,6 +119,19 @@ def _started_branch(recipe: Recipe, reference: str) -> tuple[Recipe, Path, int] 
     The trunk may have gone on since: its "latest" may be another, and retention may have removed the checkpoint that
     the branch began with.
     """
+    origin = _started(recipe, reference)
+    if origin is None:
+        return None
+    folder = step_folder(Path(origin["run"]) / CHECKPOINTS, origin["step"])
+    return _branch_of(recipe, build(origin["recipe"]), origin["step"]), folder, origin["step"]
+
+
+def _started(recipe: Recipe, reference: str) -> dict[str, Any] | None:
+    """ "run" and "step" that the run itself says it began from, and its "recipe"; None where it has no checkpoint yet.
+
+    Raises:
+        UserError: it began from something else.
+    """
     directory = recipe.run_directory / CHECKPOINTS
     run, _, asked = reference.rpartition("@")
     for step in reversed(published_steps(directory)):
@@ -71,14 +141,13 @@ def _started_branch(recipe: Recipe, reference: str) -> tuple[Recipe, Path, int] 
             continue
         origin = manifest["state"].get("origin") or {}
         if Path(origin.get("run", "")).name != Path(run).name or asked not in ("latest", str(origin.get("step"))):
-            kind = f"a branch of {origin['run']}@{origin['step']}" if origin else "a run of its own"
+            kind = f"from {origin['run']}@{origin['step']}" if origin else "a run of its own"
             raise UserError(
                 f"has checkpoints already, and is {kind}",
                 where=str(recipe.run_directory),
-                fix="give the branch another name: name=NAME",
+                fix="give the new run another name: name=NAME",
             )
-        folder = step_folder(Path(origin["run"]) / CHECKPOINTS, origin["step"])
-        return _branch_of(recipe, build(manifest["recipe"]), origin["step"]), folder, origin["step"]
+        return {**origin, "recipe": manifest["recipe"]}
     return None
 
 
@@ -148,6 +217,13 @@ def check_same_past(before: Recipe, now: Recipe, step: int, *, changed_data: boo
                 fix="set it back, or start a run of another name",
             )
         factors = [schedule.factor(plan.position(done)) for schedule, plan in zip(schedules, plans, strict=True)]
+        lengths = [plan.row_length(done) for plan in plans]
+        if lengths[0] != lengths[1]:
+            raise UserError(
+                f"would have fed step {done + 1} rows of {lengths[1]} tokens and not of {lengths[0]}",
+                where="data.curriculum",
+                fix="set it back, or start a run of another name",
+            )
         if factors[0] != factors[1]:
             raise UserError(
                 f"would have given step {done + 1} the rate factor {factors[1]:.6g} and not {factors[0]:.6g}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import time
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from minicpm_megatron.training.expert_load import take_loads
 from minicpm_megatron.training.faults import GRADIENT_NORM, LOSS, Fault, FaultPolicy, FaultyStep
 from minicpm_megatron.training.flops import flops_per_token, peak_flops
 from minicpm_megatron.training.metrics import MetricsLog, StepRecord
-from minicpm_megatron.training.start import check_same_past
+from minicpm_megatron.training.start import Origin, check_same_past
 from minicpm_megatron.training.watchdog import Watchdog
 
 CHECKPOINTS = "checkpoints"
@@ -39,13 +40,13 @@ class Trainer:
 
     Args:
         recipe: what to run; must be trainable and fit the number of ranks.
-        branch: (checkpoint folder, step, reference) of the trunk, where this run is a decay of another.
+        origin: the checkpoint that the run starts from where it has none of its own; None: it starts from nothing.
 
     Raises:
         UserError: data, layout, DeepSpeed JSON or checkpoints do not fit the recipe.
     """
 
-    def __init__(self, recipe: Recipe, branch: tuple[Path, int, str] | None = None) -> None:
+    def __init__(self, recipe: Recipe, origin: Origin | None = None) -> None:
         self.recipe = recipe
         self.layout = recipe.check_world_size(groups.world_size())
         self.data = open_data(recipe)  # what is wrong with the data is told before the ranks wait for each other
@@ -75,8 +76,7 @@ class Trainer:
         )
         model = build_model(self.config, recipe)
         newest = self.checkpointer.find_latest()
-        loads = newest or (branch[0] if branch else None)
-        if loads is None:
+        if newest is None and origin is None:
             initialize_parameters(model, self.config, recipe.training.seed)
         self.engine = build_engine(model, self.config, recipe, self.layout)
         self.state = EngineState(self.engine)
@@ -89,8 +89,8 @@ class Trainer:
         torch.manual_seed(recipe.training.seed + groups.rank())
         if newest is not None:
             self._resume(newest)
-        elif branch is not None:
-            self._branch(*branch)
+        elif origin is not None:
+            self._start_from(origin)
         self.total = min(self.plan.total_steps(), recipe.training.stop_after or self.plan.total_steps())
         self.engine.set_rates(self.schedule.factor(self.plan.position(self.step)))
         self.engine.check_rates(self.schedule.factor(self.plan.position(self.step)))
@@ -113,7 +113,7 @@ class Trainer:
             self.recipe,
             start=self.step,
             total=self.total,
-            flops_per_token=flops_per_token(self.recipe.model, self.recipe.data.sequence_length),
+            flops_per_token=functools.partial(flops_per_token, self.recipe.model),
             peak_flops=peak_flops(self.recipe.training.precision) * self.layout.world_size,
             evaluate_again=self.evaluation_due,
         )
@@ -165,7 +165,9 @@ class Trainer:
         factor = self.schedule.factor(self.plan.position(self.step))
         self.engine.set_rates(factor)
         first = self.plan.samples(self.step) + self.faults.offset
-        loss = self.engine.accumulate(reader.micro_batches(first, samples), accumulation)
+        length = self.plan.row_length(self.step)
+        self.engine.set_sequence_length(length)
+        loss = self.engine.accumulate(reader.micro_batches(first, samples, length), accumulation)
         verdict = guards.exchange(
             loss, stop=signals.requested() or log.failure is not None, saved=self.checkpointer.settled()
         )
@@ -190,6 +192,7 @@ class Trainer:
                 gradient_norm=norm,
                 seconds=time.perf_counter() - began,
                 step_tokens=samples * self.recipe.data.sequence_length,
+                sequence_length=length,
                 skipped=None if fault is None else fault.at(self.step, first, samples),
             ),
             device.peak_memory_bytes(),
@@ -289,12 +292,19 @@ class Trainer:
         if groups.rank() == 0:
             print(f"resuming from {folder} at step {self.step}", flush=True)
 
-    def _branch(self, folder: Path, step: int, reference: str) -> None:
-        loaded = self.checkpointer.open(folder, verified=False)
-        self._load(loaded)
-        self.origin = {"run": str(folder.parent.parent), "step": step}
+    def _start_from(self, origin: Origin) -> None:
+        loaded = self.checkpointer.open(origin.folder, verified=False)
+        if origin.goes_on:
+            self._load(loaded)
+            said = f"branching from {origin.reference} ({origin.folder}) at step {self.step}"
+        else:
+            self.engine.ledger.check_saved(loaded.state.get("rates", {}))
+            self.state.load(loaded.reader, int(loaded.state.get("updates", 0)))
+            self.evaluation_due = self.recipe.evaluation.interval is not None
+            said = f"starting with the weights and moments of {origin.reference} ({origin.folder})"
+        self.origin = {"run": str(origin.folder.parent.parent), "step": origin.step}
         if groups.rank() == 0:
-            print(f"branching from {reference} ({folder}) at step {self.step}", flush=True)
+            print(said, flush=True)
 
     def _load(self, loaded: Any) -> None:
         state = loaded.state

@@ -31,3 +31,16 @@ def test_against_a_walk(growths: list[tuple[int, int]], unit: str) -> None:
         step, samples, tokens = step + 1, samples + size, tokens + size * 64
         assert plan.position(step - 1) == (step if unit == "steps" else tokens)
     assert plan.total_steps() == step
+
+
+@pytest.mark.parametrize("unit", ["steps", "tokens"])
+def test_rows_grow_with_the_first_step_that_begins_at_or_after(unit: str) -> None:
+    scale = 1 if unit == "steps" else 512
+    parts = [
+        {"until": 3 * scale, "sequence_length": 16},
+        {"until": 4 * scale + (unit == "tokens"), "sequence_length": 32},
+    ]
+    schedule = {"shape": "constant", "total": 40 * scale, "unit": unit}
+    plan = BatchPlan(build(minimal_fields(data__curriculum=parts, schedule=schedule)))
+    lengths = [plan.row_length(step) for step in range(7)]
+    assert lengths == [16, 16, 16, 32, *([64] if unit == "steps" else [32]), 64, 64]

@@ -70,6 +70,21 @@ GROWTH = [{"after_tokens": 10_000, "global_batch_size": 16}, {"after_tokens": 20
             "parallel.expert_model_parallel_size: 2 ranks would divide experts, and the model has none",
         ),
         (
+            {"data__curriculum": [{"until": 5, "sequence_length": 24}]},
+            "data.curriculum.0.sequence_length: 24 tokens do not divide data.sequence_length 64",
+        ),
+        (
+            {
+                "data__curriculum": [{"until": 5, "sequence_length": 2}],
+                "parallel__context_parallel_size": 2,
+            },
+            "data.curriculum.0.sequence_length: 2 tokens do not divide .* give a divisor of 64 that is a multiple of 4",
+        ),
+        (
+            {"data__curriculum": [{"until": 5, "sequence_length": 16}, {"until": 5, "sequence_length": 32}]},
+            "data.curriculum.1.until: 5 does not come after 5",
+        ),
+        (
             {"model__num_moe_experts": 2, "model__moe_router_topk": 1},
             "model.moe_router_pre_softmax: the weight of a token's only expert would always be 1",
         ),

@@ -146,9 +146,9 @@ def train(rank: int, case: dict[str, Any]) -> dict[str, Any]:
             _poison(self, case["poison"])
         return step(self, *arguments)
 
-    def micro_batches(self: BatchReader, first: int, size: int) -> Any:
+    def micro_batches(self: BatchReader, first: int, size: int, *more: Any) -> Any:
         tokens = []
-        for batch in read(self, first, size):
+        for batch in read(self, first, size, *more):
             tokens.append(batch[0].numpy().tobytes())
             yield batch
         if torch.is_grad_enabled():  # not an evaluation

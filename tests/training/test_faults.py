@@ -81,10 +81,10 @@ def worker(rank: int, case: dict[str, Any]) -> dict[str, Any]:
             return False
         return step(self, reader, log, signals)
 
-    def micro_batches(self: BatchReader, first: int, size: int) -> Any:
+    def micro_batches(self: BatchReader, first: int, size: int, *more: Any) -> Any:
         now["first"] = first
         training = torch.is_grad_enabled()  # and no evaluation
-        return read(self, first + training * case.get("shift", 0), size)
+        return read(self, first + training * case.get("shift", 0), size, *more)
 
     def fault() -> str | None:
         return broken.get(str(now["first"])) or ("nan loss" if now["step"] == case.get("broken_step") else None)

@@ -26,14 +26,21 @@ def recipe(tmp_path: Path) -> Recipe:
 
 def record(step: int, loss: float = 3.0) -> StepRecord:
     return StepRecord(
-        step=step, tokens=step * 1000, loss=loss, lr=0.01, gradient_norm=1.5, seconds=0.5, step_tokens=1000
+        step=step,
+        tokens=step * 1000,
+        loss=loss,
+        lr=0.01,
+        gradient_norm=1.5,
+        seconds=0.5,
+        step_tokens=1000,
+        sequence_length=100,
     )
 
 
 def write(folder: Path, recipe: Recipe, steps: range, loss: float = 3.0, **keywords: bool) -> None:
     """Steps after `steps.start`, each with an evaluation."""
     with MetricsLog(
-        folder, recipe, start=steps.start, total=10, flops_per_token=FLOPS, peak_flops=PEAK, **keywords
+        folder, recipe, start=steps.start, total=10, flops_per_token=lambda length: FLOPS, peak_flops=PEAK, **keywords
     ) as log:
         for step in range(steps.start + 1, steps.stop + 1):
             log.step(record(step, loss), memory_bytes=2**30)
@@ -103,7 +110,7 @@ def test_the_console_line_averages_over_the_steps_since_the_last(
 
 
 def test_a_rank_that_does_not_write_leaves_no_trace(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
-    with MetricsLog(None, recipe, start=0, total=10, flops_per_token=FLOPS, peak_flops=PEAK) as log:
+    with MetricsLog(None, recipe, start=0, total=10, flops_per_token=lambda length: FLOPS, peak_flops=PEAK) as log:
         log.step(record(1), 0)
         log.evaluation(1, 1000, {"en": {"loss_per_token": 1.0, "loss_per_byte": 1.0}})
     assert capsys.readouterr().out == ""
@@ -113,7 +120,7 @@ def test_a_skipped_step_and_what_undid_steps_are_told(
     recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write(tmp_path, recipe, range(0, 2))
-    with MetricsLog(tmp_path, recipe, start=2, total=10, flops_per_token=FLOPS, peak_flops=PEAK) as log:
+    with MetricsLog(tmp_path, recipe, start=2, total=10, flops_per_token=lambda length: FLOPS, peak_flops=PEAK) as log:
         skipped = replace(record(3, math.nan), gradient_norm=None, skipped="the loss is nan")
         log.step(skipped, memory_bytes=0)
         log.step(record(4), memory_bytes=0)
@@ -134,7 +141,7 @@ def test_a_skipped_step_and_what_undid_steps_are_told(
 
 def test_a_place_that_cannot_be_written_is_told_when_asked(recipe: Recipe, tmp_path: Path) -> None:
     (tmp_path / METRICS).mkdir()
-    with MetricsLog(tmp_path, recipe, start=0, total=10, flops_per_token=FLOPS, peak_flops=PEAK) as log:
+    with MetricsLog(tmp_path, recipe, start=0, total=10, flops_per_token=lambda length: FLOPS, peak_flops=PEAK) as log:
         log.step(record(1), 0)
         with pytest.raises(UserError, match="cannot write metrics"):
             log.check()
