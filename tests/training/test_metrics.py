@@ -70,6 +70,7 @@ def test_every_step_stands_once_with_rates_that_follow_from_its_time(recipe: Rec
         "model_flops_per_second": 2000.0 * FLOPS,
         "utilisation": 1.0,
         "memory_bytes": 2**30,
+        "sequence_length": 100,
     }
     evaluations = read_metrics(tmp_path / METRICS, "evaluation")
     assert [(line["step"], line["set"], line["loss_per_byte"]) for line in evaluations] == [
