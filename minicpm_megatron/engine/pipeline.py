@@ -24,6 +24,7 @@ from minicpm_megatron.engine.engine import Engine, MicroBatch
 from minicpm_megatron.model.config import MiniCPMConfig
 from minicpm_megatron.model.loss import token_losses
 from minicpm_megatron.model.pipeline import (
+    Labels,
     PipelineEmbedding,
     PipelineFinalNorm,
     PipelineHead,
@@ -61,17 +62,13 @@ def stage_bounds(config: MiniCPMConfig, layers: tuple[int, ...] | None) -> list[
 class MiniCPMPipeline(PipelineModule):
     """A PipelineModule that is told where to cut, so that no stage builds the others' layers to count them."""
 
-    def __init__(self, config: MiniCPMConfig, bounds: list[int], **keywords: Any) -> None:
-        self.config, self.bounds = config, bounds
+    def __init__(self, config: MiniCPMConfig, bounds: list[int], labels: Labels, **keywords: Any) -> None:
+        self.config, self.bounds, self.labels = config, bounds, labels
         super().__init__(loss_fn=lambda outputs, labels: self.losses(outputs, labels).mean(), **keywords)
 
     def losses(self, outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Of the last stage's outputs: fp32 [b, s] in nats."""
-        if not self.config.fused_loss:
-            return token_losses(self.config, outputs, labels)
-        # the head has let the hidden states through
-        head: Any = self.tied_modules[TIED] if TIED in self.tied_modules else self.forward_funcs[-1]
-        return head.losses(outputs, labels)
+        return outputs if self.config.fused_loss else token_losses(self.config, outputs, labels)
 
     def _partition_layers(self, method: str = "") -> None:
         self.parts = self.bounds
@@ -80,20 +77,20 @@ class MiniCPMPipeline(PipelineModule):
 
 def build_pipeline(config: MiniCPMConfig, recipe: Recipe) -> MiniCPMPipeline:
     """This rank's stage of the model."""
-    untied = config.untie_embeddings_and_output_weights
+    untied, labels = config.untie_embeddings_and_output_weights, Labels()
     layers = [
         LayerSpec(PipelineEmbedding, config)
         if untied
         else TiedLayerSpec(TIED, PipelineEmbedding, config, tied_weight_attr="embedding.word_embeddings.weight"),
         *(LayerSpec(PipelineLayer, config, number) for number in range(1, config.num_layers + 1)),
         LayerSpec(PipelineFinalNorm, config),
-        LayerSpec(PipelineHead, config)
+        LayerSpec(PipelineHead, config, labels)
         if untied
         else TiedLayerSpec(
             TIED,
             PipelineEmbedding,
             config,
-            forward_fn=lambda module, hidden_states: module.head(hidden_states),
+            forward_fn=lambda module, hidden_states: module.head(hidden_states, labels.now),
             tied_weight_attr="embedding.word_embeddings.weight",
         ),
     ]
@@ -109,6 +106,7 @@ def build_pipeline(config: MiniCPMConfig, recipe: Recipe) -> MiniCPMPipeline:
         return MiniCPMPipeline(
             config,
             stage_bounds(config, recipe.parallel.pipeline_layers),
+            labels,
             layers=layers,
             topology=topology,
         )
@@ -136,6 +134,9 @@ class PipelinedEngine(Engine):
         self._sequence_length = self.recipe.data.sequence_length
         if hasattr(self.optimizer, "scaled_global_norm"):
             self.optimizer.scaled_global_norm = lambda norm_type=2: _one_norm(self.optimizer)
+        if self.config.fused_loss:
+            engine = self.deepspeed
+            engine._INSTRUCTION_MAP = engine._INSTRUCTION_MAP | {schedule.ForwardPass: _forward_with_labels}
 
     @staticmethod
     def _mpu() -> Any:
@@ -174,6 +175,17 @@ class PipelinedEngine(Engine):
     def eval(self) -> None:
         """Evaluation mode."""
         self.module.eval()
+
+
+def _forward_with_labels(engine: Any, buffer_id: int) -> None:
+    """DeepSpeed's forward of one micro-batch, whose labels the head may see.
+
+    The loss cannot wait for `loss_fn`: DeepSpeed 0.19 clears bf16 gradients when backward reaches what forward gave,
+    and a head that is multiplied with after that would lose its gradient.
+    """
+    if engine.is_last_stage():
+        engine.module.labels.now = engine.pipe_buffers["labels"][buffer_id]
+    engine._exec_forward_pass(buffer_id)
 
 
 def _one_norm(optimizer: Any) -> torch.Tensor:

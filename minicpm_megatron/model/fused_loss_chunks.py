@@ -129,8 +129,9 @@ class ChunkedHead:
                 softmax[rows] = values.mul_(share[rows, None])
         # from the logit and not from the rounded softmax, which near 1 would leave nothing
         label = at_softmax * (own[1] - log_sum).exp() - factor
-        label = torch.where(labels < 0, _at(softmax, labels), label.to(softmax.dtype))
-        return softmax.scatter_(1, labels.clamp(min=0)[:, None], label[:, None])
+        flat, places = softmax.view(-1), _places(softmax, labels)  # scatter_ copies all of what it changes
+        flat[places] = torch.where(labels < 0, flat[places], label.to(softmax.dtype))
+        return softmax
 
     def differentiate_(self, tokens: slice, logits: Tensor, log_sum: Tensor, factor: Tensor) -> Tensor:
         """Put the gradient in place of the logits.
@@ -154,8 +155,8 @@ class ChunkedHead:
         for rows in self._blocks(labels.size(0)):
             values = self.scratch[0][: rows.stop - rows.start].copy_(logits[rows]) if narrow else logits[rows]
             values.sub_(log_sum[rows, None]).exp_().mul_(softmax_factor[rows, None])
-            label = labels[rows, None]
-            values.scatter_add_(1, label.clamp(min=0), torch.where(label < 0, 0.0, -factor[rows, None]))
+            places = _places(values, labels[rows])
+            values.view(-1)[places] -= torch.where(labels[rows] < 0, 0.0, factor[rows])
             if narrow:
                 logits[rows] = values
         return logits
@@ -170,7 +171,12 @@ class ChunkedHead:
 
 def _at(values: Tensor, labels: Tensor) -> Tensor:
     """[n]: the value of [n, V] at each label; at 0 for a label of -1."""
-    return values.gather(1, labels.clamp(min=0)[:, None])[:, 0]
+    return values.view(-1)[_places(values, labels)]
+
+
+def _places(values: Tensor, labels: Tensor) -> Tensor:
+    tokens = torch.arange(labels.size(0), device=labels.device)
+    return tokens * values.size(1) + labels.clamp(min=0)
 
 
 class Gradients:

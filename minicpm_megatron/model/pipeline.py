@@ -8,6 +8,7 @@ module says what its parameters are called in the whole model: (beginning of the
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -30,7 +31,6 @@ class PipelineEmbedding(torch.nn.Module):
     def __init__(self, config: MiniCPMConfig) -> None:
         super().__init__()
         self.global_prefix = ("embedding.", "embedding.")
-        self.fused_loss = config.fused_loss
         self.embedding = LanguageModelEmbedding(
             config=_single_stage(config),
             vocab_size=config.padded_vocab_size(),
@@ -45,17 +45,10 @@ class PipelineEmbedding(torch.nn.Module):
         """int64 [b, s] -> [s, b, hidden_size]; s is a rank's own part under sequence parallelism."""
         return self.embedding(input_ids=tokens, position_ids=None)
 
-    def head(self, hidden_states: Tensor) -> Tensor:
+    def head(self, hidden_states: Tensor, labels: Tensor | None) -> Tensor:
         """As `PipelineHead.forward`."""
         assert self.output_layer is not None, "an untied head is a module of its own"
-        if self.fused_loss:
-            return hidden_states
-        return self.output_layer(hidden_states, weight=self.embedding.word_embeddings.weight)[0]
-
-    def losses(self, hidden_states: Tensor, labels: Tensor) -> Tensor:
-        """As `PipelineHead.losses`."""
-        assert self.output_layer is not None, "an untied head is a module of its own"
-        return self.output_layer(hidden_states, weight=self.embedding.word_embeddings.weight, labels=labels)
+        return _logits_or_losses(self.output_layer, hidden_states, labels, self.embedding.word_embeddings.weight)
 
 
 class PipelineLayer(torch.nn.Module):
@@ -95,22 +88,38 @@ class PipelineFinalNorm(torch.nn.Module):
         return self.norm(hidden_states)
 
 
+@dataclass
+class Labels:
+    """Where the last stage's head finds the labels of the micro-batch that passes: a layer is given one tensor.
+
+    Attributes:
+        now: int64 [b, s], or None where the head is to make logits.
+    """
+
+    now: Tensor | None = None
+
+
 class PipelineHead(torch.nn.Module):
     """An LM head with weights of its own."""
 
-    def __init__(self, config: MiniCPMConfig) -> None:
+    def __init__(self, config: MiniCPMConfig, labels: Labels) -> None:
         super().__init__()
         self.global_prefix = ("output_layer.", "output_layer.")
-        self.fused_loss = config.fused_loss
+        self.labels = labels
         self.output_layer = LanguageModelHead.build(config, tied=False)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """[s, b, hidden_size] after the final norm -> [s, b, local vocabulary]; unchanged where the loss is fused."""
-        return hidden_states if self.fused_loss else self.output_layer(hidden_states)[0]
+        """[s, b, hidden_size] after the final norm -> fp32 [b, s], losses in nats; without labels logits [s, b, local
+        vocabulary]."""
+        return _logits_or_losses(self.output_layer, hidden_states, self.labels.now)
 
-    def losses(self, hidden_states: Tensor, labels: Tensor) -> Tensor:
-        """Hidden states and int64 [b, s] -> fp32 [b, s] in nats, without logits."""
-        return self.output_layer(hidden_states, labels=labels)
+
+def _logits_or_losses(
+    head: LanguageModelHead, hidden_states: Tensor, labels: Tensor | None, weight: Tensor | None = None
+) -> Tensor:
+    if labels is None:
+        return head(hidden_states, weight=weight)[0]
+    return head(hidden_states, weight=weight, labels=labels)
 
 
 def _single_stage(config: MiniCPMConfig) -> MiniCPMConfig:

@@ -233,7 +233,7 @@ def _working(recipe: Recipe, layout: Layout, stage: Stage, norm: float, layer: f
     Layer: gradients of the MLP's product, of its two factors and of the layer's output, less the product, which is no
     longer needed: 2 F + H a token; with full recompute the layer's activations; the final norm's are gone by then. The
     gradient of a tied embedding waits for the one of the input embedding.
-    DeepSpeed's pipeline has two buffers on the last stage, which hold the logits (fused: the head's inputs) of two
+    Without the fused loss DeepSpeed's pipeline has two buffers on the last stage, which hold the logits of two
     micro-batches until they are replaced by new ones.
     """
     model, element = recipe.model, ELEMENT_BYTES[recipe.training.precision]
@@ -251,7 +251,7 @@ def _working(recipe: Recipe, layout: Layout, stage: Stage, norm: float, layer: f
     if recipe.training.fused_loss:
         rows = vocabulary_rows(model, layout)
         loss = loss_bytes(math.ceil(tokens), rows, model.hidden_size, element, on_cpu=on_cpu) + entry
-        return max(loss, backward - tokens * norm) + (0 if stage.first else hidden)
+        return max(loss, backward - tokens * norm)
     logits = tokens * vocabulary_rows(model, layout) * element
     product, backward = logits + entry + head, backward - tokens * norm
     if stage.first:
