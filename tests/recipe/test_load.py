@@ -44,6 +44,7 @@ def every_key(fields: dict[str, Any]) -> dict[str, Any]:
     full["training"]["batch_growth"] = [
         {"after_tokens": 10**6, "global_batch_size": 2 * full["training"]["global_batch_size"]}
     ]
+    full["data"]["curriculum"] = [{"until": 10, "sequence_length": full["data"]["sequence_length"] // 2}]
     return full
 
 
