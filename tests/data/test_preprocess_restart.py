@@ -86,10 +86,16 @@ def test_killed_and_run_again_gives_the_same_bytes(
 
 
 def test_interrupted_by_the_user(tokenizer_dir: Path, tmp_path: Path) -> None:
-    # seconds of work after the first unit, so that a busy machine does not end it before it is interrupted
-    source = write_jsonl(tmp_path / "a.jsonl", texts() * 150)
+    source = write_jsonl(tmp_path / "a.jsonl", texts() * 60)
     arguments = ["--input", source, "--tokenizer", tokenizer_dir, "--output-prefix", tmp_path / "out", "--workers", "2"]
-    process = subprocess.Popen([*TOOL, *map(str, arguments)], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [*TOOL, *map(str, arguments)],
+        env=ENVIRONMENT,
+        stderr=subprocess.PIPE,
+        text=True,
+        # a shell's background job ignores it, and so would all that it starts
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob("out.work/unit-*")) and time.monotonic() < deadline:
         time.sleep(0.002)
