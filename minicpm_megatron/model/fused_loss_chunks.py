@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from minicpm_megatron.errors import UserError
-from minicpm_megatron.recipe.loss_chunks import CPU_SCRATCH_BYTES, ROUNDINGS, chunk_tokens
+from minicpm_megatron.recipe.loss_chunks import CPU_SCRATCH_BYTES, ROUNDINGS, SUM_BYTES, chunk_tokens
 
 Kernels = Literal["auto", "torch", "triton"]
 WIDE = {torch.bfloat16: torch.float32, torch.float16: torch.float32}
@@ -198,6 +198,11 @@ class Gradients:
                 dtype=wide(weight.dtype) if len(head) > ROUNDINGS else weight.dtype,
                 memory_format=torch.contiguous_format,
             )
+            if self.weight.dtype != weight.dtype:
+                block = SUM_BYTES["cpu" if weight.device.type == "cpu" else "cuda"]
+                rows = max(1, min(weight.size(0), block // (weight.size(1) * self.weight.itemsize)))
+                self.product = weight.new_empty(rows, weight.size(1))
+                self.widened = self.product.to(self.weight.dtype)
             self.weight[head.weight.size(0) if head.hidden.size(0) else 0 :].zero_()
 
     def add(self, tokens: slice, logits: Tensor) -> None:
@@ -217,8 +222,11 @@ class Gradients:
             return
         if tokens.start == 0:
             total.zero_()
-        for rows in self._blocks():
-            total[rows] += torch.mm(logits[:, rows].t(), entry)
+        for start in range(0, total.size(0), self.product.size(0)):
+            rows = slice(start, min(start + self.product.size(0), total.size(0)))
+            product = torch.mm(logits[:, rows].t(), entry, out=self.product[: rows.stop - start])
+            # torch adds what differs in dtype several times slower than it widens and adds
+            total[rows].add_(self.widened[: rows.stop - start].copy_(product))
 
     def take(self) -> tuple[Tensor | None, Tensor | None]:
         """Gradients of hidden states and head in their own dtype; the sums are gone afterwards."""
@@ -227,13 +235,6 @@ class Gradients:
         if weight is not None and weight.dtype != self.dtype:
             weight = _narrow_in_place(weight, self.dtype)
         return hidden, weight
-
-    def _blocks(self) -> Iterator[slice]:
-        """Rows of the head whose products are a quarter of a chunk."""
-        count, width = self.head.weight.shape
-        step = max(1, self.head.part.chunk_bytes // (4 * width * self.dtype.itemsize))
-        for start in range(0, count, step):
-            yield slice(start, min(start + step, count))
 
 
 def _narrow_in_place(values: Tensor, dtype: torch.dtype) -> Tensor:

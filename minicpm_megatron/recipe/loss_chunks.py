@@ -7,6 +7,9 @@ from __future__ import annotations
 ROUNDINGS = 4
 CPU_SCRATCH_BYTES = 4 * 2**20  # of softmax in fp32: rows that stay in the cache between one operator and the next
 
+# of a part of the head's gradient in fp32 on its way into that sum; on CPU it stays in the cache
+SUM_BYTES = {"cpu": 4 * 2**20, "cuda": 64 * 2**20}
+
 
 def loss_chunk_bytes(device_type: str, head_bytes: int) -> int:
     """Most bytes that a chunk's logits take.
@@ -46,6 +49,7 @@ def loss_bytes(tokens: int, rows: int, width: int, element: int, *, on_cpu: bool
     size = chunk_tokens(tokens, rows, element, most)
     logits, head = size * rows * element, rows * width * element
     if element < 4 and -(-tokens // size) > ROUNDINGS:
-        head += rows * width * (4 - element) + min(head, logits // 4)  # in fp32, and what is added to it
+        sums = min(SUM_BYTES["cpu" if on_cpu else "cuda"], 4 * rows * width)
+        head += rows * width * (4 - element) + sums * (4 + element) // 4  # in fp32, and what is added to it
     scratch = min(2 * size * rows * 4, max(CPU_SCRATCH_BYTES, 2 * rows * 4)) if on_cpu else 0
     return logits + scratch + head
