@@ -125,7 +125,7 @@ def stage_apart() -> list[float]:
             states = _tokens(length)
             for part in parts:
                 states = part(states)
-            logits = parts[0].logits(states).transpose(0, 1)
+            logits = parts[0].head(states, None).transpose(0, 1)
             found.append(float((logits - whole(_tokens(length))).abs().max()))
     return found
 
