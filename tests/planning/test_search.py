@@ -38,7 +38,8 @@ def test_only_what_divides_is_listed(preset: str, gpus: int) -> None:
         layout = each.layout
         tp, ep = layout.tensor_model_parallel_size, layout.expert_model_parallel_size
         assert model.num_attention_heads % tp == model.num_query_groups % tp == model.ffn_hidden_size % tp == 0
-        assert (model.num_moe_experts or 1) % ep == 0 and layout.data_parallel_size % ep == 0
+        assert (model.num_moe_experts or 1) % ep == 0
+        assert layout.data_parallel_size * layout.context_parallel_size % ep == 0
         model_parallel = tp * layout.pipeline_model_parallel_size * layout.context_parallel_size
         assert model_parallel * layout.data_parallel_size == gpus
         micro = each.recipe.training.micro_batch_size
