@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from minicpm_megatron.evaluation.retrieval import Cell
+from minicpm_megatron.storage.picture import offscreen_pyplot, save_picture
 
 PICTURE = "heat_map.png"
 _MEASURES = {"exact_match": "exact match", "token_accuracy": "token accuracy"}
@@ -12,11 +13,7 @@ _MEASURES = {"exact_match": "exact match", "token_accuracy": "token accuracy"}
 
 def draw_heat_map(cells: list[Cell], title: str, folder: Path) -> Path:
     """Write `heat_map.png`: a column a length, a row a depth, dark for 0 % and bright for 100 %."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = offscreen_pyplot()
     lengths, depths = sorted({cell.length for cell in cells}), sorted({cell.depth for cell in cells})
     places = {(cell.length, cell.depth): cell for cell in cells}
     width, height = 2.2 + 0.85 * len(lengths), 1.9 + 0.45 * len(depths)
@@ -38,9 +35,4 @@ def draw_heat_map(cells: list[Cell], title: str, folder: Path) -> Path:
     axes[0].set_ylabel("depth (% of the text before)")
     figure.suptitle(title, fontsize=11)
     figure.colorbar(image, ax=axes, label="%")
-    path = folder / PICTURE
-    partial = path.with_suffix(".part.png")
-    figure.savefig(partial, dpi=130)
-    pyplot.close(figure)
-    partial.replace(path)
-    return path
+    return save_picture(figure, folder / PICTURE)

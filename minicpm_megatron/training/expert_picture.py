@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from minicpm_megatron.storage.picture import offscreen_pyplot, save_picture
 from minicpm_megatron.training.metrics import EXPERTS, METRICS, read_metrics
 
 PICTURE = "experts.png"
@@ -25,11 +26,7 @@ def finish_experts(folder: Path) -> None:
 
 def draw_experts(folder: Path) -> Path:
     """Share of every expert in every layer at the end, and the evenness over the steps; into the run's folder."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = offscreen_pyplot()
     records = read_metrics(folder / METRICS, EXPERTS)
     last = records[-1]["layers"]
     experts, layers = len(last[0]["share"]), [layer["layer"] for layer in last]
@@ -62,7 +59,4 @@ def draw_experts(folder: Path) -> Path:
         title="evenness of the load, a line a layer (dark: first)", xlabel="step", ylabel="entropy / log(experts)"
     )
     right.grid(alpha=0.3)
-    path = folder / PICTURE
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
-    return path
+    return save_picture(figure, folder / PICTURE)

@@ -9,6 +9,7 @@ from typing import Any
 from minicpm_megatron.data.statistics import blend_entropy
 from minicpm_megatron.methods.schedules import WSD, build_schedule
 from minicpm_megatron.recipe import BatchPlan, Recipe
+from minicpm_megatron.storage.picture import offscreen_pyplot, save_picture
 from minicpm_megatron.training.expert_picture import finish_experts
 from minicpm_megatron.training.metrics import METRICS, read_metrics
 
@@ -63,11 +64,7 @@ def _evaluations(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 def draw_loss(folder: Path, recipe: Recipe, entropy: float) -> Path:
     """Loss and rate over steps, with the decay stage shaded; written to the run's folder."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = offscreen_pyplot()
     train = _updates(folder)
     steps = [record["step"] for record in train]
     losses = [record["loss"] for record in train]
@@ -93,12 +90,7 @@ def draw_loss(folder: Path, recipe: Recipe, entropy: float) -> Path:
     lower.set_ylabel("rate")
     lower.set_xlabel("step")
     lower.set_ylim(bottom=0)
-    path = folder / PICTURE
-    partial = path.with_suffix(".part.png")
-    figure.savefig(partial, dpi=130)
-    pyplot.close(figure)
-    partial.replace(path)
-    return path
+    return save_picture(figure, folder / PICTURE)
 
 
 def smooth(values: list[float], window: int = 15) -> list[float]:
