@@ -10,6 +10,9 @@ import yaml
 from minicpm_megatron.recipe.schema import Recipe
 from minicpm_megatron.recipe.yaml_text import CoreDumper
 
+# what a run's folder calls the recipe that it was started with
+RECIPE = "recipe.yaml"
+
 # Left out: where things go, what is logged or evaluated, how ranks are laid out, when to stop. One run has the same
 # losses under any of them, so they may differ between a checkpoint and the run that resumes it.
 DEFINING: dict[str, tuple[str, ...] | None] = {

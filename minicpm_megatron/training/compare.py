@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minicpm_megatron.errors import UserError
-from minicpm_megatron.recipe import Recipe, count_parameters, load_recipe
+from minicpm_megatron.recipe import BatchPlan, Recipe, count_parameters, load_recipe
+from minicpm_megatron.recipe.dump import RECIPE
 from minicpm_megatron.recipe.flops import flops_per_token
+from minicpm_megatron.storage.picture import offscreen_pyplot, save_picture
 from minicpm_megatron.training.metrics import METRICS, read_metrics
 
-RECIPE = "recipe.yaml"
 _LAST = 10  # steps whose losses are averaged
 
 
@@ -70,27 +71,33 @@ def read_curve(run: Path) -> RunCurve:
     steps = read_metrics(run / METRICS) if (run / METRICS).is_file() else []
     if not steps:
         raise UserError("has made no step", where=str(run), fix="start it first")
-    model, length = recipe.model, recipe.data.sequence_length
-    cost, count = flops_per_token(model, length), count_parameters(model)
+    count, first = count_parameters(recipe.model), steps[0]["step"] - 1
     begin = steps[0]["tokens"] - (steps[-1]["tokens"] - steps[0]["tokens"]) // max(1, len(steps) - 1)
     by_step: dict[int, list[tuple[str, int, float]]] = {}
     for record in read_metrics(run / METRICS, "evaluation"):
         by_step.setdefault(record["step"], []).append((record["set"], record["tokens"], record["loss_per_token"]))
     points = []
-    for _, sets in sorted(by_step.items()):
-        own = sets[0][1] - begin
-        points.append((own, own * cost, sum(loss for _, _, loss in sets) / len(sets)))
+    for step, sets in sorted(by_step.items()):
+        points.append((sets[0][1] - begin, _flops(recipe, first, step), sum(loss for _, _, loss in sets) / len(sets)))
     last = [record["loss"] for record in steps if not record.get("skipped")][-_LAST:]
-    tokens = steps[-1]["tokens"] - begin
     return RunCurve(
         name=recipe.name,
         parameters=(count.total, count.total - count.non_embedding + count.active_non_embedding),
-        first_step=steps[0]["step"] - 1,
-        tokens=tokens,
-        flops=tokens * cost,
+        first_step=first,
+        tokens=steps[-1]["tokens"] - begin,
+        flops=_flops(recipe, first, steps[-1]["step"]),
         loss=sum(last) / len(last) if last else float("nan"),
         held_out={name: loss for name, _, loss in by_step[max(by_step)]} if by_step else {},
         points=tuple(points),
+    )
+
+
+def _flops(recipe: Recipe, first: int, last: int) -> float:
+    """Of the steps after `first` up to `last`, each at the length of its rows."""
+    plan, model = BatchPlan(recipe), recipe.model
+    return sum(
+        (plan.tokens(step + 1) - plan.tokens(step)) * flops_per_token(model, plan.row_length(step))
+        for step in range(first, last)
     )
 
 
@@ -117,11 +124,7 @@ def format_table(curves: Sequence[RunCurve]) -> str:
 
 def draw(curves: Sequence[RunCurve], path: Path) -> None:
     """Mean held-out loss over tokens and over FLOPs, side by side, as a picture."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = offscreen_pyplot()
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 4), sharey=True, layout="constrained")
     for axis, index, label in ((axes[0], 0, "tokens"), (axes[1], 1, "FLOPs")):
         for curve in curves:
@@ -136,7 +139,4 @@ def draw(curves: Sequence[RunCurve], path: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("held-out loss (nats per token)")
     axes[0].legend(frameon=False, fontsize=8)
-    partial = path.with_suffix(".part.png")
-    figure.savefig(partial, dpi=130)
-    pyplot.close(figure)
-    partial.replace(path)
+    save_picture(figure, path)

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from minicpm_megatron.checkpoint import Checkpointer
+from minicpm_megatron.checkpoint.find import CHECKPOINTS
 from minicpm_megatron.engine.build import build_engine, build_model
 from minicpm_megatron.engine.state import EngineState
 from minicpm_megatron.errors import UserError
@@ -20,6 +21,7 @@ from minicpm_megatron.model.config import MiniCPMConfig
 from minicpm_megatron.model.initialize import initialize_parameters
 from minicpm_megatron.parallel import device, groups
 from minicpm_megatron.recipe import BatchPlan, Recipe, build, count_parameters, dump_recipe, recipe_hash
+from minicpm_megatron.recipe.dump import RECIPE
 from minicpm_megatron.storage.atomic import write_bytes, write_json
 from minicpm_megatron.training import guards
 from minicpm_megatron.training.datasets import check_unchanged, held_out_sets, open_data, train_reader
@@ -31,7 +33,6 @@ from minicpm_megatron.training.metrics import MetricsLog, StepRecord
 from minicpm_megatron.training.start import Origin, check_same_past
 from minicpm_megatron.training.watchdog import Watchdog
 
-CHECKPOINTS = "checkpoints"
 BYTES_PER_PARAMETER = 12  # a checkpoint holds the fp32 weight and Adam's two moments
 
 
@@ -326,5 +327,5 @@ class Trainer:
 
     def _write_run_files(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_bytes(self.folder / "recipe.yaml", dump_recipe(self.recipe).encode())
+        write_bytes(self.folder / RECIPE, dump_recipe(self.recipe).encode())
         write_json(self.folder / "deepspeed.json", self.engine.deepspeed_config)

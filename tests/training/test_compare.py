@@ -15,13 +15,13 @@ from tests.cli.commands import command
 from tests.convert.conftest import EXPERTS, small_model
 
 
-def write_run(folder: Path, name: str, first: int, last: int, **model: Any) -> Path:
+def write_run(folder: Path, name: str, first: int, last: int, curriculum: Any = (), **model: Any) -> Path:
     """A run of 4 samples of 32 tokens a step, evaluated every 5 steps, whose losses are 10 - step / 10."""
     recipe = build(
         {
             "name": name,
             "model": small_model(**model).model_dump(mode="json"),
-            "data": {"train": [{"prefix": "data/train"}], "sequence_length": 32},
+            "data": {"train": [{"prefix": "data/train"}], "sequence_length": 32, "curriculum": curriculum},
             "training": {"global_batch_size": 4, "micro_batch_size": 2},
             "schedule": {"shape": "constant", "total": 100},
         }
@@ -42,12 +42,12 @@ def write_run(folder: Path, name: str, first: int, last: int, **model: Any) -> P
     return run
 
 
-def flops_by_hand(active_experts: int, width: int) -> float:
+def flops_by_hand(active_experts: int, width: int, length: int = 32) -> float:
     """6 for each weight that multiplies a token, and attention: 6 layers, width 96, 8 heads on 2 of 12 channels."""
     attention = 96 * (8 + 2 * 2) * 12 + 96 * 96
     router = 5 * 96 if active_experts > 1 else 0
     layer = attention + 2 * 96 + router + active_experts * 3 * 96 * width
-    return 6 * (6 * layer + 96) + 6 * 96 * 400 + 12 * 6 * 8 * 12 * 32
+    return 6 * (6 * layer + 96) + 6 * 96 * 400 + 12 * 6 * 8 * 12 * length
 
 
 def test_a_run_counts_its_own_steps(tmp_path: Path) -> None:
@@ -58,6 +58,13 @@ def test_a_run_counts_its_own_steps(tmp_path: Path) -> None:
     assert curve.loss == pytest.approx(sum(10 - step / 10 for step in range(31, 41)) / 10)
     assert [(tokens, loss) for tokens, _, loss in curve.points] == [(640, 7.0), (1280, 6.5)]
     assert curve.parameters[0] > curve.parameters[1]
+
+
+def test_short_rows_cost_less(tmp_path: Path) -> None:
+    curve = read_curve(write_run(tmp_path, "grows", 1, 10, [{"sequence_length": 8, "until": 7}]))
+    short, long = flops_by_hand(1, 240, 8), flops_by_hand(1, 240)
+    assert curve.flops == pytest.approx(128 * (7 * short + 3 * long))
+    assert [flops for _, flops, _ in curve.points] == pytest.approx([128 * 5 * short, curve.flops])
 
 
 def test_steps_of_equal_flops(tmp_path: Path) -> None:
