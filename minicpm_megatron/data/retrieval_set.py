@@ -87,7 +87,7 @@ def build_set(plan: Plan, haystack: Haystack, output: Path, *, show_progress: bo
     described = _described(plan, haystack)
     length, depth = plan.cells()[0]
     build_sample(plan.task, haystack, length=length, depth=depth, number=0, seed=plan.seed)  # or nothing is written
-    _claim(output, described)
+    claim(output, described, "holds another set")
     found, number = 0, 0
     with progress_bar(total=plan.samples * len(plan.cells()), unit=" samples", disable=not show_progress) as bar:
         for length, depth in plan.cells():
@@ -152,18 +152,22 @@ def _described(plan: Plan, haystack: Haystack) -> dict[str, Any]:
     return fields | {"tokenizer_sha256": haystack.tokenizer.sha256, "sentences_sha256": haystack.sha256}
 
 
-def _claim(output: Path, described: Mapping[str, Any]) -> None:
-    """Make `output` this set's folder, or see that it is."""
-    plan = output / PLAN
-    if plan.is_file():
-        if _read_json(plan) != described:
-            raise UserError("holds another set", where=str(output), fix="give another --output, or remove it")
+def claim(output: Path, plan: Mapping[str, Any], taken: str) -> None:
+    """Make `output` the folder of what `plan` describes, or see that it is, so that an earlier start can be gone on.
+
+    Raises:
+        UserError: it is something else's (`taken` says of what), or cannot be written.
+    """
+    path = output / PLAN
+    if path.is_file():
+        if _read_json(path) != plan:
+            raise UserError(taken, where=str(output), fix="give another --output, or remove it")
         return
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError("the output exists already", where=str(output), fix="give another --output, or remove it")
     try:
         output.mkdir(parents=True, exist_ok=True)
-        write_json(plan, described)
+        write_json(path, plan)
     except OSError as error:
         raise UserError(f"cannot be written: {error.strerror}", where=str(output)) from None
 

@@ -17,7 +17,7 @@ import torch
 
 from minicpm_megatron.data.progress import progress_bar
 from minicpm_megatron.data.retrieval import Sample
-from minicpm_megatron.data.retrieval_set import PLAN, RetrievalSet, cell_name, read_samples
+from minicpm_megatron.data.retrieval_set import RetrievalSet, cell_name, claim, read_samples
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.storage.atomic import write_bytes, write_json
 
@@ -150,7 +150,7 @@ def evaluate(
     for cell, found in samples.items():
         if not found:
             raise UserError("no question", where=str(questions.cells[cell]), fix="build the set again")
-    _claim(output, dict(identity))
+    claim(output, identity, "holds results of something else")
     cells, number = [], 0
     total = sum(map(len, samples.values()))
     with progress_bar(total=total, unit=" questions", disable=not show_progress) as bar:
@@ -169,21 +169,6 @@ def evaluate(
             bar.update(number - bar.n)
     write_json(output / RESULTS, {**identity, "cells": [asdict(cell) for cell in cells], "overall": _overall(cells)})
     return cells
-
-
-def _claim(output: Path, identity: dict[str, Any]) -> None:
-    plan = output / PLAN
-    if plan.is_file():
-        if json.loads(plan.read_bytes()) != identity:
-            raise UserError("holds results of something else", where=str(output), fix="give another --output")
-        return
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError("the output exists already", where=str(output), fix="give another --output, or remove it")
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        write_json(plan, identity)
-    except OSError as error:
-        raise UserError(f"cannot be written: {error.strerror}", where=str(output)) from None
 
 
 def _done(path: Path, samples: list[Sample]) -> list[Outcome] | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import pytest
 from minicpm_megatron.convert import convert
 from minicpm_megatron.data.tokenizer_training import train_tokenizer
 from minicpm_megatron.storage.sharded import write_single
-from tests.cli.commands import command, error_lines, tree
+from tests.cli.commands import Mistake, check_mistake, command_with, tree, untouched
 from tests.convert.conftest import random_tensors, small_model
 from tests.data.conftest import texts, write_jsonl
 
@@ -29,10 +28,6 @@ BUILD = {
 EVALUATE = {"--checkpoint": "model", "--tokenizer": "tokenizer", "--set": "set", "--output": "out"}
 
 
-def run(script: str, options: dict[str, str]) -> int:
-    return command(script, *[part for option in options.items() for part in option])
-
-
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A corpus, a tokenizer, a model and a set."""
@@ -42,42 +37,33 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = small_model(vocab_size=PIECES, num_layers=1, max_position_embeddings=250)
     write_single(folder / "model", random_tensors(model).items(), model.model_dump(mode="json"), {"step": 0})
     places = {key: str(folder / BUILD[key]) for key in ("--corpus", "--tokenizer")} | {"--output": str(folder / "set")}
-    assert run("build_retrieval_set.py", BUILD | places) == 0
+    assert command_with("build_retrieval_set.py", BUILD | places) == 0
     return folder
 
 
-@pytest.fixture
-def here(sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of it to be spoilt, as the current folder."""
-    shutil.copytree(sound, tmp_path, dirs_exist_ok=True)
-    (tmp_path / "a-file").write_text("x")
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 def test_a_set_and_its_evaluation(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert run("build_retrieval_set.py", BUILD | {"--train-prefix": "train", "--train-samples": "3"}) == 0
+    assert command_with("build_retrieval_set.py", BUILD | {"--train-prefix": "train", "--train-samples": "3"}) == 0
     output = capfd.readouterr().out.splitlines()
     assert output == ["4 files of 2 passkey questions in out", "12 documents to train on in train.jsonl"]
     assert tree(here / "out") == tree(here / "set")  # by another process, from another path
     assert len((here / "train.jsonl").read_text().splitlines()) == 12
-    assert run("build_retrieval_set.py", BUILD) == 0
+    assert command_with("build_retrieval_set.py", BUILD) == 0
     assert "4 of them already there" in capfd.readouterr().out
 
-    assert run("evaluate_retrieval.py", EVALUATE | {"--output": "results"}) == 0
+    assert command_with("evaluate_retrieval.py", EVALUATE | {"--output": "results"}) == 0
     output = capfd.readouterr().out.splitlines()
     assert output[0].startswith("passkey, model") and output[2].split() == ["depth", "%", "200", "250", "tokens"]
     assert output[-1] == "results: results/results.json, picture: results/heat_map.png"
     results = json.loads((here / "results" / "results.json").read_text())
     assert [cell["samples"] for cell in results["cells"]] == [2] * 4
     before = tree(here / "results")
-    assert run("evaluate_retrieval.py", EVALUATE | {"--output": "results"}) == 0
+    assert command_with("evaluate_retrieval.py", EVALUATE | {"--output": "results"}) == 0
     assert tree(here / "results") == before
 
     # an exported folder gives the same numbers
     convert(here / "model", here / "llama", "llama", dtype="fp32", tokenizer=here / "tokenizer")
     options = {"--checkpoint": "llama", "--set": "set", "--output": "of-llama", "--max-length": "249"}
-    assert run("evaluate_retrieval.py", options) == 0
+    assert command_with("evaluate_retrieval.py", options) == 0
     exported = json.loads((here / "of-llama" / "results.json").read_text())["cells"]
     assert [cell["length"] for cell in exported] == [200, 200]
     for ours, theirs in zip(results["cells"], exported, strict=False):
@@ -85,15 +71,11 @@ def test_a_set_and_its_evaluation(here: Path, capfd: pytest.CaptureFixture[str])
         assert ours["answer_loss"] == pytest.approx(theirs["answer_loss"], rel=1e-4)
 
 
-def untouched(folder: Path) -> None:
-    pass
-
-
 def spoil(name: str, text: str) -> Callable[[Path], object]:
     return lambda folder: (folder / name).write_text(text)
 
 
-CASES: dict[str, tuple[str, dict[str, str], Callable[[Path], object], str]] = {
+CASES: dict[str, Mistake] = {
     "set: missing corpus": ("build_retrieval_set.py", BUILD | {"--corpus": "no.jsonl"}, untouched, "no.jsonl"),
     "set: other key": ("build_retrieval_set.py", BUILD | {"--json-key": "body"}, untouched, "hardly a sentence"),
     "set: no tokenizer": ("build_retrieval_set.py", BUILD | {"--tokenizer": "no"}, untouched, "no such tokenizer"),
@@ -158,14 +140,4 @@ CASES: dict[str, tuple[str, dict[str, str], Callable[[Path], object], str]] = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_each_mistake_is_one_line(case: str, here: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    script, options, change, message = CASES[case]
-    change(here)
-    before = tree(here)
-    capfd.readouterr()
-    status = run(script, options)
-    output = capfd.readouterr()
-    [line] = error_lines(output.err)
-    assert status == 2, line
-    assert message in line and len(line) < 400
-    assert "Traceback" not in output.err
-    assert tree(here) == before
+    check_mistake(CASES[case], here, capfd)
