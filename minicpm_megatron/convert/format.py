@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from minicpm_megatron.convert.config_fields import number
 from minicpm_megatron.convert.mapping import EMBEDDING, HEAD, Group, Row, expand
 from minicpm_megatron.convert.multipliers import NOTE_KEY, read_note, same_multipliers, write_note
 from minicpm_megatron.convert.rope import read_rope, rope_note, with_noted_scaling, write_rope
@@ -185,18 +186,6 @@ class Format:
     def noted_tied(self, config: Mapping[str, Any]) -> bool:
         """Whether the note says that the exported model was tied."""
         return read_note(config).get("untie_embeddings_and_output_weights") is False
-
-
-def number(config: Mapping[str, Any], key: str, default: float | None = None) -> float:
-    """A numeric field of config.json as float.
-
-    Raises:
-        UserError: absent without a default, or not a number.
-    """
-    value = config.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise UserError(f"{key} must be a number, not {value!r}" if key in config else f"{key} is missing")
-    return float(value)
 
 
 def refuse_uneven_heads(model: ModelRecipe, format_name: str) -> None:

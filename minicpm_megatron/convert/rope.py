@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from minicpm_megatron.convert.config_fields import number
 from minicpm_megatron.convert.multipliers import NOTE_KEY
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.methods.rope import rope_of
@@ -64,7 +65,7 @@ def read_rope(config: Mapping[str, Any], longest: Any) -> Fields:
         raise UserError(
             f"rope_parameters {places['rope_parameters']!r} and rope_scaling {places['rope_scaling']!r} differ"
         )
-    bases = {_base(place) for place in (*places.values(), config) if "rope_theta" in place}
+    bases = {number(place, "rope_theta") for place in (*places.values(), config) if "rope_theta" in place}
     if len(bases) > 1:
         raise UserError(f"two different values of rope_theta: {sorted(bases)}")
     return {
@@ -103,14 +104,4 @@ def _scaling(key: str, value: Any, longest: Any) -> Fields | None:
             " where transformers begins",
             fix="set max_position_embeddings to the first",
         )
-    factor = value.get("factor")
-    if isinstance(factor, bool) or not isinstance(factor, int | float):
-        raise UserError(f"{key}: factor must be a number, not {factor!r}")
-    return {"type": "dynamic", "factor": float(factor)}
-
-
-def _base(place: Mapping[str, Any]) -> float:
-    value = place["rope_theta"]
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise UserError(f"rope_theta must be a number, not {value!r}")
-    return float(value)
+    return {"type": "dynamic", "factor": number(value, "factor")}

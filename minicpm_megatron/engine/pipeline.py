@@ -31,24 +31,24 @@ from minicpm_megatron.model.pipeline import (
     PipelineLayer,
 )
 from minicpm_megatron.parallel import device
-from minicpm_megatron.recipe import Recipe
+from minicpm_megatron.recipe import ModelRecipe, Recipe
+from minicpm_megatron.recipe.parameters import attention_parameters, mlp_parameters
 
 TIED = "embedding"
 
 
-def stage_bounds(config: MiniCPMConfig, layers: tuple[int, ...] | None) -> list[int]:
+def stage_bounds(config: MiniCPMConfig, model: ModelRecipe, layers: tuple[int, ...] | None) -> list[int]:
     """Where the list of embedding, layers, final norm and head is cut: stages + 1 positions.
 
     Args:
+        model: what `config` was made of.
         layers: transformer layers on each stage; None: as even in parameters as can be.
     """
     stages = config.pipeline_model_parallel_size
     if layers is None:
         hidden = config.hidden_size
-        attention = (2 * config.num_attention_heads + 2 * config.num_query_groups) * config.kv_channels * hidden
-        layer = attention + 3 * hidden * config.ffn_hidden_size
-        if config.num_moe_experts is not None:
-            layer = attention + config.num_moe_experts * (3 * hidden * config.moe_ffn_hidden_size + hidden)
+        layer, experts = attention_parameters(model), model.num_moe_experts
+        layer += mlp_parameters(model) if experts is None else experts * (mlp_parameters(model) + hidden)
         vocabulary = config.padded_vocab_size() * hidden
         weights = [vocabulary, *[layer] * config.num_layers, hidden, vocabulary]
         return [int(position) for position in partition_balanced(weights, stages)]
@@ -105,7 +105,7 @@ def build_pipeline(config: MiniCPMConfig, recipe: Recipe) -> MiniCPMPipeline:
     with contextlib.redirect_stdout(io.StringIO()):  # it prints its seeds
         return MiniCPMPipeline(
             config,
-            stage_bounds(config, recipe.parallel.pipeline_layers),
+            stage_bounds(config, recipe.model, recipe.parallel.pipeline_layers),
             labels,
             layers=layers,
             topology=topology,

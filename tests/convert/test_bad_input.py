@@ -69,7 +69,7 @@ CONFIG_FAULTS: dict[str, tuple[dict[str, Any], str]] = {
         {"rope_scaling": {"type": "dynamic", "factor": 4.0}},
         "rope_parameters .*default.* and rope_scaling .*dynamic.* differ",
     ),
-    "dynamic without factor": (DYNAMIC | {"rope_parameters": {"rope_type": "dynamic"}}, "factor must be a number"),
+    "dynamic without factor": (DYNAMIC | {"rope_parameters": {"rope_type": "dynamic"}}, "factor is missing"),
     "dynamic with a factor below 1": (DYNAMIC | {"rope_scaling": {"type": "dynamic", "factor": 0.5}}, "0.5 is refused"),
     "dynamic with alpha": (
         DYNAMIC | {"rope_scaling": {"type": "dynamic", "factor": 4.0, "alpha": 1e3}},

@@ -13,7 +13,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from minicpm_megatron.convert.format import Fields, Format, number, refuse_uneven_heads
+from minicpm_megatron.convert.config_fields import number
+from minicpm_megatron.convert.format import Fields, Format, refuse_uneven_heads
 from minicpm_megatron.convert.formats.llama_names import DENSE_ROWS, expert_rows
 from minicpm_megatron.convert.multipliers import logits_multiplier
 from minicpm_megatron.errors import UserError
