@@ -10,7 +10,6 @@ heat_map.png. Killed and run again, it goes on where it was.
 from __future__ import annotations
 
 import argparse
-import hashlib
 from pathlib import Path
 
 from minicpm_megatron.checkpoint.find import newest_checkpoint
@@ -21,6 +20,7 @@ from minicpm_megatron.data.tokenizer import MODEL_NAME
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.evaluation.heat_map import draw_heat_map
 from minicpm_megatron.evaluation.retrieval import RESULTS, evaluate, table
+from minicpm_megatron.storage.checksum import file_sha256, fingerprint
 
 
 def main() -> None:
@@ -40,27 +40,18 @@ def main() -> None:
     identity = {
         "task": questions.task,
         "model": str(folder.resolve()),
-        "model_files": _fingerprint(folder),
-        "set_sha256": hashlib.sha256((options.set / SET).read_bytes()).hexdigest(),
+        "model_files": fingerprint(folder),
+        "set_sha256": file_sha256(options.set / SET),
         "tokenizer": str(generator.tokenizer_folder.resolve()),
     }
     cells = evaluate(generator, questions, options.output, identity=identity, max_length=options.max_length)
-    if _sha256(generator.tokenizer_folder / MODEL_NAME) != questions.tokenizer_sha256:
+    pieces = generator.tokenizer_folder / MODEL_NAME
+    if not pieces.is_file() or file_sha256(pieces) != questions.tokenizer_sha256:
         print("note: the set's lengths were counted with another tokenizer than the model's")
     print(f"{questions.task}, {folder}")
     print(table(cells))
     picture = draw_heat_map(cells, f"{questions.task}: {options.checkpoint.name}", options.output)
     print(f"results: {options.output / RESULTS}, picture: {picture}")
-
-
-def _sha256(path: Path) -> str | None:
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
-
-
-def _fingerprint(folder: Path) -> str:
-    """Of names, sizes and times of change: a folder whose weights were replaced is another model."""
-    files = sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in folder.iterdir())
-    return hashlib.sha256(repr(files).encode()).hexdigest()
 
 
 if __name__ == "__main__":

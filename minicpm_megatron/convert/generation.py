@@ -19,6 +19,7 @@ from minicpm_megatron.convert.operation import open_source
 from minicpm_megatron.convert.source import Source
 from minicpm_megatron.errors import UserError
 
+_LOGIT_ROWS = 1024  # at 122,753 words half a GiB of logits
 _GRANITEMOE_5 = {
     "input_linear.weight": "experts.gate_up_proj",
     "output_linear.weight": "experts.down_proj",
@@ -75,6 +76,7 @@ class Generator:
         self.model = as_granite(source)
         self.longest = source.model.longest_sequence
         self.unscaled = source.model.max_position_embeddings
+        self.vocab_size = source.model.vocab_size
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, <s> first."""
@@ -90,6 +92,18 @@ class Generator:
         self._forget_lengths()
         ids = torch.tensor([list(tokens)], device=self.model.device)
         return self.model(input_ids=ids, use_cache=False, logits_to_keep=last).logits[0].float().cpu()
+
+    @torch.no_grad()
+    def losses(self, tokens: Sequence[int]) -> torch.Tensor:
+        """fp32 [n - 1] on the CPU: nats of each of `tokens` after the first, those before it given."""
+        self._forget_lengths()
+        ids = torch.tensor([list(tokens)], device=self.model.device)
+        hidden = self.model.model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state[0]
+        parts = []
+        for states, labels in zip(hidden.split(_LOGIT_ROWS), ids[0, 1:].split(_LOGIT_ROWS), strict=True):
+            logits = self.model.lm_head(states).float() / self.model.config.logits_scaling
+            parts.append(torch.nn.functional.cross_entropy(logits, labels, reduction="none"))
+        return torch.cat(parts).cpu()
 
     @torch.no_grad()
     def continue_tokens(self, tokens: Sequence[int], sampling: Sampling) -> list[int]:
