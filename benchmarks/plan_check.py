@@ -59,8 +59,9 @@ REDUCTIONS = ("allreduce_", "reduce_", "reduce_scatter_", "_reduce_scatter_base_
 
 def case(ranks: int, **changes: Any) -> dict[str, Any]:
     """A row: recipe fields of a layout with sizes tp, pp, cp, ep and settings zero, sp, kind, precision, recompute,
-    length, micro_batches and model."""
+    length, micro_batch, micro_batches and model."""
     tp, pp, cp = (changes.get(size, 1) for size in ("tp", "pp", "cp"))
+    micro_batch = changes.get("micro_batch", MICRO_BATCH)
     micro_batches = changes.get("micro_batches", 4 if pp > 1 else 2)
     return {
         "ranks": ranks,
@@ -78,8 +79,8 @@ def case(ranks: int, **changes: Any) -> dict[str, Any]:
                 "sequence_parallel": changes.get("sp", False),
             },
             "training": {
-                "micro_batch_size": MICRO_BATCH,
-                "global_batch_size": MICRO_BATCH * micro_batches * ranks // (tp * pp * cp),
+                "micro_batch_size": micro_batch,
+                "global_batch_size": micro_batch * micro_batches * ranks // (tp * pp * cp),
                 "precision": changes.get("precision", "fp32"),
                 "recompute": changes.get("recompute", "none"),
             },
@@ -92,6 +93,22 @@ def case(ranks: int, **changes: Any) -> dict[str, Any]:
 BF16: dict[str, Any] = {"precision": "bf16"}
 SP: dict[str, Any] = {"tp": 2, "sp": True}
 EXPERTS: dict[str, Any] = {"model": {"num_moe_experts": 4}}
+# one sample of 32,768 tokens over the whole vocabulary of MiniCPM-2.4B: logits in fp32 alone would be 16 GB
+WHOLE: dict[str, Any] = {
+    "length": 32_768,
+    "micro_batch": 1,
+    "micro_batches": 1,
+    "model": {
+        "num_layers": 2,
+        "hidden_size": 64,
+        "ffn_hidden_size": 160,
+        "kv_channels": 16,
+        "num_attention_heads": 4,
+        "num_query_groups": 4,
+        "vocab_size": 122_753,
+        "max_position_embeddings": 32_768,
+    },
+}
 ROWS = {
     "1 rank": case(1),
     "1 rank, bf16": case(1, **BF16),
@@ -135,6 +152,10 @@ ROWS = {
     "experts, DP 4 EP 2, ZeRO 1": case(4, ep=2, zero=1, **EXPERTS),
     "experts, CP 2 EP 2, ZeRO 1": case(2, cp=2, ep=2, zero=1, **EXPERTS),
     "experts, PP 2 EP 2, ZeRO 1": case(4, pp=2, ep=2, zero=1, **EXPERTS),
+    "32K tokens, 122,753 words, CP 2 Ulysses TP 2 SP, ZeRO 1": case(4, cp=2, kind="a2a", zero=1, **SP, **WHOLE),
+    "32K tokens, 122,753 words, CP 2 ring TP 2 SP, ZeRO 1, full": case(
+        4, cp=2, zero=1, recompute="full", **SP, **WHOLE
+    ),
 }
 
 
