@@ -1,6 +1,10 @@
 """Convert a model between our checkpoints and published formats; the input's format is recognised.
 
-python tools/convert_checkpoint.py --input runs/quickstart --to llama --output runs/quickstart/hf-llama
+    python tools/convert_checkpoint.py --input runs/quickstart --to llama --output runs/quickstart/hf-llama
+    python tools/convert_checkpoint.py --input quickstart@300 --untie --to megatron --output runs/untied
+
+With --untie a model whose LM head is its embedding becomes one whose head has weights of its own, at first equal to the
+embedding. To megatron that makes a run, with step, data position, schedule and optimizer state carried over.
 """
 
 from __future__ import annotations
@@ -9,11 +13,15 @@ import argparse
 import sys
 from pathlib import Path
 
-from minicpm_megatron.checkpoint.find import newest_checkpoint
+from minicpm_megatron.checkpoint.find import find_source
 from minicpm_megatron.cli.entry import run
+from minicpm_megatron.cli.untie import HEAD_MOMENTS, untie
 from minicpm_megatron.convert import TARGETS, convert
 from minicpm_megatron.convert.operation import DEFAULT_DTYPE, DEFAULT_SHARD
+from minicpm_megatron.convert.our_checkpoint import MEGATRON
 from minicpm_megatron.convert.weight_files import DTYPES
+from minicpm_megatron.errors import UserError
+from minicpm_megatron.recipe import count_parameters
 
 
 def main() -> int:
@@ -21,9 +29,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--input",
-        type=Path,
         required=True,
-        help="run (its newest checkpoint), checkpoint, or Hugging Face model folder",
+        help="run (its newest checkpoint), RUN@STEP, checkpoint, or Hugging Face model folder",
     )
     parser.add_argument("--output", type=Path, required=True, help="folder to make; appears whole or not at all")
     parser.add_argument("--to", required=True, choices=TARGETS, help="format to write; megatron is our checkpoint")
@@ -31,20 +38,54 @@ def main() -> int:
     parser.add_argument("--max-shard-size", default=DEFAULT_SHARD, help=f"for example 500MB (default {DEFAULT_SHARD})")
     parser.add_argument("--tokenizer", type=Path, help="tokenizer folder (default: the one the input has or records)")
     parser.add_argument("--overwrite", action="store_true", help="replace a model that is already at --output")
-    arguments = parser.parse_args()
+    parser.add_argument(
+        "--untie",
+        action="store_true",
+        help="give a tied model a head of its own, a copy of its embedding; with --to megatron --output is a run to go"
+        " on with",
+    )
+    parser.add_argument(
+        "--head-moments",
+        choices=HEAD_MOMENTS,
+        help=f"what the untied head gets of Adam's moments: the embedding's, or zeros (default {HEAD_MOMENTS[0]})",
+    )
+    options = parser.parse_args()
+    to_run = options.untie and options.to == MEGATRON
+    if options.head_moments and not to_run:
+        raise UserError("no optimizer state is written", where="--head-moments", fix="needs --untie --to megatron")
+    if to_run:
+        return _untie(options)
     done = convert(
-        newest_checkpoint(arguments.input),
-        arguments.output,
-        arguments.to,
-        dtype=arguments.dtype,
-        max_shard_size=arguments.max_shard_size,
-        tokenizer=arguments.tokenizer,
-        overwrite=arguments.overwrite,
+        find_source(options.input),
+        options.output,
+        options.to,
+        dtype=options.dtype,
+        max_shard_size=options.max_shard_size,
+        tokenizer=options.tokenizer,
+        overwrite=options.overwrite,
+        untie=options.untie,
         progress=sys.stderr.isatty(),
     )
     for note in done.notes:
         print(f"note: {note}", file=sys.stderr)
     print(f"{done.source_format} -> {done.target_format}: {done.parameters:,} parameters in {done.output}")
+    return 0
+
+
+def _untie(options: argparse.Namespace) -> int:
+    for given, where, what in (
+        (options.dtype, "--dtype", "checkpoints always hold fp32"),
+        (options.tokenizer, "--tokenizer", "the untied run keeps the tokenizer of its model"),
+        (options.overwrite, "--overwrite", "--untie --to megatron makes a run, and no run is replaced"),
+    ):
+        if given:
+            raise UserError(what, where=where, fix="leave it out")
+    done = untie(
+        find_source(options.input), options.output, head_moments=options.head_moments, progress=sys.stderr.isatty()
+    )
+    parameters = count_parameters(done.model).total
+    print(f"{options.input} -> {done.run}, step {done.step}: a head of its own; {parameters:,} parameters")
+    print(done.how_to_go_on())
     return 0
 
 

@@ -13,8 +13,9 @@ import argparse
 import sys
 from pathlib import Path
 
+from minicpm_megatron.checkpoint.find import find_source
 from minicpm_megatron.cli.entry import run
-from minicpm_megatron.cli.upcycle import MOMENTS, RECIPE, find_dense, upcycle
+from minicpm_megatron.cli.upcycle import MOMENTS, upcycle
 from minicpm_megatron.methods.upcycling import Upcycling
 from minicpm_megatron.recipe import count_parameters
 
@@ -69,7 +70,7 @@ def main() -> int:
         granularity=options.granularity,
     )
     done = upcycle(
-        find_dense(options.input),
+        find_source(options.input),
         options.output,
         plan,
         moments=options.moments,
@@ -82,10 +83,7 @@ def main() -> int:
         f"{options.input} -> {done.run}, step {done.step}: {done.model.num_moe_experts} experts, "
         f"{done.model.moe_router_topk} a token; {count.total:,} parameters, {active:,} of them for one token"
     )
-    if done.has_recipe:
-        print(f"go on with: examples/train.py --recipe {done.run / RECIPE} [section.key=value ...]")
-    else:
-        print(f"go on with a recipe of this model whose run is {done.run} (name and run.directory)")
+    print(done.how_to_go_on())
     return 0
 
 

@@ -21,6 +21,7 @@ from minicpm_megatron.checkpoint.names import (
     steps_set_aside,
 )
 from minicpm_megatron.errors import UserError
+from minicpm_megatron.recipe import RunRecipe
 from minicpm_megatron.storage.atomic import PARTIAL_SUFFIX
 from minicpm_megatron.storage.manifest import Unreadable, problems, read_manifest
 
@@ -155,3 +156,14 @@ def newest_checkpoint(path: Path) -> Path:
     if (path / CHECKPOINTS).is_dir():
         return resolve_reference(f"{path}@latest", path.parent)
     return path
+
+
+def find_source(text: str) -> Path:
+    """The checkpoint or published folder meant by a path, a run (its newest checkpoint) or RUN@STEP.
+
+    Raises:
+        UserError: a run has no such checkpoint. Whether a folder holds a model is not looked at.
+    """
+    if not Path(text).exists() and "@" in text:
+        return resolve_reference(text, Path(RunRecipe().directory))
+    return newest_checkpoint(Path(text))

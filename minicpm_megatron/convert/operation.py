@@ -24,6 +24,7 @@ from minicpm_megatron.convert.tokenizer_folder import (
     copy_tokenizer,
     open_tokenizer,
 )
+from minicpm_megatron.convert.untying import untied_source
 from minicpm_megatron.convert.weight_files import (
     DTYPE_NAMES,
     DTYPES,
@@ -122,6 +123,7 @@ def convert(
     max_shard_size: str = DEFAULT_SHARD,
     tokenizer: Path | None = None,
     overwrite: bool = False,
+    untie: bool = False,
     progress: bool = False,
 ) -> Conversion:
     """Convert the model in `source_folder` and write it to `output`, whole or not at all.
@@ -132,6 +134,7 @@ def convert(
         max_shard_size: data bytes of one file of a published target.
         tokenizer: folder of tokenizer files; default is the one the source has or records.
         overwrite: replace a model that is already at `output`.
+        untie: give a tied model a head of its own, equal to its embedding.
         progress: show bytes, rate and remaining time on standard error.
     Raises:
         UserError: anything wrong with the input, the options or the place; `output` is then as it was.
@@ -144,6 +147,8 @@ def convert(
         raise UserError(f"unknown type {dtype!r}", where="--dtype", fix=f"use one of {', '.join(DTYPES)}")
     shard_bytes = parse_size(max_shard_size)
     source = open_source(source_folder)
+    if untie:
+        source = untied_source(source)
     check_output(output, source=source_folder, overwrite=overwrite)
     pieces, notes = _tokenizer(tokenizer or source.tokenizer, source.model.vocab_size, to_publish=target != MEGATRON)
     if target == MEGATRON:

@@ -150,6 +150,18 @@ def mup_param_groups(
     return groups
 
 
+def rates_with_roles(rates: Mapping[str, float], roles: Iterable[str], shape: Shape) -> dict[str, float]:
+    """A run's rates at its last update, group name -> rate, with those of `roles` where the table puts them.
+
+    Nothing is added where the rate of the hidden matrices, from which theirs follow, is not known.
+    """
+    if "hidden" not in rates:
+        return dict(rates)
+    table = mup_table(shape)
+    base = rates["hidden"] / table["hidden"].lr_multiplier
+    return {**rates, **{role: base * table[role].lr_multiplier for role in roles}}
+
+
 class RateLedger:
     """The rates a run may use: base x multiplier of the table x f(t), for every group, at any time.
 

@@ -24,11 +24,11 @@ from torch import Tensor
 
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.methods import draws
-from minicpm_megatron.methods.mup import Shape, mup_table
 from minicpm_megatron.recipe import ModelRecipe
 
 _MLP = re.compile(r"(decoder\.layers\.\d+\.mlp\.)(linear_fc[12]\.weight)")
 ROUTER_STD = 0.1  # variance 0.01 (section 7.3)
+NEW_ROLES = ("expert", "router")  # muP groups of a mixture that a dense model lacks
 
 
 @dataclass(frozen=True)
@@ -193,15 +193,6 @@ def upcycle_state_dict(
     return {
         new: value.clone() for name, tensor in state_dict.items() for new, value in upcycle_tensor(name, tensor, plan)
     }
-
-
-def upcycled_rates(rates: Mapping[str, float], shape: Shape) -> dict[str, float]:
-    """Rates of the muP groups at the last update, with those of experts and routers where the table puts them."""
-    if "hidden" not in rates:
-        return dict(rates)
-    table = mup_table(shape)
-    base = rates["hidden"] / table["hidden"].lr_multiplier
-    return {**rates, **{role: base * table[role].lr_multiplier for role in ("expert", "router")}}
 
 
 def _slice(whole: Tensor, matrix: str, number: int, slices: int) -> Tensor:

@@ -77,7 +77,8 @@ def initial_weights(recipe: Recipe, reference: str) -> Origin:
             raise UserError(
                 f"is {new[key]!r}, and {was!r} in {reference}",
                 where=f"model.{key}",
-                fix="a stage can change RoPE, lengths and weights of auxiliary losses; tools convert the rest",
+                fix="a stage can change RoPE, lengths and weights of auxiliary losses; tools/upcycle.py and"
+                " tools/convert_checkpoint.py --untie do more",
             )
     return Origin(folder, int(manifest["step"]), reference, False)
 

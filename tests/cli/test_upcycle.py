@@ -13,15 +13,16 @@ from typing import Any
 import pytest
 import torch
 
-from minicpm_megatron.cli.upcycle import find_dense, upcycle
-from minicpm_megatron.convert import convert, open_source
-from minicpm_megatron.convert import upcycling as operation
+from minicpm_megatron.checkpoint.find import find_source
+from minicpm_megatron.cli.upcycle import upcycle
+from minicpm_megatron.convert import convert, open_source, rewriting
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.methods.upcycling import Upcycling, upcycle_state_dict, upcycled_model
 from minicpm_megatron.recipe import build, count_parameters, load_recipe
-from minicpm_megatron.storage.manifest import read_manifest, write_manifest
-from minicpm_megatron.storage.sharded import CheckpointReader, Fragment, ShardSpec, write_fragments
+from minicpm_megatron.storage.manifest import read_manifest
+from minicpm_megatron.storage.sharded import CheckpointReader, write_fragments
 from tests.cli.commands import command
+from tests.cli.saved_run import MOMENTS, trained
 from tests.convert.conftest import (
     EXPERTS,
     MakeCheckpoint,
@@ -34,58 +35,8 @@ from tests.convert.conftest import (
     tokens,
 )
 
-__all__ = ["checkpoint", "tokens"]  # fixtures
+__all__ = ["checkpoint", "tokens", "trained"]  # fixtures
 ROOT = Path(__file__).resolve().parents[2]
-MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-@pytest.fixture
-def trained(tmp_path: Path) -> Path:
-    """A checkpoint as a run saves it at step 30: a recipe, moments, random state, two ranks that share the tensors."""
-    model = small_model(num_layers=2)
-    recipe = build(
-        {
-            "name": "dense",
-            "model": model.model_dump(mode="json"),
-            "data": {"train": [{"prefix": "data/train"}], "sequence_length": 32},
-            "training": {"global_batch_size": 8, "micro_batch_size": 2},
-            "schedule": {"total": 100, "warmup": 5, "decay": 10, "decay_shape": "linear"},
-            "evaluation": {"interval": 10},
-            "run": {"directory": str(tmp_path / "runs")},
-        }
-    )
-    folder = tmp_path / "runs" / "dense" / "checkpoints" / "step-30"
-    folder.mkdir(parents=True)
-    fragments: tuple[list[Fragment], list[Fragment]] = ([], [])
-    for number, kind in enumerate(("param", *MOMENTS)):
-        for name, tensor in random_tensors(model, seed=number).items():
-            flat, half = tensor.abs().view(-1) if number else tensor.view(-1), tensor.numel() // 2
-            spec = ShardSpec(name, tuple(tensor.shape))
-            fragments[0].append(Fragment(spec, kind, 0, flat[:half]))
-            fragments[1].append(Fragment(spec, kind, half, flat[half:]))
-    files = [
-        write_fragments(folder / f"rank-{rank:05}.safetensors", part, {"cpu": torch.tensor([rank, 7])})
-        for rank, part in enumerate(fragments)
-    ]
-    state = {
-        "step": 30,
-        "samples": 240,
-        "tokens": 7680,
-        "updates": 29,
-        "origin": None,
-        "rates": {"embedding": 0.01, "hidden": 0.01 / 2.4, "vector": 0.01},
-        "evaluation_due": False,
-        "fault": None,
-        "faults": {"offset": 8},
-    }
-    facts = {
-        "model": model.model_dump(mode="json"),
-        "recipe": recipe.model_dump(mode="json"),
-        "layout": {"zero_stage": 1},
-        "data": {"data/train": "fingerprint"},
-    }
-    write_manifest(folder, files, state=state, facts=facts)
-    return folder
 
 
 def test_everything_a_run_needs_to_go_on_is_carried_over(trained: Path, tmp_path: Path) -> None:
@@ -199,7 +150,7 @@ def test_memory_is_that_of_a_tensor_and_not_of_the_model(
 
     gc.collect()
     before = live_bytes()
-    monkeypatch.setattr(operation, "write_fragments", watched)
+    monkeypatch.setattr(rewriting, "write_fragments", watched)
     done = upcycle(dense, tmp_path / "moe", Upcycling(noise=0.01))
     whole = 4 * count_parameters(done.model).total
     layer = 8 * 4 * 3 * 96 * 240
@@ -210,15 +161,15 @@ def test_memory_is_that_of_a_tensor_and_not_of_the_model(
 
 KILLED = """
 import os, signal, sys
-from minicpm_megatron.convert import upcycling
-write, count = upcycling.write_fragments, 0
+from minicpm_megatron.convert import rewriting
+write, count = rewriting.write_fragments, 0
 def killed(path, fragments, rank_tensors):
     global count
     count += 1
     if count == 5:
         os.kill(os.getpid(), signal.SIGKILL)
     return write(path, fragments, rank_tensors)
-upcycling.write_fragments = killed
+rewriting.write_fragments = killed
 sys.argv = ["upcycle.py", *sys.argv[1:]]
 import runpy
 runpy.run_path("tools/upcycle.py", run_name="__main__")
@@ -295,5 +246,5 @@ def test_a_damaged_checkpoint_is_refused(trained: Path, tmp_path: Path) -> None:
 
 
 def test_a_run_at_a_step_is_found(trained: Path) -> None:
-    assert find_dense(f"{trained.parents[1]}@30") == find_dense(str(trained.parents[1])) == trained
-    assert json.loads((find_dense(str(trained)) / "manifest.json").read_text())["step"] == 30
+    assert find_source(f"{trained.parents[1]}@30") == find_source(str(trained.parents[1])) == trained
+    assert json.loads((find_source(str(trained)) / "manifest.json").read_text())["step"] == 30

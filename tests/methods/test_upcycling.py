@@ -8,8 +8,8 @@ import torch.nn.functional as F
 
 from minicpm_megatron import upcycle_state_dict
 from minicpm_megatron.errors import UserError
-from minicpm_megatron.methods.mup import RateLedger
-from minicpm_megatron.methods.upcycling import Upcycling, upcycle_moment, upcycled_model, upcycled_rates
+from minicpm_megatron.methods.mup import RateLedger, rates_with_roles
+from minicpm_megatron.methods.upcycling import NEW_ROLES, Upcycling, upcycle_moment, upcycled_model
 from minicpm_megatron.model.initialize import initial_tensor
 from tests.convert.conftest import EXPERTS, random_tensors, small_model
 
@@ -165,11 +165,12 @@ def test_the_model_that_comes_of_it() -> None:
 def test_rates_of_the_new_groups_are_the_tables() -> None:
     model = small_model()
     ledger = RateLedger(model, 0.02)
-    rates = upcycled_rates({role: ledger.rate(role, 0.3) for role in ("embedding", "hidden", "vector")}, model)
+    before = {role: ledger.rate(role, 0.3) for role in ("embedding", "hidden", "vector")}
+    rates = rates_with_roles(before, NEW_ROLES, model)
     assert set(rates) == {"embedding", "hidden", "vector", "expert", "router"}
     assert rates["router"] == pytest.approx(ledger.rate("router", 0.3), rel=1e-12)
     ledger.check_saved(rates)
-    assert upcycled_rates({}, model) == {}
+    assert rates_with_roles({}, NEW_ROLES, model) == {}
 
 
 @pytest.mark.parametrize(

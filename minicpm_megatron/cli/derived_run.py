@@ -1,0 +1,164 @@
+"""A run whose first checkpoint is a checkpoint of another run, or a published model, rewritten tensor by tensor.
+
+The new run stands where the old one stood: step, samples, tokens, optimizer state, random state and schedule are
+carried over, and RUN/recipe.yaml is the old run's recipe with the new model. Started with it, the trainer finds the
+checkpoint as the run's own and goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from minicpm_megatron.checkpoint.find import CHECKPOINTS
+from minicpm_megatron.checkpoint.names import step_folder
+from minicpm_megatron.convert.output_folder import atomic_folder, check_space
+from minicpm_megatron.convert.rewriting import Rewrite, bytes_of, has_moments, write_rewritten
+from minicpm_megatron.convert.source import Source
+from minicpm_megatron.errors import UserError
+from minicpm_megatron.methods.mup import rates_with_roles
+from minicpm_megatron.recipe import ModelRecipe, Recipe, build, dump_recipe, recipe_hash
+from minicpm_megatron.recipe.load import apply_override
+from minicpm_megatron.storage.atomic import write_bytes
+from minicpm_megatron.storage.sharded import CheckpointReader
+from minicpm_megatron.training.start import check_same_past
+
+RECIPE = "recipe.yaml"
+_SMALL_FILES = 1 << 20
+
+
+@dataclass(frozen=True)
+class DerivedRun:
+    """What was made.
+
+    Attributes:
+        run: its folder.
+        step: steps done.
+        model: what it trains.
+        has_moments: whether optimizer state was carried over.
+        has_recipe: whether RUN/recipe.yaml was written.
+    """
+
+    run: Path
+    step: int
+    model: ModelRecipe
+    has_moments: bool
+    has_recipe: bool
+
+    def how_to_go_on(self) -> str:
+        """One line for the user."""
+        if self.has_recipe:
+            return f"go on with: examples/train.py --recipe {self.run / RECIPE} [section.key=value ...]"
+        return f"go on with a recipe of this model whose run is {self.run} (name and run.directory)"
+
+
+def check_new_run(run: Path) -> None:
+    """Raise UserError where there is something already."""
+    if run.exists():
+        raise UserError("exists already", where=str(run), fix="give another --output")
+
+
+def derived_recipe(source: Source, model: ModelRecipe, run: Path, overrides: Sequence[str] = ()) -> Recipe | None:
+    """The recipe of `run`, which goes on with `model` made of `source`; None where no run saved the source.
+
+    Args:
+        overrides: section.key=value.
+
+    Raises:
+        UserError: an override that is malformed, that is given without a recipe to change, or that would have made
+            the steps already done others.
+    """
+    manifest = _manifest(source)
+    if "recipe" not in manifest:
+        if overrides:
+            raise UserError("the model was not saved by a run, so there is no recipe to change", where=overrides[0])
+        return None
+    old = build(manifest["recipe"])
+    fields = old.model_dump(mode="json")
+    fields |= {"name": run.name, "preset": None, "model": model.model_dump(mode="json")}
+    fields["run"]["directory"] = str(run.parent)
+    for override in overrides:
+        apply_override(fields, override)
+    recipe = build(fields)
+    if recipe.run_directory != run:
+        raise UserError(f"would make the run {recipe.run_directory}, not {run}", where="override", fix="give --output")
+    check_same_past(old.model_copy(update={"model": recipe.model}), recipe, _step(manifest))
+    return recipe
+
+
+def write_run(
+    source: Source,
+    run: Path,
+    model: ModelRecipe,
+    recipe: Recipe | None,
+    rewrite: Rewrite,
+    *,
+    how: dict[str, Any],
+    new_roles: Collection[str],
+    progress: bool,
+) -> DerivedRun:
+    """Make `run`, whole or not at all.
+
+    Args:
+        source: a checkpoint of ours, of any layout, or a published folder.
+        model: what the new run trains; `recipe`'s where there is one.
+        recipe: of `derived_recipe`.
+        rewrite: makes the tensors of `model` from those of the source.
+        how: facts for `state.origin`, beside the source's run and step.
+        new_roles: muP groups that the source has no saved rate of.
+        progress: show bytes, rate and remaining time on standard error.
+
+    Raises:
+        UserError: the place cannot be written, or has too little room.
+    """
+    manifest = _manifest(source)
+    step = _step(manifest)
+    facts = {key: manifest[key] for key in ("data",) if key in manifest} | {"model": model.model_dump(mode="json")}
+    if recipe:
+        facts |= {"recipe": recipe.model_dump(mode="json"), "recipe_hash": recipe_hash(recipe)}
+    amount = bytes_of(source, model)
+    check_space(run, amount + _SMALL_FILES)
+    with atomic_folder(run, needed=amount + _SMALL_FILES) as partial:
+        write_rewritten(
+            step_folder(partial / CHECKPOINTS, step),
+            source,
+            rewrite,
+            state=_state(source, recipe, new_roles) | {"origin": _origin(source, step) | how},
+            facts=facts,
+            total_bytes=amount,
+            progress=progress,
+        )
+        if recipe:
+            write_bytes(partial / RECIPE, dump_recipe(recipe).encode())
+    return DerivedRun(run, step, model, has_moments(source), recipe is not None)
+
+
+def _manifest(source: Source) -> dict[str, Any]:
+    return source.tensors.manifest if isinstance(source.tensors, CheckpointReader) else {}
+
+
+def _step(manifest: dict[str, Any]) -> int:
+    return int(manifest.get("state", {}).get("step", 0))
+
+
+def _origin(source: Source, step: int) -> dict[str, Any]:
+    folder = source.folder.resolve()
+    of_a_run = folder.parent.name == CHECKPOINTS
+    return {"run": str(folder.parent.parent if of_a_run else folder), "step": step}
+
+
+def _state(source: Source, recipe: Recipe | None, new_roles: Collection[str]) -> dict[str, Any]:
+    """Where the new run stands: where the old one stood."""
+    before: dict[str, Any] = _manifest(source).get("state", {})
+    carried = {key: before[key] for key in ("samples", "updates", "faults") if key in before}
+    return carried | {
+        "step": int(before.get("step", 0)),
+        "tokens": int(before.get("tokens", 0)),
+        "rates": rates_with_roles(before.get("rates", {}), new_roles, source.model),
+        "fault": None,
+        # the first thing a run says is then what the new model is worth before any step of its own
+        "evaluation_due": bool(recipe and recipe.evaluation.interval),
+        "data": {"tokenizer": str(source.tokenizer.resolve()) if source.tokenizer else None},
+    }
