@@ -20,12 +20,12 @@ from minicpm_megatron.convert.source import Source
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.methods.mup import rates_with_roles
 from minicpm_megatron.recipe import ModelRecipe, Recipe, build, dump_recipe, recipe_hash
+from minicpm_megatron.recipe.dump import RECIPE
 from minicpm_megatron.recipe.load import apply_override
 from minicpm_megatron.storage.atomic import write_bytes
 from minicpm_megatron.storage.sharded import CheckpointReader
 from minicpm_megatron.training.start import check_same_past
 
-RECIPE = "recipe.yaml"
 _SMALL_FILES = 1 << 20
 
 

@@ -18,6 +18,7 @@ from minicpm_megatron.methods.upcycling import (
     upcycled_model,
 )
 from minicpm_megatron.recipe import ModelRecipe
+from minicpm_megatron.training.start import changed_key
 
 MOMENTS = ("clone", "drop")
 # of the mixture; what else a model has is the dense one's or follows from the options
@@ -71,11 +72,10 @@ def upcycle(
 
 
 def _check_shape(upcycled: ModelRecipe, overridden: ModelRecipe) -> None:
-    wanted, made = upcycled.model_dump(), overridden.model_dump()
-    for key in wanted:
-        if key not in _FREE and wanted[key] != made[key]:
-            raise UserError(
-                f"upcycling makes it {wanted[key]!r}, not {made[key]!r}",
-                where=f"override model.{key}",
-                fix="use --experts, --top-k and --granularity",
-            )
+    key = changed_key(upcycled, overridden, free=_FREE)
+    if key is not None:
+        raise UserError(
+            f"upcycling makes it {getattr(upcycled, key)!r}, not {getattr(overridden, key)!r}",
+            where=f"override model.{key}",
+            fix="use --experts, --top-k and --granularity",
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,7 +10,7 @@ from minicpm_megatron.checkpoint.find import CHECKPOINTS, resolve_reference
 from minicpm_megatron.checkpoint.names import published_steps, step_folder
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.methods.schedules import build_schedule
-from minicpm_megatron.recipe import BatchPlan, ModelRecipe, Recipe, build
+from minicpm_megatron.recipe import BatchPlan, ModelRecipe, Recipe, build, build_section
 from minicpm_megatron.storage.manifest import read_manifest
 
 # sections that decide what the steps already done were; everything else may change between two starts of a run
@@ -69,18 +70,23 @@ def initial_weights(recipe: Recipe, reference: str) -> Origin:
         )
     folder = resolve_reference(reference, Path(recipe.run.directory))
     manifest = read_manifest(folder)
-    old, new = dict(manifest["model"]), recipe.model.model_dump(mode="json")
-    for key in new:
-        # a checkpoint from before a key existed has its default
-        was = old.get(key, ModelRecipe.model_fields[key].default)
-        if key not in ADAPTABLE and was != new[key]:
-            raise UserError(
-                f"is {new[key]!r}, and {was!r} in {reference}",
-                where=f"model.{key}",
-                fix="a stage can change RoPE, lengths and weights of auxiliary losses; tools/upcycle.py and"
-                " tools/convert_checkpoint.py --untie do more",
-            )
+    # a checkpoint from before a key existed has its default
+    saved = build_section(ModelRecipe, manifest["model"], where=reference)
+    key = changed_key(saved, recipe.model, free=ADAPTABLE)
+    if key is not None:
+        raise UserError(
+            f"is {getattr(recipe.model, key)!r}, and {getattr(saved, key)!r} in {reference}",
+            where=f"model.{key}",
+            fix="a stage can change RoPE, lengths and weights of auxiliary losses; tools/upcycle.py and"
+            " tools/convert_checkpoint.py --untie do more",
+        )
     return Origin(folder, int(manifest["step"]), reference, False)
+
+
+def changed_key(before: ModelRecipe, now: ModelRecipe, *, free: Collection[str]) -> str | None:
+    """The first field that differs, those that are `free` to left out; None where there is none."""
+    fields = (key for key in ModelRecipe.model_fields if key not in free)
+    return next((key for key in fields if getattr(before, key) != getattr(now, key)), None)
 
 
 def branch_recipe(recipe: Recipe, reference: str) -> tuple[Recipe, Path, int]:
