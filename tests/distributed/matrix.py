@@ -3,6 +3,7 @@
     python -m tests.distributed.matrix                  # layouts: losses, gradient norm, digits, seconds
     python -m tests.distributed.matrix --checkpoints    # from -> to: digits after loading under another layout
     python -m tests.distributed.matrix --experts ...    # the same of a mixture of experts, with expert parallelism
+    python -m tests.distributed.matrix --untied         # layouts of a model whose head is a tensor of its own
 
 Exit status 1 where a row agrees in fewer than 5 digits (bf16: losses differ by more
 than 3e-3 or gradient norms by more than 8e-3).
@@ -26,15 +27,16 @@ from tests.distributed.parity import BATCH, DIGITS, SEQUENCE, agreement, digits,
 Case = dict[str, Any]
 WORLDS = (1, 2, 4)
 EXPERTS: dict[str, Any] = {"num_moe_experts": 4}
+UNTIED: dict[str, Any] = {"untie_embeddings_and_output_weights": True}
 AT_ONCE = 12  # layouts of one start, so that one that hangs does not take all with it
 
 
-def layouts(world: int, experts: bool = False) -> Iterator[tuple[str, Case]]:
+def layouts(world: int, model: dict[str, Any]) -> Iterator[tuple[str, Case]]:
     """(name, case) of every legal layout that uses exactly `world` ranks.
 
     Of a mixture context parallelism by ring only: experts do not see how attention is made.
     """
-    sizes = [size for size in WORLDS if size <= world]
+    sizes, experts = [size for size in WORLDS if size <= world], "num_moe_experts" in model
     kinds = ("p2p",) if experts else ("p2p", "a2a")
     for tp, pp, cp, ep in itertools.product(sizes, sizes, sizes, sizes if experts else [1]):
         data, left = divmod(world, tp * pp * cp)
@@ -44,7 +46,7 @@ def layouts(world: int, experts: bool = False) -> Iterator[tuple[str, Case]]:
             if cp == 1 and kind == "a2a" or (zero > 1 and data * cp == 1):
                 continue
             case = {"tp": tp, "pp": pp, "cp": cp, "ep": ep, "sp": sp, "kind": kind, "zero": zero}
-            case |= {"precision": precision, "model": EXPERTS if experts else {}}
+            case |= {"precision": precision, "model": model}
             if pp > 1:
                 case["micro"] = 2
             if _legal(case, world):
@@ -105,14 +107,13 @@ def _name(case: Case, data: int) -> str:
     return " ".join(part for part in parts if part)
 
 
-def layout_matrix(experts: bool) -> bool:
+def layout_matrix(model: dict[str, Any]) -> bool:
     """Print the table of layouts; whether every row agrees."""
-    model = EXPERTS if experts else {}
     whole = run_layouts(1, {"one": {}}, num_layers=4, model=model)["one"].lines
     print(f"| layout | first loss | last loss | gradient norm | agreement | seconds |\n| {'--- | ' * 6}".rstrip())
     sound = True
     for world in WORLDS:
-        wanted = list(layouts(world, experts))
+        wanted = list(layouts(world, model))
         for start in range(0, len(wanted), AT_ONCE):
             some = dict(wanted[start : start + AT_ONCE])
             for name, run in run_layouts(world, some, num_layers=4, model=model).items():
@@ -196,9 +197,13 @@ def main() -> int:
     """Print one of the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoints", action="store_true", help="load each layout's checkpoint under each other")
-    parser.add_argument("--experts", action="store_true", help="of a mixture of experts")
+    model = parser.add_mutually_exclusive_group()
+    model.add_argument("--experts", action="store_true", help="of a mixture of experts")
+    model.add_argument("--untied", action="store_true", help="of an untied model; layouts only")
     options = parser.parse_args()
-    return 0 if (checkpoint_matrix if options.checkpoints else layout_matrix)(options.experts) else 1
+    if options.checkpoints:
+        return 0 if checkpoint_matrix(options.experts) else 1
+    return 0 if layout_matrix(EXPERTS if options.experts else UNTIED if options.untied else {}) else 1
 
 
 if __name__ == "__main__":
