@@ -9,9 +9,9 @@ cd "$(dirname "$0")/.."
 OUT=runs/extension
 CORPUS=${CORPUS:-runs/quickstart/corpus}
 RANKS=${RANKS:-2}
-FIRST=${FIRST:-1000} # steps of the three stages; the first is that of the recipe's schedule
-SECOND=${SECOND:-250}
-THIRD=${THIRD:-200}
+FIRST=${FIRST:-3000} # steps of the three stages; the first is that of the recipe's schedule
+SECOND=${SECOND:-800}
+THIRD=${THIRD:-500}
 step() { printf '\n== %s\n' "$*"; }
 train() { # arguments of examples/train.py
   local launch=(deepspeed --num_gpus "$RANKS")
@@ -25,7 +25,7 @@ tokens() { # text, prefix
   [ -e "$OUT/data/$2.json" ] || python tools/preprocess_data.py --input "$1" --tokenizer $OUT/tokenizer \
     --output-prefix "$OUT/data/$2" --workers 2
 }
-questions() { # name, lengths, documents to train on of each length and depth
+questions() { # name, lengths, documents to train on of each length and depth; well below the context, or samples cut most
   python tools/build_retrieval_set.py --task passkey --corpus "$CORPUS/en.jsonl" --tokenizer $OUT/tokenizer \
     --lengths "$2" --output "$OUT/sets/$1" --samples 1 --train-prefix "$OUT/data/$1" --train-samples "$3"
   tokens "$OUT/data/$1.jsonl" "$1"
@@ -41,11 +41,11 @@ step "1/6 text, a tokenizer of 2,048 pieces, tokens, pass keys to train on"
   --vocab-size 2048 --output $OUT/tokenizer
 mkdir -p $OUT/data
 for name in en code code.valid; do tokens "$CORPUS/$name.jsonl" $name; done
-questions passkey-256 80,128,250 2000
-questions passkey-1024 400,700,1000 120
-questions passkey-4096 1500,2700,4000 40
+questions passkey-256 75,80,85,90,100,110,125,140,160,185,215 800
+questions passkey-1024 250,320,400,500,630,800,900 100
+questions passkey-4096 1000,1300,1700,2200,2800,3500 25
 python tools/build_retrieval_set.py --task passkey --corpus "$CORPUS/en.jsonl" --tokenizer $OUT/tokenizer \
-  --lengths 250,1000,2000,4000 --samples 10 --seed 1 --output $OUT/sets/asked
+  --lengths 200,800,1600,3200 --samples 10 --seed 1 --output $OUT/sets/asked
 
 step "2/6 256 tokens: $FIRST steps"
 train name=context-256 schedule.total="$FIRST"
@@ -55,16 +55,16 @@ step "3/6 the head becomes a tensor of its own"
 
 step "4/6 1,024 tokens: $SECOND steps with an adjusted base frequency"
 train --init-from "$OUT/untied@latest" name=context-1024 model.untie_embeddings_and_output_weights=true \
-  model.rotary_base=100000 data.sequence_length=1024 training.global_batch_size=8 training.micro_batch_size=4 \
+  model.rotary_base=100000 data.sequence_length=1024 training.global_batch_size=4 training.micro_batch_size=2 \
   schedule.warmup=0 schedule.total="$SECOND" "$(mix passkey-1024)"
 
 step "5/6 4,096 tokens: $THIRD steps with NTK-aware scaling, rows of 2,048 first, and the decay"
 train --init-from "$OUT/context-1024@latest" name=context-4096 model.untie_embeddings_and_output_weights=true \
   model.rotary_base=100000 model.rope_scaling.type=ntk model.rope_scaling.factor=4 \
   model.rope_scaling.original_max_position_embeddings=1024 data.sequence_length=4096 \
-  "data.curriculum=[{sequence_length: 2048, until: $((THIRD / 4))}]" training.global_batch_size=2 \
-  training.micro_batch_size=1 schedule.warmup=0 schedule.total="$THIRD" schedule.decay=$((THIRD / 2)) \
-  schedule.decay_shape=linear "$(mix passkey-4096)"
+  "data.curriculum=[{sequence_length: 2048, until: $((THIRD / 4))}]" training.global_batch_size=1 \
+  training.micro_batch_size=1 parallel.context_parallel_size="$RANKS" parallel.cp_comm_type=a2a schedule.warmup=0 \
+  schedule.total="$THIRD" schedule.decay=$((THIRD / 2)) schedule.decay_shape=linear "$(mix passkey-4096)"
 
 step "6/6 before and after"
 for context in 256 1024 4096; do
