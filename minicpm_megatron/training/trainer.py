@@ -62,6 +62,7 @@ class Trainer:
             self.folder / CHECKPOINTS,
             keep_last=recipe.checkpoint.keep_last,
             keep_every=recipe.checkpoint.keep_every,
+            keep_steps=recipe.checkpoint.steps,
             on_corrupt=recipe.checkpoint.on_corrupt,
             # of its own, for the thread that saves; over gloo, so that it waits for no kernel
             group=dist.new_group(backend="gloo", timeout=patience),
@@ -135,9 +136,9 @@ class Trainer:
                     # who asked to stop does not want to wait; a resumed run makes up for it
                     if self.evaluation_due and not stop:
                         self._evaluate(log, sets)
-                    interval = self.recipe.checkpoint.interval
+                    saves = self.recipe.checkpoint
                     last = stop or self.step == self.total
-                    if last or interval and self.step % interval == 0:
+                    if last or self.step in saves.steps or saves.interval and self.step % saves.interval == 0:
                         began = time.perf_counter()
                         self._save(wait=last or not self.recipe.checkpoint.async_save)
                         log.saved(self.step, time.perf_counter() - began)
