@@ -22,6 +22,8 @@ _SURFACE = {
     "initialize_parameters": "minicpm_megatron.model.initialize:initialize_parameters",
     "mup_param_groups": "minicpm_megatron.methods.mup:mup_param_groups",
     "upcycle_state_dict": "minicpm_megatron.methods.upcycling:upcycle_state_dict",
+    "ScalingLaw": "minicpm_megatron.methods.scaling_law:ScalingLaw",
+    "fit_scaling_law": "minicpm_megatron.methods.scaling_law:fit_scaling_law",
     "WSDScheduler": "minicpm_megatron.methods.torch_schedulers:WSDScheduler",
     "CosineScheduler": "minicpm_megatron.methods.torch_schedulers:CosineScheduler",
     "CosineLoopScheduler": "minicpm_megatron.methods.torch_schedulers:CosineLoopScheduler",

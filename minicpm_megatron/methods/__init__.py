@@ -1,1 +1,1 @@
-"""The paper's ideas as pure functions of their arguments: torch at most, no globals, no process groups, no clock."""
+"""The paper's ideas as pure functions: torch, numpy and scipy at most, no globals, no process groups, no clock."""

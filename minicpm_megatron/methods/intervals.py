@@ -1,0 +1,64 @@
+"""Confidence intervals: what a measured number is worth, and how its quantiles are found."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from minicpm_megatron.errors import UserError
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate between its limits, all in the unit of the estimate.
+
+    >>> 0.3 in Interval(0.2, 0.25, 0.4)
+    True
+    """
+
+    low: float
+    estimate: float
+    high: float
+
+    def __contains__(self, value: float) -> bool:
+        return self.low <= value <= self.high
+
+
+def check_level(level: float) -> None:
+    """Raises UserError: `level` is not a probability between 0 and 1."""
+    if not 0 < level < 1:
+        raise UserError(f"{level} is not between 0 and 1", where="level", fix="give 0.95 for 95 % intervals")
+
+
+def t_quantile(level: float, dof: float) -> float:
+    """t with P(|T| <= t) = level for Student's t with `dof` degrees of freedom; math.inf for the normal distribution.
+
+    >>> round(t_quantile(0.95, 31), 3), round(t_quantile(0.95, math.inf), 3)
+    (2.04, 1.96)
+    """
+    from scipy.special import ndtri, stdtrit
+
+    check_level(level)
+    upper = (1 + level) / 2
+    return float(ndtri(upper) if math.isinf(dof) else stdtrit(dof, upper))
+
+
+def percentile_interval(estimate: float, resampled: NDArray[np.float64], level: float, dof: float) -> Interval:
+    """Expanded percentile interval (Hesterberg 2015, arXiv 1411.5279, section 4).
+
+    Percentiles of a bootstrap are those of a known variance, so plain ones cover too little. The expanded ones are
+    taken at the normal probability of Student's quantile: for 95 % and 31 degrees of freedom 2.07 % instead of 2.5 %.
+
+    Args:
+        resampled: estimates of the resamples, [resamples]; may hold infinities, no nan.
+        dof: points less fitted parameters.
+    """
+    from scipy.special import ndtr
+
+    tail = float(ndtr(-t_quantile(level, dof)))
+    # the nearest resample outwards: interpolation would be nan between infinities
+    low = float(np.quantile(resampled, tail, method="lower"))
+    return Interval(low, estimate, float(np.quantile(resampled, 1 - tail, method="higher")))
