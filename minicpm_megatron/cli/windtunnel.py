@@ -10,6 +10,7 @@ from typing import TypeVar
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.recipe import Recipe, load_recipe
 from minicpm_megatron.storage.atomic import write_bytes
+from minicpm_megatron.windtunnel.decays import SHARES, DecaySettings, plan_decays
 from minicpm_megatron.windtunnel.experiment import Experiment, format_plan, run_experiment
 from minicpm_megatron.windtunnel.launch import Launcher
 from minicpm_megatron.windtunnel.rates import (
@@ -41,6 +42,7 @@ def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(description=DESCRIPTION, formatter_class=raw)
     commands = result.add_subparsers(dest="command", required=True, metavar="SUBCOMMAND")
     _add_rates(commands)
+    _add_decays(commands)
     _add_report(commands)
     return result
 
@@ -106,6 +108,44 @@ def _add_rates(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
             tokens_per_parameter=options.tokens_per_parameter,
         )
         return plan_rates(base, settings, options.output)
+
+    command.set_defaults(run=lambda options, script: _run(options, script, plan))
+
+
+def _add_decays(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "wsd",
+        help="how long a decay must be, and whether WSD matches Cosine (sections 4.1 to 4.3)",
+        description="WSD with decays of every share and shape, branched from one trunk, against Cosine(T) for T below,"
+        " at and above the length S of the recipe's schedule, and CosineLoop(T). The recipe's own schedule gives S,"
+        " warmup and unit.",
+    )
+    _add_common(command)
+    command.add_argument("--ends", default="0.5,1", help="lengths to compare at, as shares of S (default: %(default)s)")
+    command.add_argument(
+        "--shares",
+        default=",".join(map(str, SHARES)),
+        help="shares of a length that are decay (default: %(default)s)",
+    )
+    command.add_argument(
+        "--shapes",
+        default="exponential,linear,cosine,1-sqrt",
+        help="decay shapes; the findings speak of the first (default: %(default)s)",
+    )
+    command.add_argument(
+        "--periods", default="0.5,1,1.5", help="T of the cosines as shares of S, besides --ends (default: %(default)s)"
+    )
+    command.add_argument("--seeds", default="1,2", help="seeds of each run (default: %(default)s)")
+
+    def plan(options: argparse.Namespace, base: Recipe) -> Experiment:
+        settings = DecaySettings(
+            ends=_list(options.ends, float, "--ends"),
+            shares=_list(options.shares, float, "--shares"),
+            shapes=_list(options.shapes, str, "--shapes"),
+            periods=_list(options.periods, float, "--periods"),
+            seeds=_list(options.seeds, int, "--seeds"),
+        )
+        return plan_decays(base, settings, options.output)
 
     command.set_defaults(run=lambda options, script: _run(options, script, plan))
 
