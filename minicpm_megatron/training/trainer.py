@@ -24,12 +24,13 @@ from minicpm_megatron.recipe import BatchPlan, Recipe, build, count_parameters, 
 from minicpm_megatron.recipe.dump import RECIPE
 from minicpm_megatron.storage.atomic import write_bytes, write_json
 from minicpm_megatron.training import guards
-from minicpm_megatron.training.datasets import check_unchanged, held_out_sets, open_data, train_reader
+from minicpm_megatron.training.datasets import held_out_sets, train_reader
 from minicpm_megatron.training.evaluate import HeldOut, evaluate
 from minicpm_megatron.training.expert_load import take_loads
 from minicpm_megatron.training.faults import GRADIENT_NORM, LOSS, Fault, FaultPolicy, FaultyStep
 from minicpm_megatron.training.flops import flops_per_token, peak_flops
 from minicpm_megatron.training.metrics import MetricsLog, StepRecord
+from minicpm_megatron.training.run_data import check_unchanged, open_data
 from minicpm_megatron.training.start import Origin, check_same_past
 from minicpm_megatron.training.watchdog import Watchdog
 

@@ -14,6 +14,7 @@ from minicpm_megatron.errors import UserError
 from minicpm_megatron.methods.schedules import build_schedule
 from minicpm_megatron.recipe import BatchPlan, Recipe, build, count_parameters, recipe_hash
 from minicpm_megatron.recipe.flops import run_flops
+from minicpm_megatron.training.run_data import open_data
 
 CELLS = "cells"  # folder of the runs below the experiment's output
 
@@ -126,7 +127,8 @@ def check_base(base: Recipe) -> None:
     """See that an experiment can be made of a recipe.
 
     Raises:
-        UserError: its tokens are missing or damaged, or there is nothing held out to compare losses on.
+        UserError: its tokens are missing, damaged or of another vocabulary, or there is nothing held out to compare
+            losses on.
     """
     if not base.data.validation:
         raise UserError(
@@ -134,7 +136,7 @@ def check_base(base: Recipe) -> None:
             where="data.validation",
             fix="give name: prefix, for instance data.validation={held-out: data/valid}",
         )
-    data_fingerprints(base)
+    open_data(base)
 
 
 def data_fingerprints(recipe: Recipe) -> dict[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -54,6 +55,8 @@ class Launcher:
             words = tuple(shlex.split(command))
         except ValueError as error:
             raise UserError(f"{error}", where="--launcher") from None
+        if words and shutil.which(_beside_python(words[0])) is None:
+            raise UserError(f"no command {words[0]!r}", where="--launcher", fix="check its name, or give its path")
         found = tuple(filter(None, devices.split(",")))
         if len(found) % workers:
             raise UserError(
@@ -99,13 +102,12 @@ class Launcher:
     def _prefix(self) -> list[str]:
         if not self.command:
             return [sys.executable]
-        name = Path(self.command[0]).name
-        beside = Path(sys.executable).with_name(name)  # of this environment, whether it is activated or not
-        first = str(beside) if self.command[0] == name and beside.exists() else self.command[0]
         port: list[str] = []
-        if name in _WITH_A_PORT and not any("port" in word or "rdzv" in word for word in self.command):
+        if Path(self.command[0]).name in _WITH_A_PORT and not any(
+            "port" in word or "rdzv" in word for word in self.command
+        ):
             port = ["--master_port", str(_free_port())]
-        return [first, *self.command[1:], *port]
+        return [_beside_python(self.command[0]), *self.command[1:], *port]
 
     def _environment(self, worker: int) -> dict[str, str]:
         environment = dict(os.environ)
@@ -124,6 +126,12 @@ def ask_to_stop(process: subprocess.Popen[bytes]) -> None:
         os.killpg(process.pid, signal.SIGTERM)
     except ProcessLookupError:
         return
+
+
+def _beside_python(command: str) -> str:
+    """A bare name as the command of this environment, whether that is activated or not, where it has one."""
+    beside = Path(sys.executable).with_name(command)
+    return str(beside) if Path(command).name == command and beside.exists() else command
 
 
 def _end_with_the_parent() -> None:
