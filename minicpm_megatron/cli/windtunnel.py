@@ -7,12 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+from minicpm_megatron.cli.train import only_our_lines
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.recipe import Recipe, load_recipe
 from minicpm_megatron.storage.atomic import write_bytes
+from minicpm_megatron.windtunnel.coordinates import CoordinateSettings, plan_coordinates, run_coordinates
 from minicpm_megatron.windtunnel.decays import SHARES, DecaySettings, plan_decays
 from minicpm_megatron.windtunnel.experiment import Experiment, format_plan, run_experiment
 from minicpm_megatron.windtunnel.launch import Launcher
+from minicpm_megatron.windtunnel.queue import Queue
 from minicpm_megatron.windtunnel.rates import (
     PARAMETRIZATIONS,
     STANDARD_DIVISOR,
@@ -43,6 +46,7 @@ def parser() -> argparse.ArgumentParser:
     commands = result.add_subparsers(dest="command", required=True, metavar="SUBCOMMAND")
     _add_rates(commands)
     _add_decays(commands)
+    _add_coordinates(commands)
     _add_report(commands)
     return result
 
@@ -161,10 +165,42 @@ def _add_report(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     command.set_defaults(run=_report)
 
 
+def _add_coordinates(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "coord-check",
+        help="do activations and logits keep their size over width and depth? (Table 7)",
+        description="Sizes of activations, of their changes and of logits after a few steps over widths and depths, in"
+        " muP and in standard parametrisation, on the recipe's own tokens, rate and batch.",
+    )
+    _add_base(command)
+    command.add_argument("--widths", default="128,256,512", help="of models of --layers (default: %(default)s)")
+    command.add_argument("--layers", type=int, default=3, help="of the models of --widths (default: %(default)s)")
+    command.add_argument("--depths", default="2,4,8,16", help="layers of models of --width (default: %(default)s)")
+    command.add_argument("--width", type=int, default=128, help="of the models of --depths (default: %(default)s)")
+    command.add_argument("--steps", type=int, default=10, help="of training (default: %(default)s)")
+    command.add_argument("--seeds", default="1", help="seeds of each model (default: %(default)s)")
+    command.set_defaults(run=_run_coordinates)
+
+
+def _run_coordinates(options: argparse.Namespace, script: Path) -> int:
+    settings = CoordinateSettings(
+        widths=_list(options.widths, int, "--widths") if options.widths else (),
+        layers=options.layers,
+        depths=_list(options.depths, int, "--depths") if options.depths else (),
+        width=options.width,
+        steps=options.steps,
+        seeds=_list(options.seeds, int, "--seeds"),
+    )
+    experiment = plan_coordinates(load_recipe(options.recipe, options.overrides), settings, options.output)
+    if options.dry_run:
+        print(format_plan(experiment))
+        return 0
+    only_our_lines()
+    return run_experiment(experiment, lambda: run_coordinates(experiment, _say), _say)
+
+
 def _add_common(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--recipe", required=True, metavar="FILE", help="YAML recipe that all runs are made of")
-    command.add_argument("overrides", nargs="*", metavar="section.key=value", help="change one value of the recipe")
-    command.add_argument("--output", type=Path, required=True, help="folder of the experiment; made if need be")
+    _add_base(command)
     command.add_argument("--workers", type=int, default=1, help="runs at once on this machine (default: 1)")
     command.add_argument(
         "--launcher",
@@ -178,10 +214,16 @@ def _add_common(command: argparse.ArgumentParser) -> None:
         metavar="N,...",
         help="CUDA devices to share out between the workers (default: all)",
     )
-    command.add_argument("--dry-run", action="store_true", help="print the runs and what they cost, and exit")
     command.add_argument(
         "--flops-per-second", type=float, metavar="F", help="rate of one worker, for the times of --dry-run"
     )
+
+
+def _add_base(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--recipe", required=True, metavar="FILE", help="YAML recipe that all runs are made of")
+    command.add_argument("overrides", nargs="*", metavar="section.key=value", help="change one value of the recipe")
+    command.add_argument("--output", type=Path, required=True, help="folder of the experiment; made if need be")
+    command.add_argument("--dry-run", action="store_true", help="print the runs and what they cost, and exit")
 
 
 def _run(options: argparse.Namespace, script: Path, plan: Plan) -> int:
@@ -193,7 +235,12 @@ def _run(options: argparse.Namespace, script: Path, plan: Plan) -> int:
     if options.dry_run:
         print(format_plan(experiment, rate, launcher.workers))
         return 0
-    return run_experiment(experiment, launcher, lambda line: print(line, flush=True))
+    queue = Queue(experiment.cells, launcher, _say)
+    return run_experiment(experiment, queue.run, _say, workers=launcher.workers)
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
 
 
 def _report(options: argparse.Namespace, script: Path) -> int:

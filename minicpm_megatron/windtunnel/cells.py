@@ -115,8 +115,8 @@ def make_cell(
     try:
         recipe = build(fields)
         steps = BatchPlan(recipe).total_steps()
-        fields["evaluation"]["interval"] = fields["evaluation"]["interval"] or steps
-        fields["checkpoint"]["interval"] = fields["checkpoint"]["interval"] or -(-steps // _SAVES)
+        fields["evaluation"]["interval"] = recipe.evaluation.interval or steps
+        fields["checkpoint"]["interval"] = recipe.checkpoint.interval or -(-steps // _SAVES)
         build_schedule(recipe.schedule)
         return Cell(build(fields), dict(labels), trunk.name if trunk else None, first_step)
     except UserError as error:

@@ -19,8 +19,7 @@ from minicpm_megatron.storage.manifest import library_versions
 from minicpm_megatron.training.metrics import duration, human
 from minicpm_megatron.windtunnel import progress
 from minicpm_megatron.windtunnel.cells import Cell, check_base, check_names, data_fingerprints
-from minicpm_megatron.windtunnel.launch import Launcher
-from minicpm_megatron.windtunnel.queue import Outcome, Queue
+from minicpm_megatron.windtunnel.queue import Outcome
 from minicpm_megatron.windtunnel.results import Finding, Picture, Results, Table, format_results, write_results
 from minicpm_megatron.windtunnel.text import aligned
 
@@ -151,8 +150,18 @@ def _measured_rate(cells: Sequence[Cell]) -> float | None:
     return flops / seconds if seconds else None
 
 
-def run_experiment(experiment: Experiment, launcher: Launcher, say: Callable[[str], None] = print) -> int:
+def run_experiment(
+    experiment: Experiment,
+    run: Callable[[], Outcome],
+    say: Callable[[str], None] = print,
+    *,
+    workers: int = 1,
+) -> int:
     """Run what is left of an experiment and write its results.
+
+    Args:
+        run: runs the cells, and waits for those that other processes run.
+        workers: cells at once, for the plan.
 
     Returns:
         Exit status: 0 all cells are done, or the command was stopped and can be started again; 1 a cell failed.
@@ -164,8 +173,8 @@ def run_experiment(experiment: Experiment, launcher: Launcher, say: Callable[[st
     experiment.claim()
     with _turn(experiment.output):
         write_bytes(experiment.output / BASE_RECIPE, dump_recipe(experiment.base).encode())
-    say(format_plan(experiment, workers=launcher.workers))
-    outcome = Queue(experiment.cells, launcher, say).run()
+    say(format_plan(experiment, workers=workers))
+    outcome = run()
     if outcome.stopped:
         say(f"stopped with {len(outcome.done)} of {len(experiment.cells)} cells done; start again to go on")
         return 0

@@ -82,6 +82,11 @@ def judge_end(cell: Cell, status: int) -> Literal["done", "stopped", "failed"]:
     return "failed"
 
 
+def mark_done(cell: Cell) -> None:
+    """Note that a cell is done that the trainer did not run; the caller holds its lock."""
+    _write_done(cell, cell.last_step, None)
+
+
 def _write_done(cell: Cell, step: int, diverged: str | None) -> Literal["done"]:
     write_json(cell.folder / DONE, {"fingerprint": cell.fingerprint, "step": step, "diverged": diverged})
     (cell.folder / FAILED).unlink(missing_ok=True)

@@ -34,7 +34,8 @@ def draw_rates(sweeps: Sequence[Sweep], shifts: Mapping[str, RateShift | None], 
         moved = "" if shift is None else f"\nbest rate: {shift.slope:+.2f} octaves an octave of N"
         axis.set_title(_TITLES[name] + moved, fontsize=10)
         axis.set_xscale("log", base=2)
-        axis.xaxis.set_major_formatter(lambda value, _: f"{value:.2g}")
+        rates = group[0].rates
+        axis.set_xticks(rates, [f"{rate:.3g}" for rate in rates], fontsize=8)
         axis.set_xlabel("base learning rate")
         axis.spines[["top", "right"]].set_visible(False)
         axis.legend(frameon=False, fontsize=8, title="width x layers", title_fontsize=8)
