@@ -1,8 +1,9 @@
 """How well a set of runs determines the scaling law: bootstrap intervals of its coefficients and of what follows.
 
-A residual bootstrap. The fitted law plus its own residuals, drawn anew for every point and enlarged by their leverage,
-is fitted again, a thousand times; intervals are expanded percentiles (`intervals.percentile_interval`). Whole points
-are not drawn: six sizes and six lengths are a design, and a resample without the largest size would be another one.
+A residual bootstrap. The fitted law plus its own residuals, drawn anew for every point, is fitted again, a thousand
+times; intervals are expanded percentiles (`intervals.percentile_interval`). A fit makes residuals smaller than the
+noise: those of `curve_fit` are enlarged by their leverage, of those of `huber` the five smallest are left out. Whole
+points are not drawn: six sizes and six lengths are a design, and a resample without the largest size would be another.
 
 Residuals are taken for independent and of one size: absolute for `curve_fit`, relative for `huber`, which is what each
 fit assumes itself. Checkpoints of one stable run share their history; where that moves a whole size up or down the
@@ -112,11 +113,12 @@ def bootstrap(
     fitted, derivatives = points.model(start)
     if delta is None:
         centre, residuals = fitted, points.loss - fitted
+        pool = residuals / np.sqrt(np.maximum(1 - leverage(derivatives), 1 / len(residuals)))
     else:
         centre, residuals = np.log(fitted), np.log(points.loss) - np.log(fitted)
-        derivatives = derivatives / fitted[:, None]
-    residuals = residuals / np.sqrt(np.maximum(1 - leverage(derivatives), 1 / len(residuals)))
-    drawn = np.random.default_rng(seed).choice(residuals - residuals.mean(), (resamples, len(residuals)))
+        # where delta is small beside the noise, the fit goes through as many points as it has coefficients
+        pool = residuals[np.argsort(np.abs(residuals))[PARAMETERS:]]
+    drawn = np.random.default_rng(seed).choice(pool - pool.mean(), (resamples, len(residuals)))
     logs = refit(points, start, centre + drawn, delta)
     resampled = tuple(ScalingLaw(*row) for row in np.exp(logs).tolist())
     return BootstrappedLaw(law, resampled, len(residuals) - PARAMETERS)
