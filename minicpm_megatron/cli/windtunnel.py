@@ -60,7 +60,13 @@ def main(script: Path, arguments: list[str] | None = None) -> int:
     Raises:
         UserError: the input is wrong.
     """
-    options = parser().parse_args(arguments)
+    command = parser()
+    options, left = command.parse_known_args(arguments)
+    # overrides that stand apart; argparse itself takes only those that stand together
+    if left and ("overrides" not in options or any(word.startswith("-") for word in left)):
+        command.error(f"unrecognized arguments: {' '.join(left)}")
+    if left:
+        options.overrides += left
     run: Callable[[argparse.Namespace, Path], int] = options.run
     return run(options, script)
 

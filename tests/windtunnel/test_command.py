@@ -57,8 +57,10 @@ def test_the_real_launchers_run_a_cell(launcher: str, here: Path, monkeypatch: p
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = tree(here)
-    assert command("windtunnel.py", *LR, "--dry-run", "--flops-per-second", "1e9") == 0
-    assert "6 cells" in capsys.readouterr().out
+    more = ["schedule.total=10", "--dry-run", "--flops-per-second", "1e9", "training.global_batch_size=8"]
+    assert command("windtunnel.py", *LR, *more) == 0  # overrides may stand anywhere
+    last = capsys.readouterr().out.splitlines()[-2]
+    assert last.startswith("6 cells") and f" {6 * 10 * 8 * 32:,} " in last
     assert tree(here) == before
 
 
@@ -79,6 +81,8 @@ REPORT = ["report", "--runs", "out"]
 MISTAKES: dict[str, tuple[list[str], Callable[[Path], object], str]] = {
     "no subcommand": ([], untouched, "SUBCOMMAND"),
     "no such subcommand": (["fly"], untouched, "invalid choice: 'fly'"),
+    "an unknown option": ([*LR, "--sise", "3"], untouched, "unrecognized arguments: --sise"),
+    "report: an override": (["report", "--runs", "out", "--output", "x", "a=1"], untouched, "unrecognized"),
     "no recipe": (["lr", "--recipe", "no.yaml", "--output", "out", "--sizes", "32x1"], untouched, "no.yaml: cannot"),
     "an unknown key": ([*LR, "optimizer.rl=1"], untouched, "did you mean optimizer.lr?"),
     "nothing held out": ([*LR, "data.validation={}"], untouched, "data.validation: the experiment compares"),
