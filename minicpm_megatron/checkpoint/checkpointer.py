@@ -6,7 +6,7 @@ import copy
 import logging
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -55,7 +55,7 @@ class Checkpointer:
 
     Args:
         directory: the folder; made on the first save.
-        keep_last, keep_every: retention, see `retention.retain`.
+        keep_last, keep_every, keep_steps: retention, see `retention.retain`.
         on_corrupt: what to do when the newest checkpoint is damaged.
         group: process group of the run, used by nothing else while a save is under way; None: one process.
         on_phase: called with the name of every phase of a save that is waited for (`publish.PHASES`).
@@ -67,12 +67,14 @@ class Checkpointer:
         *,
         keep_last: int = 2,
         keep_every: int | None = None,
+        keep_steps: Collection[int] = (),
         on_corrupt: Literal["stop", "previous"] = "stop",
         group: dist.ProcessGroup | None = None,
         on_phase: Callable[[str], None] = lambda phase: None,
     ) -> None:
         self.directory = Path(directory)
-        self.keep_last, self.keep_every, self.on_corrupt = keep_last, keep_every, on_corrupt
+        self.keep_last, self.keep_every, self.keep_steps = keep_last, keep_every, frozenset(keep_steps)
+        self.on_corrupt = on_corrupt
         self.ranks = Ranks(group)
         self.on_phase = on_phase
         self._lock: BinaryIO | None = None
@@ -209,7 +211,13 @@ class Checkpointer:
 
     def _retain(self, step: int) -> None:
         try:
-            retain(self.directory, keep_last=self.keep_last, keep_every=self.keep_every, verified=step)
+            retain(
+                self.directory,
+                keep_last=self.keep_last,
+                keep_every=self.keep_every,
+                keep_steps=self.keep_steps,
+                verified=step,
+            )
         except OSError as error:
             log.warning("old checkpoints in %s could not be removed: %s", self.directory, error.strerror)
 

@@ -1,16 +1,19 @@
-"""Which checkpoints stay: the newest few, and every m-th for ever."""
+"""Which checkpoints stay: the newest few; every m-th, and those named, for ever."""
 
 from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 
 from minicpm_megatron.checkpoint.names import DELETING, published_steps, step_folder
 from minicpm_megatron.storage.manifest import MANIFEST
 
 
-def retain(directory: Path, *, keep_last: int, keep_every: int | None, verified: int) -> list[int]:
+def retain(
+    directory: Path, *, keep_last: int, keep_every: int | None, verified: int, keep_steps: Collection[int] = ()
+) -> list[int]:
     """Remove what need not be kept; returns the steps removed.
 
     A folder is renamed before anything in it is deleted, so that what has a checkpoint's name is whole. The step
@@ -20,7 +23,7 @@ def retain(directory: Path, *, keep_last: int, keep_every: int | None, verified:
     newest = set(steps[-keep_last:])
     removed = []
     for step in steps:
-        if step in newest or step == verified or (keep_every and step % keep_every == 0):
+        if step in newest or step == verified or step in keep_steps or (keep_every and step % keep_every == 0):
             continue
         folder = step_folder(directory, step)
         doomed = folder.with_name(folder.name + DELETING)

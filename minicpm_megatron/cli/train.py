@@ -86,7 +86,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _train(recipe: Recipe, origin: Origin | None) -> int:
-    _only_our_lines()
+    only_our_lines()
     # seconds of imports, after everything that can be refused without them
     from minicpm_megatron.parallel import groups
     from minicpm_megatron.training.faults import FaultyStep
@@ -107,7 +107,7 @@ def _train(recipe: Recipe, origin: Origin | None) -> int:
     return 0
 
 
-def _only_our_lines() -> None:
+def only_our_lines() -> None:
     """Silence start-up chatter of the libraries that tells a user nothing (missing optional accelerators)."""
     warnings.filterwarnings("ignore", module=r"(megatron|torch|deepspeed)\..*")
     os.environ.setdefault("DS_ACCELERATOR_LOG_LEVEL", "ERROR")

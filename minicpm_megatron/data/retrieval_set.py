@@ -17,8 +17,8 @@ from minicpm_megatron.data.progress import progress_bar
 from minicpm_megatron.data.retrieval import TASKS, Sample, build_sample
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.storage.atomic import atomic_file, write_json
+from minicpm_megatron.storage.claim import PLAN, claim
 
-PLAN = "plan.json"
 SET = "set.json"
 MAX_CORPUS_BYTES = 64 << 20
 """Text of the corpus that is read; more would make no better padding."""
@@ -150,26 +150,6 @@ def _described(plan: Plan, haystack: Haystack) -> dict[str, Any]:
     """Everything that decides the bytes of the set, as JSON values."""
     fields: dict[str, Any] = json.loads(json.dumps(asdict(plan)))
     return fields | {"tokenizer_sha256": haystack.tokenizer.sha256, "sentences_sha256": haystack.sha256}
-
-
-def claim(output: Path, plan: Mapping[str, Any], taken: str) -> None:
-    """Make `output` the folder of what `plan` describes, or see that it is, so that an earlier start can be gone on.
-
-    Raises:
-        UserError: it is something else's (`taken` says of what), or cannot be written.
-    """
-    path = output / PLAN
-    if path.is_file():
-        if _read_json(path) != plan:
-            raise UserError(taken, where=str(output), fix="give another --output, or remove it")
-        return
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError("the output exists already", where=str(output), fix="give another --output, or remove it")
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        write_json(path, plan)
-    except OSError as error:
-        raise UserError(f"cannot be written: {error.strerror}", where=str(output)) from None
 
 
 def _write(path: Path, samples: Iterator[Sample]) -> None:

@@ -17,9 +17,10 @@ import torch
 
 from minicpm_megatron.data.progress import progress_bar
 from minicpm_megatron.data.retrieval import Sample
-from minicpm_megatron.data.retrieval_set import RetrievalSet, cell_name, claim, read_samples
+from minicpm_megatron.data.retrieval_set import RetrievalSet, cell_name, read_samples
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.storage.atomic import write_bytes, write_json
+from minicpm_megatron.storage.claim import claim
 
 RESULTS = "results.json"
 

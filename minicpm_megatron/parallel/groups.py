@@ -102,6 +102,11 @@ def initialize(
     )
 
 
+def is_initialized() -> bool:
+    """Whether `initialize` has been called."""
+    return bool(parallel_state.is_initialized())
+
+
 def destroy() -> None:
     """Leave the groups and the job."""
     parallel_state.destroy_model_parallel()

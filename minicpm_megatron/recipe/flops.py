@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from minicpm_megatron.recipe.batches import BatchPlan
 from minicpm_megatron.recipe.parameters import count_parameters
-from minicpm_megatron.recipe.schema import ModelRecipe
+from minicpm_megatron.recipe.schema import ModelRecipe, Recipe
 
 # dense bf16 FLOP/s from NVIDIA's data sheets (without sparsity), by a part of the device's name
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "B200": 2250e12}
@@ -27,3 +28,14 @@ def head_flops_per_token(model: ModelRecipe) -> float:
 def attention_flops_per_token(model: ModelRecipe, sequence_length: int) -> float:
     """The attention core's part: 12 x layers x heads x d_head x sequence_length, as if it were not causal."""
     return 12.0 * model.num_layers * model.num_attention_heads * model.kv_channels * sequence_length
+
+
+def run_flops(recipe: Recipe, first: int, last: int) -> float:
+    """FLOPs of the steps after `first` up to `last` of a run, each at the length of its rows."""
+    plan, model = BatchPlan(recipe), recipe.model
+    if not plan.curriculum:
+        return (plan.tokens(last) - plan.tokens(first)) * flops_per_token(model, plan.sequence_length)
+    return sum(
+        (plan.tokens(step + 1) - plan.tokens(step)) * flops_per_token(model, plan.row_length(step))
+        for step in range(first, last)
+    )

@@ -310,6 +310,8 @@ class CheckpointRecipe(Section):
     """Newest checkpoints kept."""
     keep_every: Count | None = None
     """Checkpoints whose step is a multiple of this are kept for ever."""
+    steps: Annotated[tuple[Count, ...], Field(strict=False)] = ()
+    """Steps after which there is a save besides, kept for ever: where decays are to branch off."""
     async_save: bool = True
     """Copy the state to host memory and write it while training goes on. The last save, and one after a signal or a
     fault, are always waited for."""

@@ -35,7 +35,7 @@ def write_manifest(folder: Path, files: list[FileRecord], *, state: dict[str, An
         "step": state["step"],
         "state": state,
         "files": [asdict(record) for record in files],
-        "versions": _versions(),
+        "versions": library_versions(),
     }
     # as it will be read back: JSON turns the keys 2 and 10 into text, which sorts, and so hashes, differently
     content = json.loads(json.dumps(content))
@@ -123,7 +123,8 @@ def _checksum(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def _versions() -> dict[str, str]:
+def library_versions() -> dict[str, str]:
+    """Those of `LIBRARIES` that are installed, with their versions."""
     found = {}
     for name in LIBRARIES:
         try:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minicpm_megatron.errors import UserError
-from minicpm_megatron.recipe import BatchPlan, Recipe, count_parameters, load_recipe
+from minicpm_megatron.recipe import Recipe, count_parameters, load_recipe
 from minicpm_megatron.recipe.dump import RECIPE
-from minicpm_megatron.recipe.flops import flops_per_token
+from minicpm_megatron.recipe.flops import flops_per_token, run_flops
 from minicpm_megatron.storage.picture import offscreen_pyplot, save_picture
 from minicpm_megatron.training.metrics import METRICS, read_metrics
 
@@ -78,26 +78,19 @@ def read_curve(run: Path) -> RunCurve:
         by_step.setdefault(record["step"], []).append((record["set"], record["tokens"], record["loss_per_token"]))
     points = []
     for step, sets in sorted(by_step.items()):
-        points.append((sets[0][1] - begin, _flops(recipe, first, step), sum(loss for _, _, loss in sets) / len(sets)))
+        points.append(
+            (sets[0][1] - begin, run_flops(recipe, first, step), sum(loss for _, _, loss in sets) / len(sets))
+        )
     last = [record["loss"] for record in steps if not record.get("skipped")][-_LAST:]
     return RunCurve(
         name=recipe.name,
         parameters=(count.total, count.total - count.non_embedding + count.active_non_embedding),
         first_step=first,
         tokens=steps[-1]["tokens"] - begin,
-        flops=_flops(recipe, first, steps[-1]["step"]),
+        flops=run_flops(recipe, first, steps[-1]["step"]),
         loss=sum(last) / len(last) if last else float("nan"),
         held_out={name: loss for name, _, loss in by_step[max(by_step)]} if by_step else {},
         points=tuple(points),
-    )
-
-
-def _flops(recipe: Recipe, first: int, last: int) -> float:
-    """Of the steps after `first` up to `last`, each at the length of its rows."""
-    plan, model = BatchPlan(recipe), recipe.model
-    return sum(
-        (plan.tokens(step + 1) - plan.tokens(step)) * flops_per_token(model, plan.row_length(step))
-        for step in range(first, last)
     )
 
 

@@ -15,12 +15,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.recipe import Recipe
 from minicpm_megatron.storage.atomic import write_bytes
-from minicpm_megatron.training.expert_load import LayerLoad
+
+if TYPE_CHECKING:  # that module is slow to import, and most readers of metrics train nothing
+    from minicpm_megatron.training.expert_load import LayerLoad
 
 METRICS = "metrics.jsonl"
 EXPERTS = "experts"  # the kind of line that says how a mixture's experts were used

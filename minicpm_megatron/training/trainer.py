@@ -24,12 +24,13 @@ from minicpm_megatron.recipe import BatchPlan, Recipe, build, count_parameters, 
 from minicpm_megatron.recipe.dump import RECIPE
 from minicpm_megatron.storage.atomic import write_bytes, write_json
 from minicpm_megatron.training import guards
-from minicpm_megatron.training.datasets import check_unchanged, held_out_sets, open_data, train_reader
+from minicpm_megatron.training.datasets import held_out_sets, train_reader
 from minicpm_megatron.training.evaluate import HeldOut, evaluate
 from minicpm_megatron.training.expert_load import take_loads
 from minicpm_megatron.training.faults import GRADIENT_NORM, LOSS, Fault, FaultPolicy, FaultyStep
 from minicpm_megatron.training.flops import flops_per_token, peak_flops
 from minicpm_megatron.training.metrics import MetricsLog, StepRecord
+from minicpm_megatron.training.run_data import check_unchanged, open_data
 from minicpm_megatron.training.start import Origin, check_same_past
 from minicpm_megatron.training.watchdog import Watchdog
 
@@ -62,6 +63,7 @@ class Trainer:
             self.folder / CHECKPOINTS,
             keep_last=recipe.checkpoint.keep_last,
             keep_every=recipe.checkpoint.keep_every,
+            keep_steps=recipe.checkpoint.steps,
             on_corrupt=recipe.checkpoint.on_corrupt,
             # of its own, for the thread that saves; over gloo, so that it waits for no kernel
             group=dist.new_group(backend="gloo", timeout=patience),
@@ -135,9 +137,9 @@ class Trainer:
                     # who asked to stop does not want to wait; a resumed run makes up for it
                     if self.evaluation_due and not stop:
                         self._evaluate(log, sets)
-                    interval = self.recipe.checkpoint.interval
+                    saves = self.recipe.checkpoint
                     last = stop or self.step == self.total
-                    if last or interval and self.step % interval == 0:
+                    if last or self.step in saves.steps or saves.interval and self.step % saves.interval == 0:
                         began = time.perf_counter()
                         self._save(wait=last or not self.recipe.checkpoint.async_save)
                         log.saved(self.step, time.perf_counter() - began)

@@ -26,6 +26,13 @@ def test_the_newest_and_every_mth(tmp_path: Path, keep_last: int, keep_every: in
     assert _steps(tmp_path) == kept
 
 
+def test_named_steps_stay_for_ever(tmp_path: Path) -> None:
+    checkpointer = Checkpointer(tmp_path, keep_last=1, keep_steps=(3, 7, 20))
+    for step in range(1, 11):
+        save(checkpointer, step)
+    assert _steps(tmp_path) == [3, 7, 10]
+
+
 def test_what_was_just_saved_stays_below_older_steps(tmp_path: Path) -> None:
     """A run that went back to step 2 must not lose step 3 to the steps 8 and 9 of its former life."""
     for step in (2, 8, 9):

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from minicpm_megatron.windtunnel.coordinates_measure import QUANTITIES
 from tests.distributed.launch import run_on_ranks
 
 # from four heads on: with one or two, attention is larger than in the limit (slope -0.14 over 64 to 512)
@@ -22,7 +23,6 @@ WIDTHS = (128, 256, 512)
 BASE = 64
 DEPTHS = (2, 4, 8, 16)
 STEPS, SEQUENCE, BATCH, HEAD = 10, 128, 8, 32
-QUANTITIES = ("residual", "attention", "mlp", "logits")
 
 
 def text_batches(steps: int) -> list[np.ndarray]:
@@ -34,16 +34,9 @@ def text_batches(steps: int) -> list[np.ndarray]:
 
 def measure(cases: list[dict], tensor_parallel: int, zero_stage: int) -> list[dict]:
     """Sizes at the start and after STEPS steps of every case {"width", "layers", "head_factor", "depth_scale"}."""
-    import torch
-    import torch.distributed as dist
-    from megatron.core import parallel_state
-
-    from minicpm_megatron.engine.engine import Engine
-    from minicpm_megatron.model.config import MiniCPMConfig
-    from minicpm_megatron.model.initialize import initialize_parameters
-    from minicpm_megatron.model.model import MiniCPMModel
     from minicpm_megatron.parallel import groups
     from minicpm_megatron.recipe import build
+    from minicpm_megatron.windtunnel import coordinates_measure
 
     world = int(os.environ["WORLD_SIZE"])
     results = []
@@ -70,6 +63,7 @@ def measure(cases: list[dict], tensor_parallel: int, zero_stage: int) -> list[di
                     "micro_batch_size": BATCH * tensor_parallel // world,
                     "precision": "fp32",
                     "gradient_clipping": 0.0,
+                    "seed": 0,
                 },
                 "optimizer": {"lr": 0.01, "weight_decay": 0.0},
                 "schedule": {"shape": "constant", "total": STEPS},
@@ -77,53 +71,17 @@ def measure(cases: list[dict], tensor_parallel: int, zero_stage: int) -> list[di
             }
         )
         layout = recipe.check_world_size(world)
-        if not parallel_state.is_initialized():
+        if not groups.is_initialized():
             groups.initialize(layout, init_method=f"file://{os.environ['MINICPM_TEST_STORE']}")
-        config = MiniCPMConfig.from_recipe(recipe.model, recipe.parallel)
-        model = MiniCPMModel(config)
-        initialize_parameters(model, config, seed=0)
-        if not case["head_factor"]:
-            model.decoder.final_layernorm.output_multiplier = 1.0
-        engine = Engine(model, config, recipe, layout)
-        batches = text_batches(STEPS + 1)
-
-        def sizes(batch: np.ndarray, model=model, layers=layers) -> dict[str, float]:
-            """Root mean square of each quantity over the batch; of attention and MLP over the outputs of all layers."""
-            seen: dict[str, list[float]] = {"residual": [], "attention": [], "mlp": []}
-
-            def keep(name):
-                def hook(module, inputs, output):
-                    value = (output[0] if isinstance(output, tuple) else output).detach()
-                    seen[name].append(float(value.double().square().mean()))
-
-                return hook
-
-            hooks = [model.decoder.layers[layers - 1].register_forward_hook(keep("residual"))]
-            for layer in model.decoder.layers:
-                hooks.append(layer.self_attention.register_forward_hook(keep("attention")))
-                hooks.append(layer.mlp.register_forward_hook(keep("mlp")))
-            with torch.no_grad():
-                logits = model(torch.from_numpy(batch[:, :-1].copy()))
-            for hook in hooks:
-                hook.remove()
-            rank = parallel_state.get_tensor_model_parallel_rank()
-            real = max(0, min(logits.size(-1), 256 - rank * logits.size(-1)))
-            square = logits[..., :real].double().square().sum()
-            dist.all_reduce(square, group=parallel_state.get_tensor_model_parallel_group())
-            found = {name: float(np.sqrt(np.mean(squares))) for name, squares in seen.items()}
-            found["logits"] = float((square / (logits.size(0) * logits.size(1) * 256)).sqrt())
-            return found
-
-        probe = batches[STEPS]
-        before = sizes(probe)
-        replicas, replica = layout.data_parallel_size, parallel_state.get_data_parallel_rank()
-        for batch in batches[:STEPS]:
-            own = torch.from_numpy(batch[replica * BATCH // replicas : (replica + 1) * BATCH // replicas].copy())
-            engine.set_rates(1.0)
-            engine.backward(engine.losses(own[:, :-1].contiguous(), own[:, 1:].contiguous()).mean())
-            assert engine.step().applied
-        results.append({**case, "start": before, "end": sizes(probe)})
+        *batches, probe = text_batches(STEPS + 1)
+        spoil = None if case["head_factor"] else without_the_heads_factor
+        found = coordinates_measure.measure(recipe, layout, batches, probe, spoil=spoil)
+        results.append({**case, "start": found.start, "end": found.end})
     return results
+
+
+def without_the_heads_factor(model) -> None:
+    model.decoder.final_layernorm.output_multiplier = 1.0
 
 
 def slope(results: list[dict], over: str, when: str, quantity: str) -> float:

@@ -18,10 +18,17 @@ SCRIPTS = [*sorted((ROOT / "tools").glob("*.py")), ROOT / "examples" / "train.py
 
 
 @cache
-def help_of(script: str) -> str:
-    done = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=120)
+def help_of(script: str, *subcommand: str) -> str:
+    words = [sys.executable, script, *subcommand, "--help"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def help_for(script: str, rest: str) -> str:
+    """Of the subcommand that `rest` begins with, where the script has subcommands."""
+    named = re.match(r"\s+([a-z][\w-]*)(?=\s|$)", rest)
+    return help_of(script, named[1]) if named and "SUBCOMMAND" in help_of(script) else help_of(script)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -37,7 +44,7 @@ def test_commands_and_their_options_exist(page):
     for script, rest in re.findall(r"((?:tools|examples)/\w+\.py)([^\n`]*)", text):
         assert (ROOT / script).is_file(), script
         for option in re.findall(r"(?<![\w-])--[a-z][\w-]*", rest.split(";")[0]):
-            assert option in help_of(script), f"{script} has no {option}"
+            assert option in help_for(script, rest), f"{script} has no {option}"
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)

@@ -29,7 +29,9 @@ ALLOWED = {
     "convert": {"methods", "recipe"},
     "evaluation": {"convert", "methods", "recipe", "data"},
     "training": {"checkpoint", "engine", "model", "methods", "parallel", "recipe", "data"},
+    "windtunnel": {"training", "checkpoint", "engine", "model", "methods", "parallel", "recipe", "data"},
     "cli": {
+        "windtunnel",
         "training",
         "checkpoint",
         "engine",
@@ -111,6 +113,9 @@ def test_scripts_reach_the_substrate_through_the_package(path):
         ("checkpoint", "import deepspeed.comm"),
         ("methods", "from ..parallel import groups"),
         ("storage", "from minicpm_megatron.recipe import Recipe"),
+        ("training", "from minicpm_megatron.windtunnel.cells import Cell"),
+        ("windtunnel", "def f():\n    import deepspeed"),
+        ("windtunnel", "from megatron.core import parallel_state"),
     ],
 )
 def test_the_check_sees_what_it_is_for(here, source):

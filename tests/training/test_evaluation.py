@@ -9,8 +9,8 @@ import torch
 
 from minicpm_megatron.data.dataset import TokenDataset
 from minicpm_megatron.recipe import load_recipe
-from minicpm_megatron.training.datasets import VALIDATION_SEED
 from minicpm_megatron.training.metrics import METRICS, read_metrics
+from minicpm_megatron.training.run_data import VALIDATION_SEED
 from tests.convert.conftest import canonical_logits, read_checkpoint
 from tests.distributed.forked import Outcome, run_forked
 from tests.training import nano

@@ -8,7 +8,7 @@ import pytest
 
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.recipe import load_recipe
-from minicpm_megatron.training.datasets import check_unchanged
+from minicpm_megatron.training.run_data import check_unchanged
 from minicpm_megatron.training.start import check_same_past
 from tests.training import nano
 

@@ -1,0 +1,214 @@
+"""Cells: the runs that an experiment is made of, each a recipe that is known to be valid before anything starts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from minicpm_megatron.data.metadata import data_fingerprint
+from minicpm_megatron.errors import UserError
+from minicpm_megatron.methods.schedules import build_schedule
+from minicpm_megatron.recipe import BatchPlan, Recipe, build, count_parameters, recipe_hash
+from minicpm_megatron.recipe.flops import run_flops
+from minicpm_megatron.training.run_data import open_data
+
+CELLS = "cells"  # folder of the runs below the experiment's output
+
+_SAVES = 10  # of a run whose recipe names no interval: a killed cell repeats a tenth of itself at most
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of the trainer.
+
+    Attributes:
+        recipe: resolved; `recipe.run_directory` is the cell's folder.
+        labels: what tells it from the others, as JSON values: size, rate, seed ...
+        trunk: the cell that it branches from; None: a run of its own.
+        first_step: steps that the trunk has done when it branches, 0 for a run of its own.
+    """
+
+    recipe: Recipe
+    labels: Mapping[str, Any]
+    trunk: str | None = None
+    first_step: int = 0
+
+    @property
+    def name(self) -> str:
+        """Unique in its experiment; the folder's name."""
+        return self.recipe.name
+
+    @property
+    def folder(self) -> Path:
+        """Folder of everything that the run writes."""
+        return self.recipe.run_directory
+
+    @property
+    def last_step(self) -> int:
+        """Steps done when it is finished, a trunk's included."""
+        return BatchPlan(self.recipe).total_steps()
+
+    @property
+    def parameters(self) -> int:
+        """N of the paper: all but embedding and head."""
+        return count_parameters(self.recipe.model).non_embedding
+
+    def tokens(self, step: int | None = None) -> int:
+        """Tokens of its own steps up to `step` (default: all of them)."""
+        plan = BatchPlan(self.recipe)
+        return plan.tokens(self.last_step if step is None else step) - plan.tokens(self.first_step)
+
+    def flops(self, step: int | None = None) -> float:
+        """FLOPs of its own steps up to `step` (default: all of them), by PaLM's convention."""
+        last = self.last_step if step is None else max(step, self.first_step)
+        return run_flops(self.recipe, self.first_step, last)
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of what decides its numbers: the run, what it is evaluated on, and where it branches."""
+        content = [
+            recipe_hash(self.recipe),
+            self.recipe.data.validation,
+            self.recipe.evaluation.model_dump(mode="json"),
+            self.trunk,
+            self.first_step,
+        ]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def make_cell(
+    base: Recipe,
+    output: Path,
+    name: str,
+    overrides: Mapping[str, Any],
+    labels: Mapping[str, Any],
+    *,
+    trunk: Cell | None = None,
+    first_step: int = 0,
+) -> Cell:
+    """A cell below `output` whose recipe is `base` with overrides.
+
+    Where the recipe names no interval the cell is evaluated at its end and saved a few times on the way, so that it
+    can be resumed.
+
+    Args:
+        overrides: dotted key -> value; what is a section takes a mapping that replaces it whole.
+        trunk, first_step: for a branch, the cell that it leaves and the step at which it does.
+
+    Raises:
+        UserError: the recipe is not valid; the line says of which cell.
+    """
+    fields = base.model_dump(mode="json")
+    fields |= {"name": name, "preset": None}
+    fields["run"]["directory"] = str(output / CELLS)
+    fields["training"]["stop_after"] = None
+    for dotted, value in overrides.items():
+        *parents, last = dotted.split(".")
+        target = fields
+        for key in parents:
+            target = target[key]
+        target[last] = value
+    try:
+        recipe = build(fields)
+        steps = BatchPlan(recipe).total_steps()
+        fields["evaluation"]["interval"] = recipe.evaluation.interval or steps
+        fields["checkpoint"]["interval"] = recipe.checkpoint.interval or -(-steps // _SAVES)
+        build_schedule(recipe.schedule)
+        return Cell(build(fields), dict(labels), trunk.name if trunk else None, first_step)
+    except UserError as error:
+        raise UserError(error.what, where=f"cell {name}: {error.where}", fix=error.fix) from error
+
+
+def check_base(base: Recipe) -> None:
+    """See that an experiment can be made of a recipe.
+
+    Raises:
+        UserError: its tokens are missing, damaged or of another vocabulary, or there is nothing held out to compare
+            losses on.
+    """
+    if not base.data.validation:
+        raise UserError(
+            "the experiment compares losses on held-out text, and there is none",
+            where="data.validation",
+            fix="give name: prefix, for instance data.validation={held-out: data/valid}",
+        )
+    open_data(base)
+
+
+def data_fingerprints(recipe: Recipe) -> dict[str, str]:
+    """Prefix -> identity of the content, of all that is read.
+
+    Raises:
+        UserError: a file is missing, or has another size than recorded.
+    """
+    prefixes = [source.prefix for source in recipe.data.train] + list(recipe.data.validation.values())
+    return {prefix: data_fingerprint(prefix) for prefix in prefixes}
+
+
+def model_of_size(base: Recipe, width: int, layers: int) -> dict[str, Any]:
+    """Overrides for a model of the family of Table 8: d_ff = 2.5 d_model, d_head of `base`, a key/value head a head.
+
+    Raises:
+        UserError: the width is no multiple of d_head, or odd.
+    """
+    channels = base.model.kv_channels
+    if width % channels or width * 5 % 2:
+        raise UserError(
+            f"a width of {width} does not divide into heads of {channels} channels",
+            where="--sizes",
+            fix=f"give multiples of {channels}, or another model.kv_channels",
+        )
+    sizes = {
+        "num_layers": layers,
+        "hidden_size": width,
+        "ffn_hidden_size": width * 5 // 2,
+        "num_attention_heads": width // channels,
+        "num_query_groups": width // channels,
+    }
+    return {f"model.{key}": value for key, value in sizes.items()}
+
+
+STANDARD_INIT_STD = 0.02
+"""Initial standard deviation in standard parametrisation: GPT-2's and Megatron-LM's; the paper gives none."""
+
+
+def standard_parametrization(layers: int) -> dict[str, Any]:
+    """Overrides that take everything of Table 7 away: rates, initial weights, logits, embeddings and residuals."""
+    return {
+        "model.parametrization": "standard",
+        "model.scale_emb": 1.0,
+        "model.scale_depth": layers**0.5,
+        "model.init_method_std": STANDARD_INIT_STD,
+    }
+
+
+def scaled_schedule(base: Recipe, total: int) -> dict[str, Any]:
+    """`base`'s schedule stretched to another total, in its own unit: a mapping for the override "schedule"."""
+    fields = base.schedule.model_dump(mode="json")
+    factor = total / fields["total"]
+    for key in ("warmup", "decay", "period"):
+        fields[key] = fields[key] if not fields[key] else max(1, round(fields[key] * factor))
+    fields["half_life"] = fields["half_life"] and fields["half_life"] * factor
+    return fields | {"total": total}
+
+
+def check_names(cells: Sequence[Cell]) -> None:
+    """See that every cell has a name of its own and every branch its trunk.
+
+    Raises:
+        UserError: two cells of one name.
+    """
+    names = [cell.name for cell in cells]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise UserError(f"two cells are called {twice}", where="the run plan", fix="give each value once")
+    assert {cell.trunk for cell in cells} <= {None, *names}
+
+
+def trunks_of(cells: Collection[Cell]) -> set[str]:
+    """Names of the cells that others branch from."""
+    return {cell.trunk for cell in cells if cell.trunk is not None}

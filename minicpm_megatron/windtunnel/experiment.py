@@ -1,0 +1,211 @@
+"""An experiment: its cells, the folder that is its own, the plan that is printed before it starts, and its results."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from minicpm_megatron.errors import UserError
+from minicpm_megatron.recipe import Recipe, dump_recipe, recipe_hash
+from minicpm_megatron.storage import lock
+from minicpm_megatron.storage.atomic import write_bytes
+from minicpm_megatron.storage.claim import claim
+from minicpm_megatron.storage.manifest import library_versions
+from minicpm_megatron.training.metrics import duration, human
+from minicpm_megatron.windtunnel import progress
+from minicpm_megatron.windtunnel.cells import Cell, check_base, check_names, data_fingerprints
+from minicpm_megatron.windtunnel.queue import Outcome
+from minicpm_megatron.windtunnel.results import Finding, Picture, Results, Table, format_results, write_results
+from minicpm_megatron.windtunnel.text import aligned
+
+BASE_RECIPE = "base.yaml"
+_POLL = 0.2  # seconds
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What the evaluation of finished cells gives."""
+
+    findings: tuple[Finding, ...]
+    tables: tuple[Table, ...]
+    pictures: tuple[Picture, ...]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Cells with a purpose.
+
+    Attributes:
+        kind: the subcommand.
+        title: one line for people.
+        settings: what was asked for, as JSON values; with `base` they decide the cells.
+        base: the recipe that all cells are made of.
+        cells: trunks before their branches.
+        output: the experiment's folder.
+        evaluate: what the cells that are done tell; called when no cell is left, and again by every later start.
+    """
+
+    kind: str
+    title: str
+    settings: Mapping[str, Any]
+    base: Recipe
+    cells: tuple[Cell, ...]
+    output: Path
+    evaluate: Callable[[Experiment], Findings]
+
+    def claim(self) -> None:
+        """Make the output folder this experiment's, or see that it is.
+
+        Raises:
+            UserError: it is something else's, or cannot be written; tokens are missing.
+        """
+        check_base(self.base)
+        check_names(self.cells)
+        plan = {
+            "kind": self.kind,
+            "settings": self.settings,
+            "recipe": recipe_hash(self.base),
+            "data": data_fingerprints(self.base),
+            "cells": {cell.name: cell.fingerprint for cell in self.cells},
+        }
+        claim(self.output, plan, "holds another experiment, or this one with other settings")
+
+    def state(self, cell: Cell) -> str:
+        """ "done", "diverged", "failed" or "missing"."""
+        if progress.is_done(cell):
+            return "done" if progress.divergence(cell) is None else "diverged"
+        return "missing" if progress.failure(cell) is None else "failed"
+
+    def results(self) -> Results:
+        """What is known now, evaluated; pictures are written."""
+        found = self.evaluate(self)
+        return Results(
+            kind=self.kind,
+            title=self.title,
+            settings=self.settings,
+            recipe=recipe_hash(self.base),
+            data=data_fingerprints(self.base),
+            versions=library_versions(),
+            findings=found.findings,
+            tables=found.tables,
+            pictures=found.pictures,
+            cells=tuple(self._cell_values(cell) for cell in self.cells),
+        )
+
+    def _cell_values(self, cell: Cell) -> dict[str, Any]:
+        measured = progress.measured(cell)
+        return {
+            "name": cell.name,
+            "state": self.state(cell),
+            "parameters": cell.parameters,
+            "tokens": cell.tokens(),
+            "flops": cell.flops(),
+            "seconds": measured.seconds,
+            "held_out": measured.held_out,
+            "losses": measured.per_set,
+            "labels": dict(cell.labels),
+        }
+
+
+def format_plan(experiment: Experiment, flops_per_second: float | None = None, workers: int = 1) -> str:
+    """The cells as a table: parameters, tokens, FLOPs of each and of all, and the time where a rate is known.
+
+    Args:
+        flops_per_second: of one worker; None: as measured in this output's cells that have begun, if there are any.
+        workers: cells at once.
+    """
+    rate = flops_per_second or _measured_rate(experiment.cells)
+    rows = [("cell", "parameters", "tokens", "FLOPs", "time", "from")]
+    for cell in experiment.cells:
+        origin = "" if cell.trunk is None else f"{cell.trunk}@{cell.first_step}"
+        rows.append((cell.name, f"{cell.parameters:,}", f"{cell.tokens():,}", *_cost(cell.flops(), rate), origin))
+    flops = sum(cell.flops() for cell in experiment.cells)
+    tokens = sum(cell.tokens() for cell in experiment.cells)
+    rows.append((f"{len(experiment.cells)} cells", "", f"{tokens:,}", *_cost(flops, rate and rate * workers), ""))
+    lines = [experiment.title, *aligned(rows)]
+    if rate is None:
+        lines.append("time: not known before the first steps; --flops-per-second gives a rate")
+    else:
+        source = "given" if flops_per_second else "measured in this folder"
+        lines.append(f"time: at {human(rate)}FLOP/s ({source}) and {workers} at once, starts of the trainer left out")
+    return "\n".join(lines)
+
+
+def _cost(flops: float, rate: float | None) -> tuple[str, str]:
+    return f"{flops:.3g}", "-" if rate is None else duration(flops / rate)
+
+
+def _measured_rate(cells: Sequence[Cell]) -> float | None:
+    """FLOP/s of a worker over all that has been run."""
+    seconds = flops = 0.0
+    for cell in cells:
+        found = progress.measured(cell)
+        if found.seconds and math.isfinite(found.flops_per_second):
+            seconds, flops = seconds + found.seconds, flops + found.seconds * found.flops_per_second
+    return flops / seconds if seconds else None
+
+
+def run_experiment(
+    experiment: Experiment,
+    run: Callable[[], Outcome],
+    say: Callable[[str], None] = print,
+    *,
+    workers: int = 1,
+) -> int:
+    """Run what is left of an experiment and write its results.
+
+    Args:
+        run: runs the cells, and waits for those that other processes run.
+        workers: cells at once, for the plan.
+
+    Returns:
+        Exit status: 0 all cells are done, or the command was stopped and can be started again; 1 a cell failed.
+
+    Raises:
+        UserError: the output is another experiment's or cannot be written, tokens are missing, the launcher cannot
+            be started, or the results cannot be told from what was run.
+    """
+    experiment.claim()
+    with _turn(experiment.output):
+        write_bytes(experiment.output / BASE_RECIPE, dump_recipe(experiment.base).encode())
+    say(format_plan(experiment, workers=workers))
+    outcome = run()
+    if outcome.stopped:
+        say(f"stopped with {len(outcome.done)} of {len(experiment.cells)} cells done; start again to go on")
+        return 0
+    _report_failures(outcome, say)
+    if outcome.done:
+        with _turn(experiment.output):
+            results = experiment.results()
+            write_results(results, experiment.output)
+        say(format_results(results, experiment.output))
+    return 1 if outcome.failed or outcome.blocked else 0
+
+
+def _report_failures(outcome: Outcome, say: Callable[[str], None]) -> None:
+    for name, failed in outcome.failed.items():
+        say(f"failed: {name}: {failed.reason}; log: {failed.log}")
+    if outcome.blocked:
+        say(f"not started, for want of the checkpoint to branch from: {', '.join(outcome.blocked)}")
+    if outcome.failed or outcome.blocked:
+        say("start the command again to try these cells once more")
+
+
+@contextmanager
+def _turn(output: Path) -> Iterator[None]:
+    """Wait until no other process writes the experiment's own files, then keep others waiting."""
+    while True:
+        try:
+            handle = lock.hold(output)
+            break
+        except UserError:
+            time.sleep(_POLL)
+        except OSError as error:
+            raise UserError(f"cannot be written: {error.strerror}", where=str(output)) from None
+    with handle:
+        yield

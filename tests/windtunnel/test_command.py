@@ -1,0 +1,143 @@
+"""tools/windtunnel.py as a user runs it, with input right and wrong."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from minicpm_megatron.recipe import load_recipe
+from minicpm_megatron.training.metrics import METRICS, read_metrics
+from minicpm_megatron.windtunnel.cells import make_cell
+from minicpm_megatron.windtunnel.launch import Launcher
+from minicpm_megatron.windtunnel.queue import Queue
+from minicpm_megatron.windtunnel.results import read_results
+from tests.cli.commands import ROOT, command, error_lines, tree, untouched
+from tests.windtunnel.warm import WarmTrainer
+
+LR = ["lr", "--recipe", "recipe.yaml", "--output", "out", "--sizes", "32x1", "--rates", "0.004,0.008,0.016"]
+WSD = ["wsd", "--recipe", "recipe.yaml", "--output", "out", "--shares", "0.1,0.2", "--ends", "1"]
+
+
+def test_wsd_on_real_tokens(here: Path, warm: WarmTrainer, capsys: pytest.CaptureFixture[str]) -> None:
+    more = ["schedule.total=20", "--shapes", "exponential,1-sqrt", "--periods", "0.5", "--launcher", warm.launcher]
+    assert command("windtunnel.py", *WSD, *more, "--seeds", "1,2", "--workers", "2") == 0
+    text = capsys.readouterr().out
+    assert "[16/16 cells, 100% of the FLOPs" in text
+    results = read_results(here / "out")
+    assert {cell["state"] for cell in results.cells} == {"done"} and len(results.cells) == 16
+    assert {(here / "out" / picture.file).stat().st_size > 10_000 for picture in results.pictures} == {True}
+    by_name = {cell["name"]: cell for cell in results.cells}
+    branch = read_metrics(here / "out" / "cells" / "wsd-1-decay0.2-exponential-s1" / METRICS)
+    assert [record["step"] for record in branch] == [17, 18, 19, 20]
+    assert branch[-1]["lr"] == pytest.approx(0.01 / 32)
+    assert by_name["wsd-1-decay0.2-exponential-s1"]["tokens"] == 4 * 4 * 32
+    # one trunk of 18 steps, and decays of 2 and 4 steps in two shapes, for four runs of 20
+    assert "7,680 tokens trained for what separate runs would have taken 20,480: 38%" in text
+
+    assert command("windtunnel.py", "report", "--runs", "out") == 0
+    assert "DISAGREES" in capsys.readouterr().out or results.findings[1].agrees is not False
+    assert command("windtunnel.py", "report", "--runs", "out", "--output", "page.md") == 0
+    page = (here / "page.md").read_text()
+    assert all(finding.claim in page for finding in results.findings) and "](out/decays.png)" in page
+
+
+@pytest.mark.parametrize("launcher", ["", "deepspeed --num_gpus 2"])
+def test_the_real_launchers_run_a_cell(launcher: str, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    base = load_recipe("recipe.yaml", ["training.micro_batch_size=2", "schedule.total=6"])
+    cell = make_cell(base, here / "out", "only", {}, {})
+    said: list[str] = []
+    outcome = Queue([cell], Launcher.of(ROOT / "examples" / "train.py", launcher, 1, ""), said.append).run()
+    assert outcome.done == ["only"], (said, (cell.folder / "log.txt").read_text())
+    assert [record["step"] for record in read_metrics(cell.folder / METRICS)] == list(range(1, 7))
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = tree(here)
+    more = ["schedule.total=10", "--dry-run", "--flops-per-second", "1e9", "training.global_batch_size=8"]
+    assert command("windtunnel.py", *LR, *more) == 0  # overrides may stand anywhere
+    last = capsys.readouterr().out.splitlines()[-2]
+    assert last.startswith("6 cells") and f" {6 * 10 * 8 * 32:,} " in last
+    assert tree(here) == before
+
+
+def full(folder: Path) -> None:
+    (folder / "out").mkdir()
+    (folder / "out" / "mine").write_text("x")
+
+
+def results(content: str) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        (folder / "out").mkdir()
+        (folder / "out" / "results.json").write_text(content)
+
+    return write
+
+
+REPORT = ["report", "--runs", "out"]
+MISTAKES: dict[str, tuple[list[str], Callable[[Path], object], str]] = {
+    "no subcommand": ([], untouched, "SUBCOMMAND"),
+    "no such subcommand": (["fly"], untouched, "invalid choice: 'fly'"),
+    "an unknown option": ([*LR, "--sise", "3"], untouched, "unrecognized arguments: --sise"),
+    "report: an override": (["report", "--runs", "out", "--output", "x", "a=1"], untouched, "unrecognized"),
+    "no recipe": (["lr", "--recipe", "no.yaml", "--output", "out", "--sizes", "32x1"], untouched, "no.yaml: cannot"),
+    "an unknown key": ([*LR, "optimizer.rl=1"], untouched, "did you mean optimizer.lr?"),
+    "nothing held out": ([*LR, "data.validation={}"], untouched, "data.validation: the experiment compares"),
+    "no tokens": ([*LR, "data.train.0.prefix=none"], untouched, "none"),
+    "another vocabulary": ([*LR, "model.vocab_size=500"], untouched, "made for a vocabulary of 600"),
+    "no sizes": ([*LR, "--sizes", "32"], untouched, "--sizes: '32' is not a list"),
+    "a size of nothing": ([*LR, "--sizes", "32x0"], untouched, "--sizes: '32x0' is not a list"),
+    "a size that has no heads": ([*LR, "--sizes", "40x2"], untouched, "40 does not divide into heads of 16"),
+    "a size twice": ([*LR, "--sizes", "32x1,32x1"], untouched, "--sizes: not a list of different"),
+    "two rates": ([*LR, "--rates", "0.1,0.2"], untouched, "--rates: not a list of at least three"),
+    "a rate of nothing": ([*LR, "--rates", "0,0.1,nan"], untouched, "--rates: not a list of at least three"),
+    "rates in words": ([*LR, "--standard-rates", "low"], untouched, "--standard-rates: 'low' is not"),
+    "a third parametrisation": ([*LR, "--parametrizations", "ntk"], untouched, "--parametrizations: 'ntk'"),
+    "a seed twice": ([*LR, "--seeds", "1,1"], untouched, "--seeds: not a list of different"),
+    "a seed below 0": ([*LR, "--seeds", "-1"], untouched, "training.seed"),
+    "no length": ([*LR, "--tokens-per-parameter", "0"], untouched, "--tokens-per-parameter: 0.0 is not"),
+    "no workers": ([*LR, "--workers", "0"], untouched, "--workers: 0 is no number"),
+    "devices left over": ([*LR, "--workers", "2", "--devices", "0,1,2"], untouched, "--devices: 3 devices"),
+    "an open quote": ([*LR, "--launcher", "a 'b"], untouched, "--launcher: No closing quotation"),
+    "no such launcher": ([*LR, "--launcher", "no-such-command"], untouched, "--launcher: no command"),
+    "no rate": ([*LR, "--flops-per-second", "nan"], untouched, "--flops-per-second: nan is no rate"),
+    "a folder in the way": (LR, full, "out: the output exists already"),
+    "below a file": ([*LR, "--output", "a-file/x"], untouched, "a-file/x: cannot be written"),
+    "wsd: all decay": ([*WSD, "--shares", "1"], untouched, "--shares: not different shares below 1"),
+    "wsd: no end": ([*WSD, "--ends", "0.5"], untouched, "--ends: not different shares of which 1 is"),
+    "wsd: equal decays": ([*WSD, "--shares", "0.01,0.02"], untouched, "--shares: two of them are 1 of 12 steps"),
+    "wsd: decay in the warmup": ([*WSD, "--shares", "0.9"], untouched, "begins in the warmup"),
+    "wsd: end in the warmup": ([*WSD, "--ends", "0.1,1"], untouched, "--ends: 0.1 of 12 steps ends in the warmup"),
+    "wsd: unknown shape": ([*WSD, "--shapes", "steep"], untouched, "schedule.decay_shape"),
+    "wsd: odd lengths": (
+        [*WSD, "schedule.total=401", "--ends", "0.5,1"],
+        untouched,
+        "--ends: only evaluations every",
+    ),
+    "report: nothing there": (REPORT, untouched, "out: no results"),
+    "report: damaged": (REPORT, results("{"), "results.json: cannot be read as JSON"),
+    "report: something else": (REPORT, results("[]"), "results.json: not of the form"),
+    "report: no fields": (REPORT, results(json.dumps({"format": "x"})), "results.json: not of the form"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_each_mistake_is_one_line(name: str, here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    arguments, spoil, message = MISTAKES[name]
+    spoil(here)
+    before = tree(here)
+    capfd.readouterr()
+    assert command("windtunnel.py", *arguments) == 2
+    error = capfd.readouterr().err
+    [line] = error_lines(error)
+    assert message in line and len(line) < 400 and "Traceback" not in error
+    assert tree(here) == before
+
+
+@pytest.mark.parametrize("subcommand", ["lr", "wsd", "coord-check", "report"])
+def test_each_subcommand_explains_itself(subcommand: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command("windtunnel.py", subcommand, "--help") == 0
+    assert f"windtunnel.py {subcommand}" in capsys.readouterr().out

@@ -1,0 +1,13 @@
+"""The paper's experiments as commands: python tools/windtunnel.py SUBCOMMAND --help."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from minicpm_megatron.cli.entry import run
+from minicpm_megatron.cli.windtunnel import main
+
+TRAIN = Path(__file__).resolve().parents[1] / "examples" / "train.py"
+
+if __name__ == "__main__":
+    run(lambda: main(TRAIN))
