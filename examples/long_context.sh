@@ -9,7 +9,7 @@ cd "$(dirname "$0")/.."
 OUT=runs/extension
 CORPUS=${CORPUS:-runs/quickstart/corpus}
 RANKS=${RANKS:-2}
-FIRST=${FIRST:-3000} # steps of the three stages; the first is that of the recipe's schedule
+FIRST=${FIRST:-4500} # steps of the three stages; the first is that of the recipe's schedule
 SECOND=${SECOND:-800}
 THIRD=${THIRD:-500}
 step() { printf '\n== %s\n' "$*"; }
@@ -30,8 +30,8 @@ questions() { # name, lengths, documents to train on of each length and depth; w
     --lengths "$2" --output "$OUT/sets/$1" --samples 1 --train-prefix "$OUT/data/$1" --train-samples "$3"
   tokens "$OUT/data/$1.jsonl" "$1"
 }
-mix() { # long data at 44 %, of it half pass keys; short data at 56 %
-  printf 'data.train=[{prefix: %s, weight: 22}, {prefix: %s, weight: 22}, {prefix: %s, weight: 28}, {prefix: %s, weight: 28}]' \
+mix() { # long data at 44 %, pass keys and code; short data at 56 %, pass keys and English
+  printf 'data.train=[{prefix: %s, weight: 34}, {prefix: %s, weight: 10}, {prefix: %s, weight: 36}, {prefix: %s, weight: 20}]' \
     "$OUT/data/$1" $OUT/data/code $OUT/data/passkey-256 $OUT/data/en
 }
 

@@ -1,15 +1,22 @@
-"""A checkpoint as a run leaves it, for tools that make another run of it."""
+"""A checkpoint as a run leaves it, for tools that make another run of it, and what such a tool takes and leaves."""
 
 from __future__ import annotations
 
+import gc
+import os
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from minicpm_megatron.convert import rewriting
 from minicpm_megatron.recipe import build
 from minicpm_megatron.storage.manifest import write_manifest
 from minicpm_megatron.storage.sharded import Fragment, ShardSpec, write_fragments
+from tests.cli.commands import ROOT
 from tests.convert.conftest import random_tensors, small_model
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -62,3 +69,49 @@ def trained(tmp_path: Path) -> Path:
     }
     write_manifest(folder, files, state=state, facts=facts)
     return folder
+
+
+def watch_memory(patch: pytest.MonkeyPatch) -> list[int]:
+    """Fills with the bytes of all tensors, beyond those there are now, while each file of a checkpoint is written."""
+    peaks: list[int] = []
+
+    def live_bytes() -> int:
+        storages = {}
+        for thing in gc.get_objects():
+            if torch.is_tensor(thing):
+                storage = thing.untyped_storage()
+                storages[storage.data_ptr()] = storage.nbytes()
+        return sum(storages.values())
+
+    def watched(path: Path, fragments: Any, rank_tensors: Any) -> Any:
+        pieces = list(fragments)
+        peaks.append(live_bytes() - before)
+        return write_fragments(path, pieces, rank_tensors)
+
+    gc.collect()
+    before = live_bytes()
+    patch.setattr(rewriting, "write_fragments", watched)
+    return peaks
+
+
+_KILLED = """
+import os, runpy, signal, sys
+from minicpm_megatron.convert import rewriting
+write, count = rewriting.write_fragments, 0
+def killed(path, fragments, rank_tensors):
+    global count
+    count += 1
+    if count == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return write(path, fragments, rank_tensors)
+rewriting.write_fragments = killed
+sys.argv = sys.argv[1:]
+runpy.run_path(f"tools/{sys.argv[0]}", run_name="__main__")
+"""
+
+
+def killed_in_the_middle(script: str, *arguments: object) -> int:
+    """Exit status of tools/SCRIPT that is killed before it writes the fifth file."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", _KILLED, script, *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, env=environment, timeout=120).returncode

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +9,14 @@ import pytest
 import torch
 
 from minicpm_megatron.cli.untie import untie
-from minicpm_megatron.convert import convert, open_source, rewriting
+from minicpm_megatron.convert import convert, open_source
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.methods.mup import RateLedger
 from minicpm_megatron.recipe import build, load_recipe
 from minicpm_megatron.storage.manifest import problems, read_manifest
-from minicpm_megatron.storage.sharded import CheckpointReader, write_fragments
+from minicpm_megatron.storage.sharded import CheckpointReader
 from tests.cli.commands import command, tree
-from tests.cli.saved_run import MOMENTS, trained
+from tests.cli.saved_run import MOMENTS, killed_in_the_middle, trained, watch_memory
 from tests.convert.conftest import (
     EXPERTS,
     MakeCheckpoint,
@@ -34,7 +30,6 @@ from tests.convert.conftest import (
 )
 
 __all__ = ["checkpoint", "tokens", "trained"]  # fixtures
-ROOT = Path(__file__).resolve().parents[2]
 EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
 
 
@@ -105,52 +100,17 @@ def test_a_model_without_a_run_begins_at_step_0(
 
 
 def test_memory_is_a_few_tensors(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    peaks = []
-
-    def live_bytes() -> int:
-        storages = {}
-        for thing in gc.get_objects():
-            if torch.is_tensor(thing):
-                storage = thing.untyped_storage()
-                storages[storage.data_ptr()] = storage.nbytes()
-        return sum(storages.values())
-
-    def watched(path: Path, fragments: Any, rank_tensors: Any) -> Any:
-        pieces = list(fragments)
-        peaks.append(live_bytes() - before)
-        return write_fragments(path, pieces, rank_tensors)
-
-    gc.collect()
-    before = live_bytes()
-    monkeypatch.setattr(rewriting, "write_fragments", watched)
+    peaks = watch_memory(monkeypatch)
     untie(trained, tmp_path / "untied", head_moments="zero")
     # a weight and two moments, shared by head and embedding where they are equal
     largest = 4 * max(tensor.numel() for tensor in random_tensors(small_model(num_layers=2)).values())
     assert largest < max(peaks) <= 3 * largest + 4096
 
 
-KILLED = """
-import os, runpy, signal, sys
-from minicpm_megatron.convert import rewriting
-write, count = rewriting.write_fragments, 0
-def killed(path, fragments, rank_tensors):
-    global count
-    count += 1
-    if count == 5:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return write(path, fragments, rank_tensors)
-rewriting.write_fragments = killed
-sys.argv = ["convert_checkpoint.py", *sys.argv[1:]]
-runpy.run_path("tools/convert_checkpoint.py", run_name="__main__")
-"""
-
-
 def test_a_kill_in_the_middle_leaves_no_run(trained: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "runs" / "untied"
     arguments = ("--untie", "--input", f"{trained.parents[1]}@30", "--to", "megatron", "--output", str(run))
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    killed = subprocess.run([sys.executable, "-c", KILLED, *arguments], cwd=ROOT, env=environment, timeout=120)
-    assert killed.returncode == -9 and not run.exists()
+    assert killed_in_the_middle("convert_checkpoint.py", *arguments) == -9 and not run.exists()
     assert command("convert_checkpoint.py", *arguments) == 0
     output = capfd.readouterr()
     model = small_model(num_layers=2, untie_embeddings_and_output_weights=True)

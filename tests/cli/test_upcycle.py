@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import gc
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from minicpm_megatron.checkpoint.find import find_source
 from minicpm_megatron.cli.upcycle import upcycle
-from minicpm_megatron.convert import convert, open_source, rewriting
+from minicpm_megatron.convert import convert, open_source
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.methods.upcycling import Upcycling, upcycle_state_dict, upcycled_model
 from minicpm_megatron.recipe import build, count_parameters, load_recipe
 from minicpm_megatron.storage.manifest import read_manifest
-from minicpm_megatron.storage.sharded import CheckpointReader, write_fragments
+from minicpm_megatron.storage.sharded import CheckpointReader
 from tests.cli.commands import command
-from tests.cli.saved_run import MOMENTS, trained
+from tests.cli.saved_run import MOMENTS, killed_in_the_middle, trained, watch_memory
 from tests.convert.conftest import (
     EXPERTS,
     MakeCheckpoint,
@@ -36,7 +31,6 @@ from tests.convert.conftest import (
 )
 
 __all__ = ["checkpoint", "tokens", "trained"]  # fixtures
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_everything_a_run_needs_to_go_on_is_carried_over(trained: Path, tmp_path: Path) -> None:
@@ -133,24 +127,7 @@ def test_memory_is_that_of_a_tensor_and_not_of_the_model(
     checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dense = checkpoint(num_layers=24)
-    peaks = []
-
-    def live_bytes() -> int:
-        storages = {}
-        for thing in gc.get_objects():
-            if torch.is_tensor(thing):
-                storage = thing.untyped_storage()
-                storages[storage.data_ptr()] = storage.nbytes()
-        return sum(storages.values())
-
-    def watched(path: Path, fragments: Any, rank_tensors: Any) -> Any:
-        pieces = list(fragments)
-        peaks.append(live_bytes() - before)
-        return write_fragments(path, pieces, rank_tensors)
-
-    gc.collect()
-    before = live_bytes()
-    monkeypatch.setattr(rewriting, "write_fragments", watched)
+    peaks = watch_memory(monkeypatch)
     done = upcycle(dense, tmp_path / "moe", Upcycling(noise=0.01))
     whole = 4 * count_parameters(done.model).total
     layer = 8 * 4 * 3 * 96 * 240
@@ -159,39 +136,15 @@ def test_memory_is_that_of_a_tensor_and_not_of_the_model(
     assert layer / 2 < max(peaks) < layer and max(peaks) < whole / 20
 
 
-KILLED = """
-import os, signal, sys
-from minicpm_megatron.convert import rewriting
-write, count = rewriting.write_fragments, 0
-def killed(path, fragments, rank_tensors):
-    global count
-    count += 1
-    if count == 5:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return write(path, fragments, rank_tensors)
-rewriting.write_fragments = killed
-sys.argv = ["upcycle.py", *sys.argv[1:]]
-import runpy
-runpy.run_path("tools/upcycle.py", run_name="__main__")
-"""
-
-
-def tool(*arguments: object, code: str | None = None) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, *(["-c", code] if code else ["tools/upcycle.py"]), *map(str, arguments)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=120)
-
-
-def test_a_kill_in_the_middle_leaves_no_run(trained: Path, tmp_path: Path) -> None:
+def test_a_kill_in_the_middle_leaves_no_run(trained: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "runs" / "moe"
     arguments = ("--input", trained.parents[1], "--output", run, "--experts", 4)
-    assert tool(*arguments, code=KILLED).returncode == -9
-    assert not run.exists()
-    done = tool(*arguments)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert killed_in_the_middle("upcycle.py", *arguments) == -9 and not run.exists()
+    assert command("upcycle.py", *arguments) == 0
+    output = capfd.readouterr()
     count = count_parameters(upcycled_model(small_model(num_layers=2), Upcycling(copies=4)))
-    assert f"step 30: 4 experts, 2 a token; {count.total:,} parameters" in done.stdout
-    assert f"--recipe {run / 'recipe.yaml'}" in done.stdout
+    assert f"step 30: 4 experts, 2 a token; {count.total:,} parameters" in output.out
+    assert f"--recipe {run / 'recipe.yaml'}" in output.out and output.err == ""
     assert sorted(path.name for path in run.parent.iterdir()) == ["dense", "moe"]
 
 

@@ -211,6 +211,16 @@ def state(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "manifest.json").read_text())["state"]
 
 
+def steps(run: Path) -> dict[int, tuple[float, float]]:
+    """Step -> (loss, gradient norm)."""
+    return {record["step"]: (record["loss"], record["gradient_norm"]) for record in read_metrics(run / METRICS)}
+
+
+def held_out(run: Path, step: int) -> float:
+    """Nats a token at the evaluation after `step`."""
+    return next(r["loss_per_token"] for r in read_metrics(run / METRICS, "evaluation") if r["step"] == step)
+
+
 def losses(run: Path) -> list[tuple[Any, ...]]:
     """What metrics.jsonl says of every step, without times."""
     keys = ("step", "tokens", "loss", "lr", "gradient_norm")

@@ -15,7 +15,6 @@ from minicpm_megatron.model.sharding import named_shards
 from minicpm_megatron.parallel import groups
 from minicpm_megatron.recipe import Layout, ModelRecipe, ParallelRecipe
 from minicpm_megatron.storage.sharded import CheckpointReader
-from minicpm_megatron.training.metrics import METRICS, read_metrics
 from tests.distributed.forked import Outcome, run_forked
 from tests.distributed.parity import digits
 from tests.training import nano
@@ -89,15 +88,6 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list
     return runs, dict(zip(cases, outcomes, strict=True))
 
 
-def _steps(run: Path) -> dict[int, tuple[float, float]]:
-    """Step -> (loss, gradient norm)."""
-    return {record["step"]: (record["loss"], record["gradient_norm"]) for record in read_metrics(run / METRICS)}
-
-
-def _held_out(run: Path, step: int) -> float:
-    return next(r["loss_per_token"] for r in read_metrics(run / METRICS, "evaluation") if r["step"] == step)
-
-
 def test_the_logits_of_the_real_model_are_equal_in_every_bit(jobs: tuple[Path, dict[str, list[Outcome]]]) -> None:
     _, outcomes = jobs
     for name in ("logits", "logits tp2"):
@@ -110,11 +100,11 @@ def test_the_run_goes_on_where_the_tied_one_stood(name: str, jobs: tuple[Path, d
     runs, outcomes = jobs
     nano.check(outcomes["tied"])
     nano.check(outcomes[name])
-    tied, steps = _steps(runs / "tied"), _steps(runs / name)
+    tied, steps = nano.steps(runs / "tied"), nano.steps(runs / name)
     assert list(steps) == list(range(11, 21))
     # before an update of its own it is the tied model, on the batch that comes next; fp32 sums in another order
     assert digits(steps[11][0], tied[11][0]) > 6
-    assert digits(_held_out(runs / name, 10), _held_out(runs / "tied", 10)) > 6
+    assert digits(nano.held_out(runs / name, 10), nano.held_out(runs / "tied", 10)) > 6
     # and then it is another model
     assert abs(steps[20][0] - tied[20][0]) > 1e-4
 
@@ -128,7 +118,7 @@ def test_the_batches_are_those_of_the_tied_run(jobs: tuple[Path, dict[str, list[
 @pytest.mark.parametrize("name", ["dp2", "tp2", "pp2"])
 def test_the_layout_changes_nothing(name: str, jobs: tuple[Path, dict[str, list[Outcome]]]) -> None:
     runs, _ = jobs
-    first, second = _steps(runs / "one"), _steps(runs / name)
+    first, second = nano.steps(runs / "one"), nano.steps(runs / name)
     agreement = min(digits(a, b) for step in first for a, b in zip(first[step], second[step], strict=True))
     assert agreement > 6  # measured 6.7 to 7.2
 
@@ -138,7 +128,7 @@ def test_a_run_tied_in_stages_is_untied_and_moves_between_layouts(jobs: tuple[Pa
     for name in ("tied in stages", "begun", "moved"):
         nano.check(outcomes[name])
     assert "at step 15" in outcomes["moved"][0].log
-    whole, moved = _steps(runs / "one"), _steps(runs / "moved")
+    whole, moved = nano.steps(runs / "one"), nano.steps(runs / "moved")
     agreement = min(digits(a, b) for step in whole for a, b in zip(whole[step], moved[step], strict=True))
     assert agreement > 5  # 10 of the tied steps were made in two stages; measured 6.7
 
@@ -171,7 +161,7 @@ def test_head_and_embedding_part_by_their_own_gradients(jobs: tuple[Path, dict[s
 def test_another_stage_begins_with_its_weights_and_moments(jobs: tuple[Path, dict[str, list[Outcome]]]) -> None:
     runs, outcomes = jobs
     nano.check(outcomes["stage"])
-    assert digits(_held_out(runs / "next", 0), _held_out(runs / "tied", 10)) > 6
+    assert digits(nano.held_out(runs / "next", 0), nano.held_out(runs / "tied", 10)) > 6
     state = nano.state(runs / "next" / "checkpoints" / "step-2")
     assert state["updates"] == 12 and state["origin"] == {"run": str(runs / "one"), "step": 10}
     origin = nano.state(runs / "one" / "checkpoints" / "step-20")["origin"]

@@ -12,7 +12,6 @@ import torch.distributed as dist
 from minicpm_megatron.cli.upcycle import upcycle
 from minicpm_megatron.convert import convert
 from minicpm_megatron.methods.upcycling import Upcycling
-from minicpm_megatron.training.metrics import METRICS, read_metrics
 from tests.distributed.forked import Outcome, run_forked
 from tests.distributed.parity import DIGITS, digits
 from tests.training import nano
@@ -62,26 +61,17 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list
     return runs, dict(zip(cases, outcomes, strict=True))
 
 
-def _steps(run: Path) -> dict[int, tuple[float, float]]:
-    """Step -> (loss, gradient norm)."""
-    return {record["step"]: (record["loss"], record["gradient_norm"]) for record in read_metrics(run / METRICS)}
-
-
-def _held_out(run: Path, step: int) -> float:
-    return next(r["loss_per_token"] for r in read_metrics(run / METRICS, "evaluation") if r["step"] == step)
-
-
 def test_a_mixture_goes_on_where_the_dense_run_stood(jobs: tuple[Path, dict[str, list[Outcome]]]) -> None:
     runs, outcomes = jobs
     nano.check(outcomes["dense"])
-    dense = _steps(runs / "dense")
+    dense = nano.steps(runs / "dense")
     for name in ("ep1", "ep2", "drop", "fine"):
         nano.check(outcomes[name])
         assert "at step 10" in outcomes[name][0].log
-        steps = _steps(runs / name)
+        steps = nano.steps(runs / name)
         assert list(steps) == list(range(11, 21))
         # before any step of its own it is the dense model
-        assert _held_out(runs / name, 10) == pytest.approx(_held_out(runs / "dense", 10), rel=2e-6)
+        assert nano.held_out(runs / name, 10) == pytest.approx(nano.held_out(runs / "dense", 10), rel=2e-6)
         assert steps[11][0] == pytest.approx(dense[11][0], rel=2e-6)
         assert steps[20][0] < steps[11][0]
     # the batches are those that the dense run read in these steps
@@ -95,7 +85,7 @@ def test_a_mixture_goes_on_where_the_dense_run_stood(jobs: tuple[Path, dict[str,
 @pytest.mark.parametrize(("one", "other"), [("ep1", "ep2"), ("ep1", "zero2"), ("drop", "drop-ep2")])
 def test_expert_parallelism_changes_nothing(one: str, other: str, jobs: tuple[Path, dict[str, list[Outcome]]]) -> None:
     runs, _ = jobs
-    first, second = _steps(runs / one), _steps(runs / other)
+    first, second = nano.steps(runs / one), nano.steps(runs / other)
     assert list(first) == list(second) == list(range(11, 21))
     agreement = min(digits(a, b) for step in first for a, b in zip(first[step], second[step], strict=True))
     assert agreement > DIGITS
@@ -105,7 +95,7 @@ def test_without_renormalisation_it_is_another_model(jobs: tuple[Path, dict[str,
     """Two of four nearly equal weights sum to about a half: every MLP's output shrinks, and the loss is higher."""
     runs, outcomes = jobs
     nano.check(outcomes["raw"])
-    assert _held_out(runs / "raw", 10) > 1.001 * _held_out(runs / "dense", 10)
+    assert nano.held_out(runs / "raw", 10) > 1.001 * nano.held_out(runs / "dense", 10)
 
 
 def test_a_run_begins_with_a_published_dense_model(jobs: tuple[Path, dict[str, list[Outcome]]]) -> None:
@@ -114,7 +104,7 @@ def test_a_run_begins_with_a_published_dense_model(jobs: tuple[Path, dict[str, l
     nano.check(outcomes["granite"])
     assert "at step 0" in outcomes["granite"][0].log
     # the dense model had come down to 4.9 from the 6.2 of uniform guesses
-    assert _steps(runs / "hf")[1][0] < 5.2
+    assert nano.steps(runs / "hf")[1][0] < 5.2
     state = nano.state(runs / "hf" / "checkpoints" / "step-2")
     assert (state["updates"], state["origin"]["run"]) == (2, str(runs / "granite"))
 
@@ -122,7 +112,7 @@ def test_a_run_begins_with_a_published_dense_model(jobs: tuple[Path, dict[str, l
 def test_a_decay_branches_from_the_upcycled_checkpoint(jobs: tuple[Path, dict[str, list[Outcome]]]) -> None:
     runs, outcomes = jobs
     nano.check(outcomes["branch"])
-    branch, trunk = _steps(runs / "branch"), _steps(runs / "ep1")
+    branch, trunk = nano.steps(runs / "branch"), nano.steps(runs / "ep1")
     assert list(branch) == [11, 12, 13, 14] and branch[11][0] == trunk[11][0]
     assert nano.state(runs / "branch" / "checkpoints" / "step-14")["origin"] == {"run": str(runs / "ep1"), "step": 10}
 
