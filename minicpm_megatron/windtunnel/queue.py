@@ -157,7 +157,7 @@ class Queue:
             raise UserError(f"cannot be written: {error.strerror}", where=str(cell.folder)) from None
         self._running[cell.name] = _Running(cell, worker, process, claim)
         step = progress.steps_done(cell)
-        self._tell(cell, "started" if step == cell.first_step else f"goes on, {step} steps were told of")
+        self._tell(cell, "started" if step == cell.first_step else f"goes on, had come to step {step}")
         return True
 
     def _ended(self, running: _Running) -> None:

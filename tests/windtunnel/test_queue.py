@@ -11,6 +11,10 @@ from typing import Any
 
 import pytest
 
+from minicpm_megatron.recipe import load_recipe
+from minicpm_megatron.windtunnel.cells import make_cell
+from minicpm_megatron.windtunnel.launch import Launcher
+from minicpm_megatron.windtunnel.queue import Queue
 from minicpm_megatron.windtunnel.results import read_results
 from tests.cli.commands import ROOT, command, tree
 from tests.training import nano
@@ -137,6 +141,27 @@ def test_a_signal_saves_and_the_next_start_goes_on(here: Path, undisturbed: Path
     assert steps[-1]["step"] == 7
     assert command("windtunnel.py", *arguments("out", warm, "--workers", "2")) == 0
     assert numbers(output) == numbers(undisturbed)
+
+
+def test_a_branch_waits_for_its_trunk_and_is_blocked_where_that_fails(here: Path, warm: WarmTrainer) -> None:
+    base = load_recipe("recipe.yaml")
+    stable = {"schedule.decay": 0, "checkpoint.steps": [5], "checkpoint.keep_last": 1}
+    trunk = make_cell(base, here / "out", "trunk", stable, {})
+    decay = {"schedule.total": 8, "schedule.decay": 3}
+    branch = make_cell(base, here / "out", "branch", decay, {}, trunk=trunk, first_step=5)
+    tell(here / "out", "trunk", "fail-at-3")
+    launcher = Launcher.of(ROOT / "examples" / "train.py", warm.launcher, 2, "")
+    said: list[str] = []
+    outcome = Queue([trunk, branch], launcher, said.append).run()
+    assert (list(outcome.failed), outcome.blocked, outcome.done) == (["trunk"], ["branch"], [])
+    tell(here / "out", "trunk", "sleep-at-7")  # the branch runs meanwhile
+    outcome = Queue([trunk, branch], launcher, said.append).run()
+    assert (outcome.failed, outcome.blocked, outcome.done) == ({}, [], ["trunk", "branch"])
+    ends = {Path(each["run"]).name: (each["began"], each["ended"]) for each in warm.starts(here / "out")}
+    assert ends["branch"][0] < ends["trunk"][1]
+    saved = sorted(path.name for path in (trunk.folder / "checkpoints").glob("step-*"))
+    assert saved == ["step-12", "step-5"]
+    assert [line[0] for line in nano.losses(branch.folder)][:3] == [6, 7, 8]
 
 
 def test_another_experiment_in_the_folder_is_refused(
