@@ -11,7 +11,7 @@ from minicpm_megatron.windtunnel.coordinates_measure import QUANTITIES
 PICTURE = "coordinates.png"
 _NAMES = {"mup": "muP", "standard": "standard"}
 _LINES = {"start": ":", "end": "-", "change": "--"}
-_MEANINGS = {"start": "at the start", "end": "after the steps", "change": "change"}
+_LEGEND = "dotted: at the start; solid: after the steps; dashed: the change between"
 
 
 def draw_coordinates(
@@ -49,5 +49,5 @@ def draw_coordinates(
             if axis.get_legend_handles_labels()[0]:
                 axis.legend(frameon=False, fontsize=8)
         row[0].set_ylabel("root mean square")
-    figure.supxlabel(", ".join(f"{line} {_MEANINGS[when]}" for when, line in _LINES.items()), fontsize=8)
+    figure.supxlabel(_LEGEND, fontsize=8)
     return save_picture(figure, path)

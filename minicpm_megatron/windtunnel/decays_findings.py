@@ -126,7 +126,7 @@ def _shares_enough(comparisons: Sequence[Comparison], shape: str) -> list[Findin
     if ENOUGH in shares and shares[-1] > ENOUGH:
         found = [(each, each.difference(("wsd", ENOUGH, shape), ("wsd", shares[-1], shape))) for each in comparisons]
         verdicts = [None if limits is None else _at_most(limits, _margin(each)) for each, limits in found]
-        claim = f"A decay of {ENOUGH:.0%} is enough: as good as one of {shares[-1]:.3g} of the tokens (section 4.3)"
+        claim = f"A decay of {ENOUGH:.0%} is enough: as good as one of {100 * shares[-1]:.3g} % (section 4.3)"
         findings.append(Finding(claim, "sufficient", _differences(found), _all(verdicts)))
     if ENOUGH in shares and TOO_SHORT in shares:
         found = [(each, each.difference(("wsd", TOO_SHORT, shape), ("wsd", ENOUGH, shape))) for each in comparisons]
@@ -168,7 +168,8 @@ def _table(comparison: Comparison) -> Table:
     rows = []
     for arm in sorted(comparison.losses, key=lambda arm: (arm[0], arm[2], arm[1])):
         row = comparison.losses[arm]
-        limits = comparison.difference(arm, ("cosine", comparison.end, ""))
+        reference: Arm = ("cosine", comparison.end, "")
+        limits = None if arm == reference else comparison.difference(arm, reference)
         spread = f"{float(np.ptp(row)):.4f}" if len(row) > 1 else "-"
         known = limits is not None and math.isfinite(limits.low)
         rows.append(
@@ -190,7 +191,7 @@ def _table(comparison: Comparison) -> Table:
 def _name(arm: Arm, end: float) -> str:
     kind, amount, shape = arm
     if kind == "wsd":
-        return f"WSD, {amount:.3g} of it {shape} decay"
+        return f"WSD, {100 * amount:.3g} % {shape} decay"
     return f"{'Cosine' if kind == 'cosine' else 'CosineLoop'}(T = {amount / end:.3g} S)"
 
 
