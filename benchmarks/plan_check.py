@@ -153,9 +153,6 @@ ROWS = {
     "experts, CP 2 EP 2, ZeRO 1": case(2, cp=2, ep=2, zero=1, **EXPERTS),
     "experts, PP 2 EP 2, ZeRO 1": case(4, pp=2, ep=2, zero=1, **EXPERTS),
     "32K tokens, 122,753 words, CP 2 Ulysses TP 2 SP, ZeRO 1": case(4, cp=2, kind="a2a", zero=1, **SP, **WHOLE),
-    "32K tokens, 122,753 words, CP 2 ring TP 2 SP, ZeRO 1, full": case(
-        4, cp=2, zero=1, recompute="full", **SP, **WHOLE
-    ),
 }
 
 
