@@ -1,6 +1,7 @@
 """Every legal layout on up to four processes against one process, as a table.
 
     python -m tests.distributed.matrix                  # layouts: losses, gradient norm, digits, seconds
+    python -m tests.distributed.matrix TP2 PP4          # those whose name begins so
     python -m tests.distributed.matrix --checkpoints    # from -> to: digits after loading under another layout
     python -m tests.distributed.matrix --experts ...    # the same of a mixture of experts, with expert parallelism
     python -m tests.distributed.matrix --untied         # layouts of a model whose head is a tensor of its own
@@ -107,13 +108,13 @@ def _name(case: Case, data: int) -> str:
     return " ".join(part for part in parts if part)
 
 
-def layout_matrix(model: dict[str, Any]) -> bool:
-    """Print the table of layouts; whether every row agrees."""
+def layout_matrix(model: dict[str, Any], names: tuple[str, ...]) -> bool:
+    """Print the table of the layouts whose name begins with one of `names`; whether every row agrees."""
     whole = run_layouts(1, {"one": {}}, num_layers=4, model=model)["one"].lines
     print(f"| layout | first loss | last loss | gradient norm | agreement | seconds |\n| {'--- | ' * 6}".rstrip())
     sound = True
     for world in WORLDS:
-        wanted = list(layouts(world, model))
+        wanted = [row for row in layouts(world, model) if row[0].startswith(names)]
         for start in range(0, len(wanted), AT_ONCE):
             some = dict(wanted[start : start + AT_ONCE])
             for name, run in run_layouts(world, some, num_layers=4, model=model).items():
@@ -196,6 +197,7 @@ def checkpoint_matrix(experts: bool) -> bool:
 def main() -> int:
     """Print one of the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help="beginnings of layouts' names (default: all layouts)")
     parser.add_argument("--checkpoints", action="store_true", help="load each layout's checkpoint under each other")
     model = parser.add_mutually_exclusive_group()
     model.add_argument("--experts", action="store_true", help="of a mixture of experts")
@@ -203,7 +205,8 @@ def main() -> int:
     options = parser.parse_args()
     if options.checkpoints:
         return 0 if checkpoint_matrix(options.experts) else 1
-    return 0 if layout_matrix(EXPERTS if options.experts else UNTIED if options.untied else {}) else 1
+    shape = EXPERTS if options.experts else UNTIED if options.untied else {}
+    return 0 if layout_matrix(shape, tuple(options.names) or ("",)) else 1
 
 
 if __name__ == "__main__":
