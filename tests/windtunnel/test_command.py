@@ -137,7 +137,7 @@ def test_each_mistake_is_one_line(name: str, here: Path, capfd: pytest.CaptureFi
     assert tree(here) == before
 
 
-@pytest.mark.parametrize("subcommand", ["lr", "wsd", "coord-check", "report"])
+@pytest.mark.parametrize("subcommand", ["lr", "wsd", "coord-check", "fit", "report"])
 def test_each_subcommand_explains_itself(subcommand: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert command("windtunnel.py", subcommand, "--help") == 0
     assert f"windtunnel.py {subcommand}" in capsys.readouterr().out
