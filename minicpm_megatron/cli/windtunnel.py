@@ -19,6 +19,13 @@ from minicpm_megatron.windtunnel.experiment import Experiment, format_plan, run_
 from minicpm_megatron.windtunnel.fit import fit_csv
 from minicpm_megatron.windtunnel.launch import Launcher
 from minicpm_megatron.windtunnel.law_fits import METHODS
+from minicpm_megatron.windtunnel.law_runs import (
+    DECAY_SHARE,
+    POINTS,
+    TOKENS_PER_PARAMETER,
+    ScalingSettings,
+    plan_scaling,
+)
 from minicpm_megatron.windtunnel.queue import Queue
 from minicpm_megatron.windtunnel.rates import (
     PARAMETRIZATIONS,
@@ -33,6 +40,7 @@ DESCRIPTION = """The paper's experiments (arXiv 2404.06395, sections 3 and 4) on
 
   python tools/windtunnel.py lr --recipe R.yaml --sizes 64x4,128x6 --output runs/lr --dry-run
   python tools/windtunnel.py lr --recipe R.yaml --sizes 64x4,128x6 --output runs/lr --workers 2
+  python tools/windtunnel.py scaling-law --recipe R.yaml --sizes 64x4,128x6,256x8 --output runs/law
   python tools/windtunnel.py fit --csv losses.csv
   python tools/windtunnel.py report --runs runs/lr runs/wsd --output runs/report.md
 
@@ -52,6 +60,7 @@ def parser() -> argparse.ArgumentParser:
     _add_rates(commands)
     _add_decays(commands)
     _add_coordinates(commands)
+    _add_scaling(commands)
     _add_fit(commands)
     _add_report(commands)
     return result
@@ -184,6 +193,45 @@ def _add_fit(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     _add_law(command)
     command.add_argument("--output", type=Path, help="folder for results.json and pictures (default: print only)")
     command.set_defaults(run=_fit)
+
+
+def _add_scaling(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "scaling-law",
+        help="the scaling law from one stable run a size (section 4.5)",
+        description="Decays at several amounts of tokens from one stable run of every size; then what `fit` does, with"
+        " the losses per byte of every held-out set. The recipe's schedule gives unit and warmup.",
+    )
+    _add_common(command)
+    command.add_argument(
+        "--sizes", required=True, metavar="WIDTHxLAYERS,...", help="three models or more, for instance 64x4,128x6,256x8"
+    )
+    command.add_argument("--points", type=int, default=POINTS, help="decays of each size (default: %(default)s)")
+    command.add_argument(
+        "--tokens-per-parameter",
+        default=",".join(f"{each:g}" for each in TOKENS_PER_PARAMETER),
+        metavar="LOW,HIGH",
+        help="of the first and the last decay's end (default: %(default)s)",
+    )
+    command.add_argument(
+        "--decay-share", type=float, default=DECAY_SHARE, help="of the tokens, that is decay (default: %(default)s)"
+    )
+    command.add_argument("--shape", default="exponential", help="of the decays (default: %(default)s)")
+    _add_law(command)
+
+    def plan(options: argparse.Namespace, base: Recipe) -> Experiment:
+        settings = ScalingSettings(
+            sizes=_list(options.sizes, _size, "--sizes"),
+            points=options.points,
+            tokens_per_parameter=_list(options.tokens_per_parameter, float, "--tokens-per-parameter"),
+            decay_share=options.decay_share,
+            shape=options.shape,
+            method=options.method,
+            compute=_compute(options.compute),
+        )
+        return plan_scaling(base, settings, options.output)
+
+    command.set_defaults(run=lambda options, script: _run(options, script, plan))
 
 
 def _add_law(command: argparse.ArgumentParser) -> None:

@@ -25,7 +25,7 @@ def quantities(compute: float) -> dict[str, Callable[[ScalingLaw], float]]:
     """Name -> what follows from a law, the columns of figure 10; N and D in 1e9."""
     return {
         **{_NAMES[field.name]: attrgetter(field.name) for field in fields(ScalingLaw)},
-        "K^2": lambda law: law.k**2,
+        "K^2": lambda law: law.k_squared,
         "eta": lambda law: law.eta,
         "N_opt (1e9)": lambda law: law.n_opt(compute),
         "D_opt (1e9)": lambda law: law.d_opt(compute),

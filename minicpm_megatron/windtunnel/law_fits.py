@@ -58,6 +58,8 @@ def fit_sets(sets: Sets) -> list[SetFits]:
     Raises:
         UserError: too few points, sets of different checkpoints, or a fit that does not converge.
     """
+    if not sets:
+        raise UserError("no losses were measured")
     found = [LossSet.of(name, measurements) for name, measurements in sets.items()]
     if len(sets) > 1:
         found.append(LossSet.of(MEAN, mean_over_sets(sets)))

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from minicpm_megatron.methods.scaling_law import PUBLISHED, coefficients, fit_scaling_law
+from minicpm_megatron.windtunnel.fit import fit_csv
 from minicpm_megatron.windtunnel.law_findings import law_findings
 from minicpm_megatron.windtunnel.law_fits import fit_sets
 from minicpm_megatron.windtunnel.losses import Measurement
@@ -84,6 +85,19 @@ def test_other_laws_disagree_and_few_points_decide_nothing() -> None:
     ]
     findings = law_findings(fit_sets({"text": few}), "huber", 1e21)
     assert {finding.agrees for finding in findings} == {"undecided"} and "too few points" in findings[0].ours
+
+
+def test_losses_that_determine_nothing_have_limits_that_say_so(tmp_path: Path) -> None:
+    """Of nine runs of a few steps, whose resamples have exponents of next to nothing."""
+    runs = {
+        11872: {640: 3.677023, 1152: 3.236723, 1792: 2.870836},
+        23712: {1152: 3.102660, 2432: 2.810320, 3584: 2.762737},
+        26640: {1280: 3.183223, 2688: 2.828721, 3968: 2.744945},
+    }
+    given = [Measurement(n, d, loss) for n, losses in runs.items() for d, loss in losses.items()]
+    results = fit_csv(write_losses({"text": given}, tmp_path / "a.csv"), "curve_fit", 1e21, tmp_path / "out")
+    assert results.findings[0].agrees in (False, "undecided") and len(results.pictures) == 3
+    assert any(row[2].endswith(" to -") for row in results.tables[0].rows)  # infinite
 
 
 def rows(change: str = "") -> str:
