@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
 from minicpm_megatron.cli.train import only_our_lines
 from minicpm_megatron.errors import UserError
+from minicpm_megatron.methods.scaling_law import PUBLISHED_COMPUTE
 from minicpm_megatron.recipe import Recipe, load_recipe
 from minicpm_megatron.storage.atomic import write_bytes
 from minicpm_megatron.windtunnel.coordinates import CoordinateSettings, plan_coordinates, run_coordinates
 from minicpm_megatron.windtunnel.decays import SHARES, DecaySettings, plan_decays
 from minicpm_megatron.windtunnel.experiment import Experiment, format_plan, run_experiment
+from minicpm_megatron.windtunnel.fit import fit_csv
 from minicpm_megatron.windtunnel.launch import Launcher
+from minicpm_megatron.windtunnel.law_fits import METHODS
+from minicpm_megatron.windtunnel.law_runs import (
+    DECAY_SHARE,
+    POINTS,
+    TOKENS_PER_PARAMETER,
+    ScalingSettings,
+    plan_scaling,
+)
 from minicpm_megatron.windtunnel.queue import Queue
 from minicpm_megatron.windtunnel.rates import (
     PARAMETRIZATIONS,
@@ -29,6 +40,8 @@ DESCRIPTION = """The paper's experiments (arXiv 2404.06395, sections 3 and 4) on
 
   python tools/windtunnel.py lr --recipe R.yaml --sizes 64x4,128x6 --output runs/lr --dry-run
   python tools/windtunnel.py lr --recipe R.yaml --sizes 64x4,128x6 --output runs/lr --workers 2
+  python tools/windtunnel.py scaling-law --recipe R.yaml --sizes 64x4,128x6,256x8 --output runs/law
+  python tools/windtunnel.py fit --csv losses.csv
   python tools/windtunnel.py report --runs runs/lr runs/wsd --output runs/report.md
 
 Every experiment is made of runs of examples/train.py with your recipe and overrides. Killed or stopped, the same
@@ -47,6 +60,8 @@ def parser() -> argparse.ArgumentParser:
     _add_rates(commands)
     _add_decays(commands)
     _add_coordinates(commands)
+    _add_scaling(commands)
+    _add_fit(commands)
     _add_report(commands)
     return result
 
@@ -158,6 +173,93 @@ def _add_decays(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         return plan_decays(base, settings, options.output)
 
     command.set_defaults(run=lambda options, script: _run(options, script, plan))
+
+
+def _add_fit(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "fit",
+        help="the scaling law of losses that you have (section 4.5)",
+        description="Fit L(N, D) = C_N N^-alpha + C_D D^-beta + L0 to losses of any origin, one held-out set after the"
+        " other and their mean, with 95 %% limits by bootstrap, beside the paper's average.",
+    )
+    command.add_argument(
+        "--csv",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="a line a checkpoint: n (parameters without embeddings), d (tokens), loss, and set where there are several"
+        " held-out sets; absolute numbers, not billions",
+    )
+    _add_law(command)
+    command.add_argument("--output", type=Path, help="folder for results.json and pictures (default: print only)")
+    command.set_defaults(run=_fit)
+
+
+def _add_scaling(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "scaling-law",
+        help="the scaling law from one stable run a size (section 4.5)",
+        description="Decays at several amounts of tokens from one stable run of every size; then what `fit` does, with"
+        " the losses per byte of every held-out set. The recipe's schedule gives unit and warmup.",
+    )
+    _add_common(command)
+    command.add_argument(
+        "--sizes", required=True, metavar="WIDTHxLAYERS,...", help="three models or more, for instance 64x4,128x6,256x8"
+    )
+    command.add_argument("--points", type=int, default=POINTS, help="decays of each size (default: %(default)s)")
+    command.add_argument(
+        "--tokens-per-parameter",
+        default=",".join(f"{each:g}" for each in TOKENS_PER_PARAMETER),
+        metavar="LOW,HIGH",
+        help="of the first and the last decay's end (default: %(default)s)",
+    )
+    command.add_argument(
+        "--decay-share", type=float, default=DECAY_SHARE, help="of the tokens, that is decay (default: %(default)s)"
+    )
+    command.add_argument("--shape", default="exponential", help="of the decays (default: %(default)s)")
+    _add_law(command)
+
+    def plan(options: argparse.Namespace, base: Recipe) -> Experiment:
+        settings = ScalingSettings(
+            sizes=_list(options.sizes, _size, "--sizes"),
+            points=options.points,
+            tokens_per_parameter=_list(options.tokens_per_parameter, float, "--tokens-per-parameter"),
+            decay_share=options.decay_share,
+            shape=options.shape,
+            method=options.method,
+            compute=_compute(options.compute),
+        )
+        return plan_scaling(base, settings, options.output)
+
+    command.set_defaults(run=lambda options, script: _run(options, script, plan))
+
+
+def _add_law(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--method",
+        choices=METHODS,
+        default=METHODS[0],
+        help="the fit that findings and pictures speak of; tables have both (default: %(default)s)",
+    )
+    command.add_argument(
+        "--compute",
+        type=float,
+        default=PUBLISHED_COMPUTE,
+        metavar="FLOPS",
+        help="of the compute-optimal model (default: %(default)g, the paper's)",
+    )
+
+
+def _fit(options: argparse.Namespace, script: Path) -> int:
+    results = fit_csv(options.csv, options.method, _compute(options.compute), options.output)
+    print(format_results(results, options.output))
+    return 0
+
+
+def _compute(value: float) -> float:
+    if not 0 < value < math.inf:
+        raise UserError(f"{value} FLOPs are no compute", where="--compute", fix="give a number, for instance 1e21")
+    return value
 
 
 def _add_report(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

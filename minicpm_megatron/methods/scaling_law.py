@@ -66,6 +66,11 @@ class ScalingLaw:
         return _exp(self._log_k)
 
     @property
+    def k_squared(self) -> float:
+        """K^2, the column of figure 10; infinite where that is too large."""
+        return _exp(2 * self._log_k)
+
+    @property
     def eta(self) -> float:
         """(beta - alpha) / (alpha + beta): N_opt / D_opt = K^2 (C / 6)^eta; negative where data deserves more."""
         return (self.beta - self.alpha) / (self.alpha + self.beta)
@@ -96,7 +101,9 @@ class ScalingLaw:
 
     @property
     def _log_k(self) -> float:
-        return math.log(self.alpha * self.c_n / (self.beta * self.c_d)) / (self.alpha + self.beta)
+        # the product of two coefficients that vanish in a resample would be 0
+        upper, lower = math.log(self.alpha) + math.log(self.c_n), math.log(self.beta) + math.log(self.c_d)
+        return (upper - lower) / (self.alpha + self.beta)
 
     def tokens_for(self, n: float, loss: float) -> float:
         """Tokens in 1e9 after which N = `n` reaches `loss`; math.inf where it never does.
@@ -242,10 +249,13 @@ def _best(fit: Callable[[Array], tuple[float, Array]], starts: list[Array], meth
     fits = []
     for start in starts:
         try:
-            fits.append(fit(start))
+            with np.errstate(over="ignore", invalid="ignore"):  # a fit that runs away is left out below
+                objective, values = fit(start)
         except RuntimeError:  # curve_fit's word for no convergence
             continue
-    if not fits or not np.isfinite(fits[0][1]).all():
+        if math.isfinite(objective) and np.isfinite(values).all():
+            fits.append((objective, values))
+    if not fits:
         raise UserError("does not converge", where=f"fit_scaling_law, {method}", fix="look at the losses")
     return ScalingLaw(*(float(value) for value in min(fits, key=lambda pair: pair[0])[1]))
 

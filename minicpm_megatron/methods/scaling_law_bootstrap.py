@@ -68,7 +68,7 @@ class BootstrappedLaw:
         """
         asked: dict[str, Callable[[ScalingLaw], float]] = {
             **{field.name: attrgetter(field.name) for field in fields(ScalingLaw)},
-            "k_squared": lambda law: law.k**2,
+            "k_squared": lambda law: law.k_squared,
             "eta": lambda law: law.eta,
             "tokens_per_parameter": lambda law: law.tokens_per_parameter(compute),
         }

@@ -18,15 +18,13 @@ from typing import Any
 
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.recipe import BatchPlan, Recipe
-from minicpm_megatron.recipe.checks import SHAPES_WITHOUT_HALF_LIFE
+from minicpm_megatron.windtunnel.branching import Timeline, make_branch, make_trunk
 from minicpm_megatron.windtunnel.cells import Cell, make_cell
 from minicpm_megatron.windtunnel.decays_findings import evaluate_decays
 from minicpm_megatron.windtunnel.experiment import Experiment
 
 KIND = "wsd"
 SHARES = (0.025, 0.05, 0.1, 0.2)  # section 4.3 names the first and the third
-HALF_LIVES = 5.0
-"""Half-lives in an exponential decay, which ends at 1/32 of the rate: ours, the wind tunnel's own is not published."""
 _EVALUATIONS, _MOST_EVALUATIONS = 20, 100  # of the longest run, for the curves
 
 
@@ -67,7 +65,6 @@ def plan_decays(base: Recipe, settings: DecaySettings, output: Path) -> Experime
         UserError: a share that is not a step, a decay that would begin in the warmup, an unknown shape, or a batch
             that grows.
     """
-    _require(not base.training.batch_growth, "training.batch_growth", "lengths of decays are shares of equal steps")
     steps = BatchPlan(base).total_steps()
     lengths = Lengths(base, steps, settings.ends)
     ends = {end: lengths.steps(end, "--ends") for end in settings.ends}
@@ -75,15 +72,15 @@ def plan_decays(base: Recipe, settings: DecaySettings, output: Path) -> Experime
         _check_shares(lengths, at, settings.shares)
     cells: list[Cell] = []
     for seed in settings.seeds:
-        trunk = _trunk(base, output, lengths, settings, ends, seed)
+        trunk = _trunk(output, lengths, settings, ends, seed)
         cells.append(trunk)
         for (end, at), share, shape in itertools.product(ends.items(), settings.shares, settings.shapes):
-            cells.append(_branch(base, output, lengths, trunk, end, at, share, shape, seed))
+            cells.append(_branch(output, lengths, trunk, end, at, share, shape, seed))
         for period in settings.all_periods():
-            cells.append(_cosine(base, output, lengths, "cosine", period, seed))
+            cells.append(_cosine(output, lengths, "cosine", period, seed))
         for period in settings.all_periods():
             if period < 1:
-                cells.append(_cosine(base, output, lengths, "cosine_loop", period, seed))
+                cells.append(_cosine(output, lengths, "cosine_loop", period, seed))
     title = f"WSD against Cosine over {steps:,} steps (sections 4.1 to 4.3 of arXiv 2404.06395)"
     return Experiment(KIND, title, asdict(settings), base, tuple(cells), output, evaluate_decays)
 
@@ -101,22 +98,20 @@ def _check_shares(lengths: Lengths, at: int, shares: Sequence[float]) -> None:
     )
 
 
-class Lengths:
-    """Shares of a run as whole steps, and as positions in the unit of its schedule.
+class Lengths(Timeline):
+    """Shares of a run as whole steps.
 
     Attributes:
         total_steps: S.
-        warmup_steps: steps until the full rate.
         interval: steps between evaluations, which meet every one of `ends`.
 
     Raises:
-        UserError: lengths that only evaluations in nearly every step would meet.
+        UserError: the batch grows, or lengths that only evaluations in nearly every step would meet.
     """
 
     def __init__(self, base: Recipe, total_steps: int, ends: Sequence[float]) -> None:
-        self.total_steps, self._plan = total_steps, BatchPlan(base)
-        warmup, tokens = base.schedule.warmup, self._plan.tokens(1)
-        self.warmup_steps = warmup if self._plan.unit == "steps" else -(-warmup // tokens)
+        super().__init__(base)
+        self.total_steps = total_steps
         common = math.gcd(*(round(end * total_steps) for end in ends), total_steps)
         finest = max(1, total_steps // _EVALUATIONS)
         self.interval = max(each for each in range(1, common + 1) if common % each == 0 and each <= finest)
@@ -137,26 +132,14 @@ class Lengths:
         _require(found > self.warmup_steps, where, f"{share:g} of {self.total_steps} steps ends in the warmup")
         return found
 
-    def decay(self, end: int, share: float) -> int:
-        """Steps of a decay that is a share of `end` steps, one at least."""
-        return max(1, round(share * end))
 
-    def position(self, step: int) -> int:
-        """Where a run stands after `step` steps, in the schedule's unit."""
-        return step if self._plan.unit == "steps" else self._plan.tokens(step)
-
-
-def _trunk(
-    base: Recipe, output: Path, lengths: Lengths, settings: DecaySettings, ends: Mapping[float, int], seed: int
-) -> Cell:
-    leaves = sorted({at - lengths.decay(at, share) for at in ends.values() for share in settings.shares})
-    schedule = _schedule(base, "wsd", lengths.position(leaves[-1]), decay=0)
-    overrides = _common(lengths, seed) | {"schedule": schedule, "checkpoint.steps": leaves}
-    return make_cell(base, output, f"trunk-s{seed}", overrides, {"role": "trunk", "seed": seed})
+def _trunk(output: Path, lengths: Lengths, settings: DecaySettings, ends: Mapping[float, int], seed: int) -> Cell:
+    leaves = [at - lengths.decay(at, share) for at in ends.values() for share in settings.shares]
+    labels = {"role": "trunk", "seed": seed}
+    return make_trunk(lengths, output, f"trunk-s{seed}", leaves, _common(lengths, seed), labels)
 
 
 def _branch(
-    base: Recipe,
     output: Path,
     lengths: Lengths,
     trunk: Cell,
@@ -166,33 +149,21 @@ def _branch(
     shape: str,
     seed: int,
 ) -> Cell:
-    first = at - lengths.decay(at, share)
-    decay = lengths.position(at) - lengths.position(first)
-    half_life = None if shape in SHAPES_WITHOUT_HALF_LIFE else decay / HALF_LIVES
-    schedule = _schedule(
-        base, "wsd", lengths.position(at), decay=decay, decay_shape=shape, half_life=half_life, min_lr_ratio=None
-    )
     labels = {"role": "wsd", "end": end, "end_step": at, "share": share, "shape": shape, "seed": seed}
     name = f"wsd-{end:g}-decay{share:g}-{shape}-s{seed}"
-    overrides = _common(lengths, seed) | {"schedule": schedule}
-    return make_cell(base, output, name, overrides, labels, trunk=trunk, first_step=first)
+    return make_branch(lengths, output, name, trunk, at, share, shape, _common(lengths, seed), labels)
 
 
-def _cosine(base: Recipe, output: Path, lengths: Lengths, shape: str, period: float, seed: int) -> Cell:
+def _cosine(output: Path, lengths: Lengths, shape: str, period: float, seed: int) -> Cell:
     until = max(1, round(period * lengths.position(lengths.total_steps)))
-    schedule = _schedule(base, shape, lengths.position(lengths.total_steps), period=until, min_lr_ratio=None)
+    schedule = lengths.schedule(shape, lengths.position(lengths.total_steps), period=until, min_lr_ratio=None)
     labels = {"role": shape, "period": period, "seed": seed}
     overrides = _common(lengths, seed) | {"schedule": schedule}
-    return make_cell(base, output, f"{shape.replace('_', '-')}-T{period:g}-s{seed}", overrides, labels)
+    return make_cell(lengths.base, output, f"{shape.replace('_', '-')}-T{period:g}-s{seed}", overrides, labels)
 
 
 def _common(lengths: Lengths, seed: int) -> dict[str, Any]:
     return {"training.seed": seed, "evaluation.interval": lengths.interval}
-
-
-def _schedule(base: Recipe, shape: str, total: int, **more: Any) -> dict[str, Any]:
-    fields = {"shape": shape, "unit": base.schedule.unit, "warmup": base.schedule.warmup, "total": total}
-    return fields | more
 
 
 def _different(values: Sequence[float]) -> bool:

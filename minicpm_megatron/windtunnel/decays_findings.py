@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minicpm_megatron.methods.intervals import Interval
-from minicpm_megatron.recipe import BatchPlan
 from minicpm_megatron.windtunnel import progress
+from minicpm_megatron.windtunnel.branching import shared_costs
 from minicpm_megatron.windtunnel.decays_picture import COSINES, DECAYS, draw_cosines, draw_decays
 from minicpm_megatron.windtunnel.experiment import Experiment, Findings
 from minicpm_megatron.windtunnel.noise import Noise, noise_of
@@ -138,9 +138,8 @@ def _shares_enough(comparisons: Sequence[Comparison], shape: str) -> list[Findin
 
 def token_costs(experiment: Experiment) -> tuple[int, int]:
     """(trained, separate): tokens of trunks and branches, and of runs of their own that end as the branches do."""
-    wsd = [cell for cell in experiment.cells if cell.labels["role"] in ("trunk", "wsd")]
-    separate = [BatchPlan(cell.recipe).tokens(cell.last_step) for cell in wsd if cell.labels["role"] == "wsd"]
-    return sum(cell.tokens() for cell in wsd), sum(separate)
+    costs = shared_costs(experiment.cells)
+    return costs.tokens, costs.separate_tokens
 
 
 def _one_trunk(experiment: Experiment) -> Finding:

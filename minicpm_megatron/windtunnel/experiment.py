@@ -48,6 +48,7 @@ class Experiment:
         cells: trunks before their branches.
         output: the experiment's folder.
         evaluate: what the cells that are done tell; called when no cell is left, and again by every later start.
+        notes: lines below the plan.
     """
 
     kind: str
@@ -57,6 +58,7 @@ class Experiment:
     cells: tuple[Cell, ...]
     output: Path
     evaluate: Callable[[Experiment], Findings]
+    notes: tuple[str, ...] = ()
 
     def claim(self) -> None:
         """Make the output folder this experiment's, or see that it is.
@@ -127,7 +129,7 @@ def format_plan(experiment: Experiment, flops_per_second: float | None = None, w
     flops = sum(cell.flops() for cell in experiment.cells)
     tokens = sum(cell.tokens() for cell in experiment.cells)
     rows.append((f"{len(experiment.cells)} cells", "", f"{tokens:,}", *_cost(flops, rate and rate * workers), ""))
-    lines = [experiment.title, *aligned(rows)]
+    lines = [experiment.title, *aligned(rows), *experiment.notes]
     if rate is None:
         lines.append("time: not known before the first steps; --flops-per-second gives a rate")
     else:

@@ -158,6 +158,14 @@ def measured(cell: Cell, step: int | None = None) -> Measured:
     )
 
 
+def per_byte(cell: Cell) -> dict[str, float]:
+    """Held-out loss of every set at the cell's last step, nats per byte; empty where it was not reached."""
+    if not is_done(cell) or divergence(cell) is not None:
+        return {}
+    records = read_metrics(cell.folder / METRICS, "evaluation")
+    return {record["set"]: record["loss_per_byte"] for record in records if record["step"] == cell.last_step}
+
+
 def evaluations(cell: Cell) -> list[tuple[int, float]]:
     """(step, mean held-out loss in nats per token) of every evaluation, in order."""
     by_step: dict[int, list[float]] = {}

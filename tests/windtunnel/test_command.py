@@ -12,6 +12,7 @@ from minicpm_megatron.recipe import load_recipe
 from minicpm_megatron.training.metrics import METRICS, read_metrics
 from minicpm_megatron.windtunnel.cells import make_cell
 from minicpm_megatron.windtunnel.launch import Launcher
+from minicpm_megatron.windtunnel.losses_csv import read_losses
 from minicpm_megatron.windtunnel.queue import Queue
 from minicpm_megatron.windtunnel.results import read_results
 from tests.cli.commands import ROOT, command, error_lines, tree, untouched
@@ -19,6 +20,7 @@ from tests.windtunnel.warm import WarmTrainer
 
 LR = ["lr", "--recipe", "recipe.yaml", "--output", "out", "--sizes", "32x1", "--rates", "0.004,0.008,0.016"]
 WSD = ["wsd", "--recipe", "recipe.yaml", "--output", "out", "--shares", "0.1,0.2", "--ends", "1"]
+LAW = ["scaling-law", "--recipe", "recipe.yaml", "--output", "out", "--sizes", "32x1,32x2,48x1"]
 
 
 def test_wsd_on_real_tokens(here: Path, warm: WarmTrainer, capsys: pytest.CaptureFixture[str]) -> None:
@@ -42,6 +44,35 @@ def test_wsd_on_real_tokens(here: Path, warm: WarmTrainer, capsys: pytest.Captur
     assert command("windtunnel.py", "report", "--runs", "out", "--output", "page.md") == 0
     page = (here / "page.md").read_text()
     assert all(finding.claim in page for finding in results.findings) and "](out/decays.png)" in page
+
+
+def test_a_scaling_law_on_real_tokens(here: Path, warm: WarmTrainer, capsys: pytest.CaptureFixture[str]) -> None:
+    more = ["--tokens-per-parameter", "0.05,0.15", "--points", "3", "--launcher", warm.launcher, "--workers", "2"]
+    given = [*LAW, *more, "data.validation={held-out: held-out, seen: tokens}"]
+    assert command("windtunnel.py", *given) == 0
+    text = capsys.readouterr().out
+    assert "[12/12 cells, 100% of the FLOPs" in text and "; as separate runs: " in text
+    results = read_results(here / "out")
+    assert len(results.cells) == 12 and {cell["state"] for cell in results.cells} == {"done"}
+    starts = len(warm.starts(here / "out"))
+    assert starts == 12
+    branch = [record["step"] for record in read_metrics(here / "out" / "cells" / "32x2-0.15N" / METRICS)]
+    trunk = [record["step"] for record in read_metrics(here / "out" / "cells" / "trunk-32x2" / METRICS)]
+    assert branch[0] == trunk[-1] + 1 and trunk[0] == 1  # a decay begins where the trunk ends
+    losses = read_losses(here / "out" / "losses.csv")
+    assert {name: len(each) for name, each in losses.items()} == {"held-out": 9, "seen": 9}
+    evaluations = read_metrics(here / "out" / "cells" / "32x1-0.15N" / METRICS, "evaluation")
+    assert losses["held-out"][2].loss == evaluations[0]["loss_per_byte"]
+    for each in results.pictures:
+        assert (here / "out" / each.file).stat().st_size > 10_000
+    assert "mean of the sets" in text and len(results.pictures) == 3
+
+    assert command("windtunnel.py", *given) == 0  # nothing is left to run
+    assert len(warm.starts(here / "out")) == starts and read_results(here / "out").findings == results.findings
+    capsys.readouterr()
+    assert command("windtunnel.py", "fit", "--csv", "out/losses.csv") == 0
+    fitted = capsys.readouterr().out
+    assert all(finding.ours in fitted for finding in results.findings[:3])
 
 
 @pytest.mark.parametrize("launcher", ["", "deepspeed --num_gpus 2"])
@@ -117,6 +148,14 @@ MISTAKES: dict[str, tuple[list[str], Callable[[Path], object], str]] = {
         untouched,
         "--ends: only evaluations every",
     ),
+    "law: two sizes": ([*LAW, "--sizes", "32x1,32x2"], untouched, "--sizes: not a list of at least 3"),
+    "law: one point": ([*LAW, "--points", "1"], untouched, "--points: 1 of 3 sizes are too few"),
+    "law: falling": ([*LAW, "--tokens-per-parameter", "60,10"], untouched, "--tokens-per-parameter: not two"),
+    "law: in the warmup": ([*LAW, "--tokens-per-parameter", "0.01,1"], untouched, "begins in the 2 steps of warmup"),
+    "law: equal points": ([*LAW, "--tokens-per-parameter", "0.1,0.101"], untouched, "not all different"),
+    "law: all decay": ([*LAW, "--decay-share", "1"], untouched, "--decay-share: 1 is no share"),
+    "law: unknown shape": ([*LAW, "--shape", "steep"], untouched, "schedule.decay_shape"),
+    "law: no compute": ([*LAW, "--compute", "-1"], untouched, "--compute: -1.0 FLOPs are no compute"),
     "report: nothing there": (REPORT, untouched, "out: no results"),
     "report: damaged": (REPORT, results("{"), "results.json: cannot be read as JSON"),
     "report: something else": (REPORT, results("[]"), "results.json: not of the form"),
@@ -137,7 +176,7 @@ def test_each_mistake_is_one_line(name: str, here: Path, capfd: pytest.CaptureFi
     assert tree(here) == before
 
 
-@pytest.mark.parametrize("subcommand", ["lr", "wsd", "coord-check", "report"])
+@pytest.mark.parametrize("subcommand", ["lr", "wsd", "coord-check", "scaling-law", "fit", "report"])
 def test_each_subcommand_explains_itself(subcommand: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert command("windtunnel.py", subcommand, "--help") == 0
     assert f"windtunnel.py {subcommand}" in capsys.readouterr().out

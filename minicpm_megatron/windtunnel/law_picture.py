@@ -1,0 +1,108 @@
+"""Fitted scaling laws as pictures, after figures 9, 10 and 17: one panel a held-out set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from minicpm_megatron.methods.scaling_law import COMPUTE_UNIT, Method
+from minicpm_megatron.storage.picture import offscreen_pyplot, save_picture
+from minicpm_megatron.windtunnel.law_fits import METHODS, SetFits
+from minicpm_megatron.windtunnel.losses import BILLION
+from minicpm_megatron.windtunnel.results import Picture
+
+CONTOUR, SIZES, FITTED = "contour.png", "sizes.png", "fitted.png"
+_MARGIN = 1.6  # of the axes around the points, a factor
+_LEVELS = 14
+_MOST_COLUMNS = 3
+
+
+def draw_law(found: Sequence[SetFits], method: Method, compute: float, output: Path) -> tuple[Picture, ...]:
+    """Write the three pictures into `output`; `method` is the fit that the first two show."""
+    draw_contour(found, method, compute, output / CONTOUR)
+    draw_sizes(found, method, output / SIZES)
+    draw_fitted(found, output / FITTED)
+    return (
+        Picture(CONTOUR, f"L(N, D) by {method}, the points, and the compute-optimal line"),
+        Picture(SIZES, f"Loss of each size over tokens, and its curve by {method}"),
+        Picture(FITTED, "Fitted against measured loss, by both methods"),
+    )
+
+
+def draw_contour(found: Sequence[SetFits], method: Method, compute: float, path: Path) -> Path:
+    """L over N and D, the points in the colour of their loss, N_opt and D_opt; a star at `compute` where it is seen."""
+
+    def draw(figure: Any, axis: Any, each: SetFits) -> None:
+        law, losses = each.fits[method].law, each.losses
+        n = np.geomspace(losses.n.min() / _MARGIN, losses.n.max() * _MARGIN, 120)
+        d = np.geomspace(losses.d.min() / _MARGIN, losses.d.max() * _MARGIN, 120)
+        grid = law.loss(n[None, :], d[:, None])
+        drawn = axis.contourf(n * BILLION, d * BILLION, grid, levels=_LEVELS, cmap="viridis_r")
+        style = {"c": losses.loss, "cmap": drawn.cmap, "norm": drawn.norm, "edgecolors": "black", "linewidths": 0.6}
+        axis.scatter(losses.n * BILLION, losses.d * BILLION, s=28, **style)
+        budgets = np.geomspace(6 * COMPUTE_UNIT * n[0] * d[0], 6 * COMPUTE_UNIT * n[-1] * d[-1], 200)
+        line = np.array([(law.n_opt(budget), law.d_opt(budget)) for budget in budgets])
+        # beyond the window a line would only be clipped
+        line = line[(line[:, 0] > n[0]) & (line[:, 0] < n[-1]) & (line[:, 1] > d[0]) & (line[:, 1] < d[-1])]
+        if len(line):
+            axis.plot(*(line * BILLION).T, color="#d62828", label="compute-optimal")
+        best = law.n_opt(compute), law.d_opt(compute)
+        if n[0] < best[0] < n[-1] and d[0] < best[1] < d[-1]:
+            label = f"{compute:.3g} FLOPs"
+            axis.plot(best[0] * BILLION, best[1] * BILLION, "*", color="#d62828", markersize=11, label=label)
+        axis.set(xscale="log", yscale="log", xlabel="N, parameters without embeddings", ylabel="D, tokens")
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=8, loc="lower right")
+        figure.colorbar(drawn, ax=axis, label="loss")
+
+    return _panels(found, path, draw)
+
+
+def draw_sizes(found: Sequence[SetFits], method: Method, path: Path) -> Path:
+    """Loss over D, a colour a size, with the law's curve of each."""
+
+    def draw(figure: Any, axis: Any, each: SetFits) -> None:
+        law, losses = each.fits[method].law, each.losses
+        colours = offscreen_pyplot().cm.viridis(np.linspace(0, 0.9, len(losses.sizes)))
+        for size, colour in zip(losses.sizes, colours, strict=True):
+            own = losses.n == size
+            d = np.geomspace(losses.d[own].min() / _MARGIN, losses.d[own].max() * _MARGIN, 100)
+            axis.plot(losses.d[own] * BILLION, losses.loss[own], "o", markersize=4, color=colour)
+            axis.plot(d * BILLION, law.loss(size, d), linewidth=1, color=colour, label=f"{size * BILLION:.3g}")
+        axis.set(xscale="log", xlabel="D, tokens", ylabel="loss")
+        axis.legend(frameon=False, fontsize=8, title="N", title_fontsize=8)
+
+    return _panels(found, path, draw)
+
+
+def draw_fitted(found: Sequence[SetFits], path: Path) -> Path:
+    """Each method's fitted loss over the measured one, and the line on which they are equal."""
+
+    def draw(figure: Any, axis: Any, each: SetFits) -> None:
+        ends = [each.losses.loss.min(), each.losses.loss.max()]
+        axis.plot(ends, ends, color="#888888", linewidth=1)
+        for method, marker in zip(METHODS, "ox", strict=True):
+            fit = each.fits[method]
+            label = f"{method}, residual {fit.error:.2g}"
+            axis.plot(each.losses.loss, each.losses.loss - fit.residuals, marker, markersize=5, alpha=0.8, label=label)
+        axis.set(xlabel="measured loss", ylabel="fitted loss")
+        axis.legend(frameon=False, fontsize=8)
+
+    return _panels(found, path, draw)
+
+
+def _panels(found: Sequence[SetFits], path: Path, draw: Callable[[Any, Any, SetFits], None]) -> Path:
+    columns = min(_MOST_COLUMNS, len(found))
+    rows = -(-len(found) // columns)
+    figure, axes = offscreen_pyplot().subplots(
+        rows, columns, figsize=(1 + 4.6 * columns, 3.9 * rows), squeeze=False, layout="constrained"
+    )
+    for axis in axes.flat[len(found) :]:
+        axis.set_visible(False)
+    for axis, each in zip(axes.flat, found, strict=False):
+        draw(figure, axis, each)
+        axis.set_title(each.losses.name, fontsize=10)
+    return save_picture(figure, path)
