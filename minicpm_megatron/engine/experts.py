@@ -50,6 +50,8 @@ def mark(param_groups: list[dict[str, Any]], layout: Layout) -> None:
     """Name the ranks of the divided experts, in DeepSpeed's groups, in the optimizer's and on the parameters."""
     deepspeed_groups._EXPERT_PARALLEL_GROUP.pop(GROUP, None)
     deepspeed_groups._EXPERT_DATA_PARALLEL_GROUP.pop(GROUP, None)
+    # above 1 the norm of experts, which tensor-parallel ranks have parts of, is summed over those, too
+    deepspeed_groups.expert_tensor_parallel_world_size = parallel_state.get_expert_tensor_parallel_world_size()
     if layout.expert_model_parallel_size == 1:
         return
     deepspeed_groups._get_max_expert_size_name = lambda: GROUP  # it reads sizes out of names

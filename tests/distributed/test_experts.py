@@ -45,6 +45,9 @@ BF16 = {
     "PP2 ZeRO 1": {"pp": 2, "zero": 1, "micro": 2, "precision": "bf16"},
 }
 
+# experts over both: DeepSpeed's norm must be told of the tensor-parallel parts
+BF16_FOUR = {"TP2 SP EP2 ZeRO 1": {"tp": 2, "sp": True, "ep": 2, "zero": 1, "precision": "bf16"}}
+
 
 @pytest.fixture(scope="module")
 def reference():
@@ -93,7 +96,7 @@ def test_balance_over_micro_batches_is_the_same_where_they_are(reference):
 
 
 def test_bf16_stays_close_to_fp32(reference):
-    for name, run in run_layouts(2, BF16, model=MODEL).items():
+    for name, run in (run_layouts(2, BF16, model=MODEL) | run_layouts(4, BF16_FOUR, model=MODEL)).items():
         apart = furthest(reference.lines, run.lines)
         print(f"{name}: losses within {apart.loss:.1e} of fp32, gradient norms within {apart.norm:.1e}")
         assert apart.as_bf16_may_be, name
