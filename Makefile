@@ -19,7 +19,7 @@ test: $(STAMP)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest
 
 lint: $(STAMP)
-	@$(BIN)/ruff check . && $(BIN)/mypy minicpm_megatron
+	@$(BIN)/ruff check . && $(BIN)/mypy minicpm_megatron tools
 
 environment: $(STAMP)
 

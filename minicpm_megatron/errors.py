@@ -29,5 +29,11 @@ class UserError(Exception):
         return _rebuild, (self.what, self.where, self.fix)
 
 
+def require(holds: bool, where: str, what: str, fix: str = "") -> None:
+    """Raise UserError(what, where=where, fix=fix) unless `holds`."""
+    if not holds:
+        raise UserError(what, where=where, fix=fix)
+
+
 def _rebuild(what: str, where: str, fix: str) -> UserError:
     return UserError(what, where=where, fix=fix)

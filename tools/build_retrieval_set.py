@@ -11,7 +11,9 @@ again, it goes on where it was.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from minicpm_megatron.cli.entry import run
 from minicpm_megatron.data.haystack import Haystack
@@ -19,6 +21,8 @@ from minicpm_megatron.data.retrieval import TASKS
 from minicpm_megatron.data.retrieval_set import MAX_CORPUS_BYTES, Plan, build_set, write_training_text
 from minicpm_megatron.data.tokenizer import Tokenizer
 from minicpm_megatron.errors import UserError
+
+Number = TypeVar("Number", int, float)
 
 
 def main() -> None:
@@ -62,7 +66,7 @@ def main() -> None:
         print(f"{options.train_samples * len(plan.cells()):,} documents to train on in {path}")
 
 
-def _numbers(text: str, kind: type, option: str) -> list[float]:
+def _numbers(text: str, kind: Callable[[str], Number], option: str) -> list[Number]:
     try:
         return [kind(part) for part in text.split(",")]
     except ValueError:

@@ -30,7 +30,8 @@ def main() -> None:
     if options.equal_flops is not None:
         if len(options.runs) != 2 or options.equal_flops < 1:
             raise UserError("takes two runs and a number of steps", where="--equal-flops")
-        print(equal_flops(*options.runs, options.equal_flops))
+        run_folder, other = options.runs
+        print(equal_flops(run_folder, other, options.equal_flops))
         return
     if options.output is not None and not options.output.resolve().parent.is_dir():
         raise UserError("no such folder", where=str(options.output.parent), fix="give another --output")

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from minicpm_megatron.errors import UserError
+from minicpm_megatron.errors import UserError, require
 from minicpm_megatron.recipe.registry import DECAY_SHAPES
 from minicpm_megatron.recipe.schema import ScheduleRecipe
 
@@ -90,8 +90,8 @@ class Schedule(ABC):
     unit: Literal["steps", "tokens"] = "steps"
 
     def __post_init__(self) -> None:
-        _require(self.total > 0, "schedule.total", f"{self.total} is not a length")
-        _require(0 <= self.warmup <= self.total, "schedule.warmup", f"{self.warmup} does not fit into {self.total}")
+        require(self.total > 0, "schedule.total", f"{self.total} is not a length")
+        require(0 <= self.warmup <= self.total, "schedule.warmup", f"{self.warmup} does not fit into {self.total}")
 
     def factor(self, position: float) -> float:
         """Fraction of the base rate for the update that ends at `position` (> 0); after `total` that of `total`."""
@@ -143,7 +143,7 @@ class WSD(Schedule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require(
+        require(
             0 <= self.decay <= self.total - self.warmup,
             "schedule.decay",
             f"{self.decay} does not fit into {self.total} after a warmup of {self.warmup}",
@@ -157,7 +157,7 @@ class WSD(Schedule):
             except (TypeError, ValueError, ArithmeticError) as error:
                 what = f"{self.decay_shape!r} fails at progress {step / 100}: {type(error).__name__}: {error}"
                 raise UserError(what, where="schedule.decay_shape") from error
-            _require(
+            require(
                 isinstance(value, (int, float)) and 0 <= value <= before,
                 "schedule.decay_shape",
                 f"{self.decay_shape!r} is {value!r} at progress {step / 100}, which is not between 0 and {before}",
@@ -207,7 +207,7 @@ class CosineLoop(Schedule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require(self.period > 0, "schedule.period", f"{self.period} is not a length")
+        require(self.period > 0, "schedule.period", f"{self.period} is not a length")
 
     def _after_warmup(self, position: float) -> float:
         return self.min_lr_ratio + (1 - self.min_lr_ratio) * (1 + math.cos(math.pi * position / self.period)) / 2
@@ -277,12 +277,12 @@ def branch_schedule(
     if not isinstance(trunk, (WSD, Constant)):
         raise UserError(f"{trunk.describe()} has no stable stage to leave", where="schedule.shape")
     stable_end = trunk.stable_end if isinstance(trunk, WSD) else trunk.total
-    _require(
+    require(
         trunk.warmup <= at <= stable_end,
         "schedule",
         f"position {at:,} is not in the trunk's stable stage, {trunk.warmup:,} to {stable_end:,} {trunk.unit}",
     )
-    _require(decay > 0, "schedule.decay", f"{decay} is not a length for a branch")
+    require(decay > 0, "schedule.decay", f"{decay} is not a length for a branch")
     return WSD(
         total=at + decay,
         warmup=trunk.warmup,
@@ -292,8 +292,3 @@ def branch_schedule(
         half_life=half_life,
         min_lr_ratio=min_lr_ratio,
     )
-
-
-def _require(holds: bool, where: str, what: str) -> None:
-    if not holds:
-        raise UserError(what, where=where)

@@ -16,6 +16,21 @@ LOCK = ".lock"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
+def hold_if_free(directory: Path) -> BinaryIO | None:
+    """Make `directory` and take its lock as `hold` does; None where another process holds it.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        return hold(directory)
+    except OSError as error:
+        raise UserError(f"cannot be written: {error.strerror}", where=str(directory)) from None
+    except UserError:
+        return None
+
+
 def hold(directory: Path) -> BinaryIO:
     """Take the lock of `directory`; it is held until the returned file is closed or the process ends.
 

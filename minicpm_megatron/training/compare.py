@@ -12,6 +12,7 @@ from minicpm_megatron.recipe.dump import RECIPE
 from minicpm_megatron.recipe.flops import flops_per_token, run_flops
 from minicpm_megatron.storage.picture import offscreen_pyplot, save_picture
 from minicpm_megatron.training.metrics import METRICS, read_metrics
+from minicpm_megatron.training.text import aligned
 
 _LAST = 10  # steps whose losses are averaged
 
@@ -106,13 +107,7 @@ def format_table(curves: Sequence[RunCurve]) -> str:
         losses = ["-" if loss is None else f"{loss:.4f}" for loss in (curve.loss, *held_out, mean)]
         numbers = [f"{value:,}" for value in (*curve.parameters, curve.first_step, curve.tokens)]
         rows.append([curve.name, *numbers, f"{curve.flops:.3g}", *losses])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(
-            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        )
-        for row in rows
-    )
+    return "\n".join(aligned(rows))
 
 
 def draw(curves: Sequence[RunCurve], path: Path) -> None:

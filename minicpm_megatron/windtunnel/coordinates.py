@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from minicpm_megatron.errors import UserError
+from minicpm_megatron.errors import require
 from minicpm_megatron.methods.intervals import Interval
 from minicpm_megatron.methods.polynomial import fit_line
 from minicpm_megatron.recipe import Recipe
@@ -61,12 +61,12 @@ class CoordinateSettings:
 
     def __post_init__(self) -> None:
         for option, sizes in (("--widths", self.widths), ("--depths", self.depths)):
-            _require(not sizes or len(set(sizes)) == len(sizes) >= 2, option, "not two or more different sizes")
-            _require(min(sizes, default=1) > 0, option, "not all above 0")
-        _require(bool(self.widths or self.depths), "--widths", "nothing to compare: neither --widths nor --depths")
-        _require(len(set(self.seeds)) == len(self.seeds), "--seeds", "not a list of different seeds")
+            require(not sizes or len(set(sizes)) == len(sizes) >= 2, option, "not two or more different sizes")
+            require(min(sizes, default=1) > 0, option, "not all above 0")
+        require(bool(self.widths or self.depths), "--widths", "nothing to compare: neither --widths nor --depths")
+        require(len(set(self.seeds)) == len(self.seeds), "--seeds", "not a list of different seeds")
         for option, count in (("--layers", self.layers), ("--width", self.width), ("--steps", self.steps)):
-            _require(count > 0, option, f"{count} is not above 0")
+            require(count > 0, option, f"{count} is not above 0")
 
 
 def plan_coordinates(base: Recipe, settings: CoordinateSettings, output: Path) -> Experiment:
@@ -75,14 +75,14 @@ def plan_coordinates(base: Recipe, settings: CoordinateSettings, output: Path) -
     Raises:
         UserError: a width that does not divide into heads, or a recipe of several ranks.
     """
-    _require(
+    require(
         base.parallel.tensor_model_parallel_size * base.parallel.context_parallel_size == 1
         and base.parallel.pipeline_model_parallel_size == 1,
         "parallel",
         "the check runs in one process",
         "leave the section out",
     )
-    _require(base.model.num_moe_experts is None, "model.num_moe_experts", "the check is of dense models")
+    require(base.model.num_moe_experts is None, "model.num_moe_experts", "the check is of dense models")
     sizes = [("width", width, settings.layers) for width in settings.widths]
     sizes += [("depth", settings.width, layers) for layers in settings.depths]
     cells = []
@@ -115,12 +115,8 @@ def run_coordinates(experiment: Experiment, say: Callable[[str], None] = print) 
     while left := [cell for cell in left if not progress.is_done(cell)]:
         claimed = False
         for cell in left:
-            try:
-                cell.folder.mkdir(parents=True, exist_ok=True)
-                claim = lock.hold(cell.folder)
-            except OSError as error:
-                raise UserError(f"cannot be written: {error.strerror}", where=str(cell.folder)) from None
-            except UserError:
+            claim = lock.hold_if_free(cell.folder)
+            if claim is None:
                 continue
             with claim:
                 claimed = True
@@ -314,8 +310,3 @@ def _known(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _known(inner) for key, inner in value.items()}
     return value if math.isfinite(value) else None
-
-
-def _require(holds: bool, where: str, what: str, fix: str = "") -> None:
-    if not holds:
-        raise UserError(what, where=where, fix=fix)

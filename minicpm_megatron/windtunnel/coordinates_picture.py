@@ -7,9 +7,9 @@ from pathlib import Path
 
 from minicpm_megatron.storage.picture import offscreen_pyplot, save_picture
 from minicpm_megatron.windtunnel.coordinates_measure import QUANTITIES
+from minicpm_megatron.windtunnel.rates import NAMES
 
 PICTURE = "coordinates.png"
-_NAMES = {"mup": "muP", "standard": "standard"}
 _LINES = {"start": ":", "end": "-", "change": "--"}
 _LEGEND = "dotted: at the start; solid: after the steps; dashed: the change between"
 
@@ -26,7 +26,7 @@ def draw_coordinates(
         len(rows), 2, figsize=(10, 3.8 * len(rows)), sharey="row", squeeze=False, layout="constrained"
     )
     for row, over in zip(axes, rows, strict=True):
-        for axis, name in zip(row, _NAMES, strict=True):
+        for axis, name in zip(row, NAMES, strict=True):
             for number, quantity in enumerate(QUANTITIES):
                 for when, line in _LINES.items():
                     key = (name, over, when, quantity)
@@ -43,7 +43,7 @@ def draw_coordinates(
             axis.set_xscale("log", base=2)
             axis.set_yscale("log")
             axis.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-            axis.set_title(f"{_NAMES[name]}, over {over} (slopes after the steps)", fontsize=10)
+            axis.set_title(f"{NAMES[name]}, over {over} (slopes after the steps)", fontsize=10)
             axis.set_xlabel("layers" if over == "depth" else "width")
             axis.spines[["top", "right"]].set_visible(False)
             if axis.get_legend_handles_labels()[0]:

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from minicpm_megatron.errors import UserError
+from minicpm_megatron.errors import require
 from minicpm_megatron.recipe import BatchPlan, Recipe
 from minicpm_megatron.windtunnel.branching import Timeline, make_branch, make_trunk
 from minicpm_megatron.windtunnel.cells import Cell, make_cell
@@ -47,11 +47,11 @@ class DecaySettings:
     seeds: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        _require(_different(self.ends) and max(self.ends) == 1, "--ends", "not different shares of which 1 is largest")
-        _require(_different(self.shares) and max(self.shares) < 1, "--shares", "not different shares below 1")
-        _require(len(set(self.shapes)) == len(self.shapes), "--shapes", "not different shapes")
-        _require(_different(self.periods), "--periods", "not different positive shares")
-        _require(len(set(self.seeds)) == len(self.seeds), "--seeds", "not different seeds")
+        require(_different(self.ends) and max(self.ends) == 1, "--ends", "not different shares of which 1 is largest")
+        require(_different(self.shares) and max(self.shares) < 1, "--shares", "not different shares below 1")
+        require(len(set(self.shapes)) == len(self.shapes), "--shapes", "not different shapes")
+        require(_different(self.periods), "--periods", "not different positive shares")
+        require(len(set(self.seeds)) == len(self.seeds), "--seeds", "not different seeds")
 
     def all_periods(self) -> tuple[float, ...]:
         """T of every cosine, rising."""
@@ -89,8 +89,8 @@ def _check_shares(lengths: Lengths, at: int, shares: Sequence[float]) -> None:
     decays = [lengths.decay(at, share) for share in shares]
     # a share that rounds to the steps of another would be run twice under two names
     twice = f"two of them are {max(decays, key=decays.count)} of {at} steps"
-    _require(len(set(decays)) == len(decays), "--shares", twice, "lengthen schedule.total")
-    _require(
+    require(len(set(decays)) == len(decays), "--shares", twice, "lengthen schedule.total")
+    require(
         at - max(decays) >= lengths.warmup_steps,
         "--shares",
         f"a decay of {max(decays)} steps before step {at} begins in the warmup",
@@ -115,7 +115,7 @@ class Lengths(Timeline):
         common = math.gcd(*(round(end * total_steps) for end in ends), total_steps)
         finest = max(1, total_steps // _EVALUATIONS)
         self.interval = max(each for each in range(1, common + 1) if common % each == 0 and each <= finest)
-        _require(
+        require(
             self.interval * _MOST_EVALUATIONS >= total_steps,
             "--ends",
             f"only evaluations every {self.interval} of {total_steps} steps would meet all of them",
@@ -129,7 +129,7 @@ class Lengths(Timeline):
             UserError: it ends in the warmup.
         """
         found = round(share * self.total_steps)
-        _require(found > self.warmup_steps, where, f"{share:g} of {self.total_steps} steps ends in the warmup")
+        require(found > self.warmup_steps, where, f"{share:g} of {self.total_steps} steps ends in the warmup")
         return found
 
 
@@ -168,8 +168,3 @@ def _common(lengths: Lengths, seed: int) -> dict[str, Any]:
 
 def _different(values: Sequence[float]) -> bool:
     return len(set(values)) == len(values) >= 1 and all(value > 0 and math.isfinite(value) for value in values)
-
-
-def _require(holds: bool, where: str, what: str, fix: str = "") -> None:
-    if not holds:
-        raise UserError(what, where=where, fix=fix)

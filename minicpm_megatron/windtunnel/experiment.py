@@ -17,11 +17,11 @@ from minicpm_megatron.storage.atomic import write_bytes
 from minicpm_megatron.storage.claim import claim
 from minicpm_megatron.storage.manifest import library_versions
 from minicpm_megatron.training.metrics import duration, human
+from minicpm_megatron.training.text import aligned
 from minicpm_megatron.windtunnel import progress
 from minicpm_megatron.windtunnel.cells import Cell, check_base, check_names, data_fingerprints
 from minicpm_megatron.windtunnel.queue import Outcome
 from minicpm_megatron.windtunnel.results import Finding, Picture, Results, Table, format_results, write_results
-from minicpm_megatron.windtunnel.text import aligned
 
 BASE_RECIPE = "base.yaml"
 _POLL = 0.2  # seconds

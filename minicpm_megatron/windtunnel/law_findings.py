@@ -9,9 +9,10 @@ from operator import attrgetter
 
 from minicpm_megatron.methods.intervals import Interval
 from minicpm_megatron.methods.scaling_law import PUBLISHED, PUBLISHED_COMPUTE, Method, ScalingLaw
+from minicpm_megatron.training.text import number
 from minicpm_megatron.windtunnel.law_fits import METHODS, Fit, SetFits
 from minicpm_megatron.windtunnel.results import Finding, Table, Verdict
-from minicpm_megatron.windtunnel.text import number
+from minicpm_megatron.windtunnel.verdicts import above
 
 PAPER = PUBLISHED["average"]
 HOFFMANN_RATIO = 20.0
@@ -67,13 +68,13 @@ def law_findings(found: Sequence[SetFits], method: Method, compute: float) -> tu
             f"A model deserves more tokens a parameter than the {HOFFMANN_RATIO:g} of Hoffmann et al. (section 4.5)",
             f"{number(paper['D_opt / N_opt'], 5)} at {compute:.3g} FLOPs",
             ratio_text,
-            _above(ratio, HOFFMANN_RATIO),
+            above(ratio, HOFFMANN_RATIO) if ratio else "undecided",
         ),
         Finding(
             "As compute grows, tokens deserve more of it than parameters: eta below 0 (figure 10)",
             f"eta {paper['eta']:g}",
             f"eta {_limits(eta_of(fit.law), eta)} {where}",
-            _above(eta and Interval(-eta.high, -eta.estimate, -eta.low), 0.0),
+            above(Interval(-eta.high, -eta.estimate, -eta.low)) if eta else "undecided",
         ),
     )
 
@@ -131,9 +132,3 @@ def _same_ratio(limits: Interval | None, published: float) -> Verdict:
         return False
     sharp = limits.low > 0 and math.isfinite(limits.high) and limits.high <= SHARP * limits.low
     return True if sharp else "undecided"
-
-
-def _above(limits: Interval | None, value: float) -> Verdict:
-    if limits is None:
-        return "undecided"
-    return True if limits.low > value else False if limits.high < value else "undecided"

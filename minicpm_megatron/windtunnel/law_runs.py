@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from minicpm_megatron.errors import UserError
+from minicpm_megatron.errors import require
 from minicpm_megatron.methods.scaling_law import PARAMETERS, Method
 from minicpm_megatron.recipe import Recipe, count_parameters
 from minicpm_megatron.windtunnel.branching import SharedCosts, Timeline, make_branch, make_trunk, shared_costs
@@ -51,14 +51,14 @@ class ScalingSettings:
 
     def __post_init__(self) -> None:
         different = len(set(self.sizes)) == len(self.sizes) >= LEAST_SIZES
-        _require(different, "--sizes", f"not a list of at least {LEAST_SIZES} different sizes")
+        require(different, "--sizes", f"not a list of at least {LEAST_SIZES} different sizes")
         enough = self.points >= 2 and self.points * len(self.sizes) > PARAMETERS
         told = f"{self.points} of {len(self.sizes)} sizes are too few points for {PARAMETERS} coefficients"
-        _require(enough, "--points", told)
+        require(enough, "--points", told)
         given = self.tokens_per_parameter
         rising = len(given) == 2 and 0 < given[0] < given[1] < math.inf
-        _require(rising, "--tokens-per-parameter", "not two positive numbers of which the second is larger")
-        _require(0 < self.decay_share < 1, "--decay-share", f"{self.decay_share:g} is no share between 0 and 1")
+        require(rising, "--tokens-per-parameter", "not two positive numbers of which the second is larger")
+        require(0 < self.decay_share < 1, "--decay-share", f"{self.decay_share:g} is no share between 0 and 1")
 
     def lengths(self) -> list[float]:
         """D / N of every decay's end, rising."""
@@ -89,9 +89,9 @@ def _of_size(timeline: Timeline, output: Path, settings: ScalingSettings, size: 
     leaves = [end - timeline.decay(end, settings.decay_share) for end in ends]
     fix = "raise --tokens-per-parameter, or make the batch or the warmup smaller"
     what = f"points of {_name(size)} (N = {parameters:,}) end at steps {', '.join(map(str, ends))}"
-    _require(len(set(ends)) == len(ends), "--points", f"{what}, not all different", fix)
+    require(len(set(ends)) == len(ends), "--points", f"{what}, not all different", fix)
     warmup = f"{what}, and the first decay begins in the {timeline.warmup_steps} steps of warmup"
-    _require(leaves[0] >= max(1, timeline.warmup_steps), "--tokens-per-parameter", warmup, fix)
+    require(leaves[0] >= max(1, timeline.warmup_steps), "--tokens-per-parameter", warmup, fix)
     labels = {"width": width, "layers": layers}
     overrides = model | {"evaluation.interval": leaves[-1]}
     trunk = make_trunk(timeline, output, f"trunk-{_name(size)}", leaves, overrides, {"role": "trunk", **labels})
@@ -120,8 +120,3 @@ def _savings(costs: SharedCosts) -> str:
 
 def _name(size: tuple[int, int]) -> str:
     return f"{size[0]}x{size[1]}"
-
-
-def _require(holds: bool, where: str, what: str, fix: str = "") -> None:
-    if not holds:
-        raise UserError(what, where=where, fix=fix)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from minicpm_megatron.errors import UserError
+from minicpm_megatron.training.text import number
 from minicpm_megatron.windtunnel import progress
 from minicpm_megatron.windtunnel.branching import shared_costs
 from minicpm_megatron.windtunnel.cells import Cell
@@ -13,7 +14,6 @@ from minicpm_megatron.windtunnel.law_picture import draw_law
 from minicpm_megatron.windtunnel.losses import Measurement
 from minicpm_megatron.windtunnel.losses_csv import write_losses
 from minicpm_megatron.windtunnel.results import Finding, Table
-from minicpm_megatron.windtunnel.text import number
 
 LOSSES = "losses.csv"
 

@@ -139,12 +139,8 @@ class Queue:
         trunk = self.by_name.get(cell.trunk or "")
         if not progress.can_start(cell, trunk):
             return False
-        try:
-            cell.folder.mkdir(parents=True, exist_ok=True)
-            claim = lock.hold(cell.folder)
-        except OSError as error:
-            raise UserError(f"cannot be written: {error.strerror}", where=str(cell.folder)) from None
-        except UserError:
+        claim = lock.hold_if_free(cell.folder)
+        if claim is None:
             return False
         # the former holder may have finished it since we looked, or have left a trainer that is still saving
         if not self._is_open(cell) or _has_a_trainer(cell):

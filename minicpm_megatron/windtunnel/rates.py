@@ -17,10 +17,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from minicpm_megatron.errors import UserError
+from minicpm_megatron.errors import UserError, require
 from minicpm_megatron.methods.rate_law import RateOptimum, RateShift, optimal_rate, rate_shift
 from minicpm_megatron.recipe import OptimizerRecipe, Recipe
 from minicpm_megatron.recipe.batches import BatchPlan
+from minicpm_megatron.training.text import number
 from minicpm_megatron.windtunnel import progress
 from minicpm_megatron.windtunnel.cells import (
     Cell,
@@ -32,7 +33,6 @@ from minicpm_megatron.windtunnel.cells import (
 from minicpm_megatron.windtunnel.experiment import Experiment, Findings
 from minicpm_megatron.windtunnel.rates_picture import PICTURE, draw_rates
 from minicpm_megatron.windtunnel.results import Finding, Picture, Table, Verdict
-from minicpm_megatron.windtunnel.text import number
 
 KIND = "lr"
 Parametrization = Literal["mup", "standard"]
@@ -67,16 +67,14 @@ class RateSettings:
     tokens_per_parameter: float | None = None
 
     def __post_init__(self) -> None:
-        _require(len(set(self.sizes)) == len(self.sizes) >= 1, "--sizes", "not a list of different sizes")
+        require(len(set(self.sizes)) == len(self.sizes) >= 1, "--sizes", "not a list of different sizes")
         for option, rates in (("--rates", self.rates), ("--standard-rates", self.standard_rates)):
             good = len(set(rates)) == len(rates) >= 3 and all(rate > 0 and math.isfinite(rate) for rate in rates)
-            _require(good, option, "not a list of at least three different positive rates")
-        _require(len(set(self.seeds)) == len(self.seeds) >= 1, "--seeds", "not a list of different seeds")
-        _require(
-            len(set(self.parametrizations)) == len(self.parametrizations) >= 1, "--parametrizations", "given twice"
-        )
+            require(good, option, "not a list of at least three different positive rates")
+        require(len(set(self.seeds)) == len(self.seeds) >= 1, "--seeds", "not a list of different seeds")
+        require(len(set(self.parametrizations)) == len(self.parametrizations) >= 1, "--parametrizations", "given twice")
         per = self.tokens_per_parameter
-        _require(per is None or (per > 0 and math.isfinite(per)), "--tokens-per-parameter", f"{per} is not positive")
+        require(per is None or (per > 0 and math.isfinite(per)), "--tokens-per-parameter", f"{per} is not positive")
 
     def rates_of(self, parametrization: Parametrization) -> tuple[float, ...]:
         """The grid of a parametrisation, rising."""
@@ -307,8 +305,3 @@ def _shift_row(shift: RateShift | None) -> tuple[str, str, str]:
         return ("-", "-", "-")
     limits = shift.slope_interval()
     return (f"{shift.slope:+.3f}", f"{number(limits.low)} to {number(limits.high)}", f"{shift.spread:.2f}")
-
-
-def _require(holds: bool, where: str, what: str) -> None:
-    if not holds:
-        raise UserError(what, where=where)

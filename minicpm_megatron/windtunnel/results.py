@@ -30,7 +30,7 @@ from typing import Any, Literal
 
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.storage.atomic import write_json
-from minicpm_megatron.windtunnel.text import aligned
+from minicpm_megatron.training.text import aligned
 
 RESULTS = "results.json"
 FORMAT = "minicpm_megatron wind tunnel 1"

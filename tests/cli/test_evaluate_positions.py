@@ -7,27 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from minicpm_megatron.data.preprocess import preprocess
-from minicpm_megatron.data.tokenizer_training import train_tokenizer
-from minicpm_megatron.storage.sharded import write_single
 from tests.cli.commands import Mistake, check_mistake, command_with, tree, untouched
-from tests.convert.conftest import random_tensors, small_model
-from tests.data.conftest import texts, write_jsonl
+from tests.evaluation.small import write_model_and_tokens
 
-PIECES, LENGTH = 600, 60
+LENGTH = 60
 EVALUATE = {"--checkpoint": "model", "--data": "tokens", "--length": str(LENGTH), "--output": "out"}
 
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Tokens and a model."""
-    folder = tmp_path_factory.mktemp("sound")
-    corpus = write_jsonl(folder / "corpus.jsonl", texts(100))
-    train_tokenizer([str(corpus)], PIECES, folder / "tokenizer", show_progress=False)
-    preprocess([str(corpus)], folder / "tokenizer", folder / "tokens", workers=1, show_progress=False)
-    model = small_model(vocab_size=PIECES, num_layers=1)
-    write_single(folder / "model", random_tensors(model).items(), model.model_dump(mode="json"), {"step": 0})
-    return folder
+    return write_model_and_tokens(tmp_path_factory.mktemp("sound"))
 
 
 def test_the_command_goes_on_and_reads_what_changed_anew(here: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -11,15 +11,11 @@ import torch
 
 from minicpm_megatron.convert.generation import Generator
 from minicpm_megatron.data.megatron_dataset import open_indexed_dataset
-from minicpm_megatron.data.preprocess import preprocess
-from minicpm_megatron.data.tokenizer_training import train_tokenizer
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.evaluation.positions import position_ranges, read_curve, read_windows
-from minicpm_megatron.storage.sharded import write_single
-from tests.convert.conftest import random_tensors, small_model
-from tests.data.conftest import texts, write_jsonl
+from tests.evaluation.small import write_model_and_tokens
 
-PIECES, LENGTH = 600, 60
+LENGTH = 60
 
 
 class Further:
@@ -58,13 +54,7 @@ def test_a_sequence_beyond_the_context_or_the_vocabulary_is_refused() -> None:
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Tokens and a model."""
-    folder = tmp_path_factory.mktemp("sound")
-    corpus = write_jsonl(folder / "corpus.jsonl", texts(100))
-    train_tokenizer([str(corpus)], PIECES, folder / "tokenizer", show_progress=False)
-    preprocess([str(corpus)], folder / "tokenizer", folder / "tokens", workers=1, show_progress=False)
-    model = small_model(vocab_size=PIECES, num_layers=1)
-    write_single(folder / "model", random_tensors(model).items(), model.model_dump(mode="json"), {"step": 0})
-    return folder
+    return write_model_and_tokens(tmp_path_factory.mktemp("sound"))
 
 
 def test_windows_lie_within_documents_and_do_not_overlap(sound: Path) -> None:

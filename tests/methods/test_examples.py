@@ -3,44 +3,29 @@
 from __future__ import annotations
 
 import doctest
+import importlib
 import re
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
-from minicpm_megatron.methods import (
-    batch_size_law,
-    decay_statistics,
-    economics,
-    intervals,
-    loss_envelope,
-    polynomial,
-    rate_law,
-    scaling_law,
-    scaling_law_bootstrap,
+MODULES = (
+    "batch_size_law",
+    "decay_statistics",
+    "economics",
+    "intervals",
+    "loss_envelope",
+    "polynomial",
+    "rate_law",
+    "scaling_law",
+    "scaling_law_bootstrap",
 )
-
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "laws.md"
 
 
-@pytest.mark.parametrize(
-    "module",
-    [
-        batch_size_law,
-        decay_statistics,
-        economics,
-        intervals,
-        loss_envelope,
-        polynomial,
-        rate_law,
-        scaling_law,
-        scaling_law_bootstrap,
-    ],
-    ids=lambda module: module.__name__.split(".")[-1],
-)
-def test_the_examples_in_the_docstrings(module: ModuleType) -> None:
-    done = doctest.testmod(module)
+@pytest.mark.parametrize("name", MODULES)
+def test_the_examples_in_the_docstrings(name: str) -> None:
+    done = doctest.testmod(importlib.import_module(f"minicpm_megatron.methods.{name}"))
     assert done.attempted and not done.failed
 
 

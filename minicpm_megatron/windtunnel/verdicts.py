@@ -1,0 +1,16 @@
+"""What limits say about a claim."""
+
+from __future__ import annotations
+
+from minicpm_megatron.methods.intervals import Interval
+from minicpm_megatron.windtunnel.results import Verdict
+
+
+def above(limits: Interval, value: float = 0.0) -> Verdict:
+    """Whether a number lies above a value."""
+    return True if limits.low > value else False if limits.high < value else "undecided"
+
+
+def at_most(limits: Interval, margin: float) -> Verdict:
+    """Whether a difference is no more than a margin above 0."""
+    return True if limits.high < margin else False if limits.low > margin else "undecided"
