@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from minicpm_megatron.cli.entry import run
-from minicpm_megatron.cli.windtunnel import main
+from minicpm_megatron.cli.windtunnel.main import main
 
 TRAIN = Path(__file__).resolve().parents[1] / "examples" / "train.py"
 

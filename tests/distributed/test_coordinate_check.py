@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from minicpm_megatron.windtunnel.coordinates_measure import QUANTITIES
+from minicpm_megatron.windtunnel.coordinates.measure import QUANTITIES
 from tests.distributed.launch import run_on_ranks
 
 # from four heads on: with one or two, attention is larger than in the limit (slope -0.14 over 64 to 512)
@@ -36,7 +36,7 @@ def measure(cases: list[dict], tensor_parallel: int, zero_stage: int) -> list[di
     """Sizes at the start and after STEPS steps of every case {"width", "layers", "head_factor", "depth_scale"}."""
     from minicpm_megatron.parallel import groups
     from minicpm_megatron.recipe import build
-    from minicpm_megatron.windtunnel import coordinates_measure
+    from minicpm_megatron.windtunnel.coordinates.measure import measure as measure_model
 
     world = int(os.environ["WORLD_SIZE"])
     results = []
@@ -75,7 +75,7 @@ def measure(cases: list[dict], tensor_parallel: int, zero_stage: int) -> list[di
             groups.initialize(layout, init_method=f"file://{os.environ['MINICPM_TEST_STORE']}")
         *batches, probe = text_batches(STEPS + 1)
         spoil = None if case["head_factor"] else without_the_heads_factor
-        found = coordinates_measure.measure(recipe, layout, batches, probe, spoil=spoil)
+        found = measure_model(recipe, layout, batches, probe, spoil=spoil)
         results.append({**case, "start": found.start, "end": found.end})
     return results
 

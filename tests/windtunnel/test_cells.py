@@ -11,7 +11,7 @@ from minicpm_megatron.errors import UserError
 from minicpm_megatron.methods.mup import mup_table, residual_multiplier
 from minicpm_megatron.windtunnel.cells import STANDARD_INIT_STD, check_names, make_cell, model_of_size
 from minicpm_megatron.windtunnel.experiment import format_plan
-from minicpm_megatron.windtunnel.rates import RateSettings, plan_rates
+from minicpm_megatron.windtunnel.rates.sweep import RateSettings, plan_rates
 from tests.windtunnel.pretended import base
 
 SETTINGS = RateSettings(

@@ -12,7 +12,7 @@ from minicpm_megatron.recipe import load_recipe
 from minicpm_megatron.training.metrics import METRICS, read_metrics
 from minicpm_megatron.windtunnel.cells import make_cell
 from minicpm_megatron.windtunnel.launch import Launcher
-from minicpm_megatron.windtunnel.losses_csv import read_losses
+from minicpm_megatron.windtunnel.law.losses_csv import read_losses
 from minicpm_megatron.windtunnel.queue import Queue
 from minicpm_megatron.windtunnel.results import read_results
 from tests.cli.commands import ROOT, command, error_lines, tree, untouched

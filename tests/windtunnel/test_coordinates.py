@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from minicpm_megatron.storage.atomic import write_json
-from minicpm_megatron.windtunnel.coordinates import (
+from minicpm_megatron.windtunnel.coordinates.check import (
     COORDINATES,
     CoordinateSettings,
     averaged,
@@ -18,7 +18,7 @@ from minicpm_megatron.windtunnel.coordinates import (
     plan_coordinates,
     slopes_of,
 )
-from minicpm_megatron.windtunnel.coordinates_measure import QUANTITIES
+from minicpm_megatron.windtunnel.coordinates.measure import QUANTITIES
 from minicpm_megatron.windtunnel.results import read_results
 from tests.cli.commands import command, error_lines, tree
 from tests.windtunnel.pretended import base, pretend

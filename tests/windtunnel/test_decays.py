@@ -7,8 +7,8 @@ import pytest
 
 from minicpm_megatron.methods.economics import trunk_tokens
 from minicpm_megatron.methods.schedules import build_schedule
-from minicpm_megatron.windtunnel.decays import DecaySettings, plan_decays
-from minicpm_megatron.windtunnel.decays_findings import compare, token_costs
+from minicpm_megatron.windtunnel.decays.comparison import DecaySettings, plan_decays
+from minicpm_megatron.windtunnel.decays.findings import compare, token_costs
 from minicpm_megatron.windtunnel.noise import noise_of
 from tests.windtunnel.pretended import base, pretend
 

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from minicpm_megatron.methods.scaling_law import PUBLISHED, coefficients, fit_scaling_law
-from minicpm_megatron.windtunnel.fit import fit_csv
-from minicpm_megatron.windtunnel.law_findings import law_findings
-from minicpm_megatron.windtunnel.law_fits import fit_sets
-from minicpm_megatron.windtunnel.losses import Measurement
-from minicpm_megatron.windtunnel.losses_csv import read_losses, write_losses
+from minicpm_megatron.windtunnel.law.findings import law_findings
+from minicpm_megatron.windtunnel.law.fit_csv import fit_csv
+from minicpm_megatron.windtunnel.law.fits import fit_sets
+from minicpm_megatron.windtunnel.law.losses import Measurement
+from minicpm_megatron.windtunnel.law.losses_csv import read_losses, write_losses
 from minicpm_megatron.windtunnel.results import read_results
 from tests.cli.commands import command, error_lines, tree
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from minicpm_megatron.windtunnel.rates import RateSettings, plan_rates, read_sweeps, shift_of
+from minicpm_megatron.windtunnel.rates.sweep import RateSettings, plan_rates, read_sweeps, shift_of
 from minicpm_megatron.windtunnel.results import format_markdown, format_results, read_results, write_results
 from tests.windtunnel.pretended import base, pretend
 

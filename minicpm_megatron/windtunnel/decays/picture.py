@@ -12,7 +12,7 @@ from minicpm_megatron.windtunnel import progress
 from minicpm_megatron.windtunnel.cells import Cell
 
 if TYPE_CHECKING:
-    from minicpm_megatron.windtunnel.decays_findings import Comparison
+    from minicpm_megatron.windtunnel.decays.findings import Comparison
     from minicpm_megatron.windtunnel.experiment import Experiment
 
 COSINES, DECAYS = "cosines.png", "decays.png"

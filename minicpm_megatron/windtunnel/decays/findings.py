@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from minicpm_megatron.methods.intervals import Interval
 from minicpm_megatron.windtunnel import progress
 from minicpm_megatron.windtunnel.branching import shared_costs
-from minicpm_megatron.windtunnel.decays_picture import COSINES, DECAYS, draw_cosines, draw_decays
+from minicpm_megatron.windtunnel.decays.picture import COSINES, DECAYS, draw_cosines, draw_decays
 from minicpm_megatron.windtunnel.experiment import Experiment, Findings
 from minicpm_megatron.windtunnel.noise import Noise, noise_of
 from minicpm_megatron.windtunnel.results import Finding, Picture, Table, Verdict

@@ -10,7 +10,7 @@ from operator import attrgetter
 from minicpm_megatron.methods.intervals import Interval
 from minicpm_megatron.methods.scaling_law import PUBLISHED, PUBLISHED_COMPUTE, Method, ScalingLaw
 from minicpm_megatron.training.text import number
-from minicpm_megatron.windtunnel.law_fits import METHODS, Fit, SetFits
+from minicpm_megatron.windtunnel.law.fits import METHODS, Fit, SetFits
 from minicpm_megatron.windtunnel.results import Finding, Table, Verdict
 from minicpm_megatron.windtunnel.verdicts import above
 

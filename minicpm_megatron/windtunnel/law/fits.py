@@ -12,7 +12,7 @@ from minicpm_megatron.errors import UserError
 from minicpm_megatron.methods.intervals import Interval
 from minicpm_megatron.methods.scaling_law import PARAMETERS, Array, Method, ScalingLaw, fit_scaling_law
 from minicpm_megatron.methods.scaling_law_bootstrap import BootstrappedLaw, bootstrap
-from minicpm_megatron.windtunnel.losses import MEAN, LossSet, Sets, mean_over_sets
+from minicpm_megatron.windtunnel.law.losses import MEAN, LossSet, Sets, mean_over_sets
 
 METHODS: tuple[Method, ...] = get_args(Method)
 LEAST_DOF = 3

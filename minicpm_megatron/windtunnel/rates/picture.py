@@ -13,7 +13,7 @@ from minicpm_megatron.methods.rate_law import RateShift
 from minicpm_megatron.storage.picture import offscreen_pyplot, save_picture
 
 if TYPE_CHECKING:
-    from minicpm_megatron.windtunnel.rates import Sweep
+    from minicpm_megatron.windtunnel.rates.sweep import Sweep
 
 PICTURE = "rates.png"
 _TITLES = {"mup": "muP", "standard": "standard parametrisation"}

@@ -8,11 +8,11 @@ from minicpm_megatron.windtunnel import progress
 from minicpm_megatron.windtunnel.branching import shared_costs
 from minicpm_megatron.windtunnel.cells import Cell
 from minicpm_megatron.windtunnel.experiment import Experiment, Findings
-from minicpm_megatron.windtunnel.law_findings import law_findings, law_tables
-from minicpm_megatron.windtunnel.law_fits import fit_sets
-from minicpm_megatron.windtunnel.law_picture import draw_law
-from minicpm_megatron.windtunnel.losses import Measurement
-from minicpm_megatron.windtunnel.losses_csv import write_losses
+from minicpm_megatron.windtunnel.law.findings import law_findings, law_tables
+from minicpm_megatron.windtunnel.law.fits import fit_sets
+from minicpm_megatron.windtunnel.law.losses import Measurement
+from minicpm_megatron.windtunnel.law.losses_csv import write_losses
+from minicpm_megatron.windtunnel.law.picture import draw_law
 from minicpm_megatron.windtunnel.results import Finding, Table
 
 LOSSES = "losses.csv"

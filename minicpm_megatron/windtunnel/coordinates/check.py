@@ -26,11 +26,11 @@ from minicpm_megatron.storage import lock
 from minicpm_megatron.storage.atomic import write_json
 from minicpm_megatron.windtunnel import progress
 from minicpm_megatron.windtunnel.cells import Cell, make_cell, model_of_size, standard_parametrization
-from minicpm_megatron.windtunnel.coordinates_measure import QUANTITIES, Coordinates, measure
-from minicpm_megatron.windtunnel.coordinates_picture import PICTURE, draw_coordinates
+from minicpm_megatron.windtunnel.coordinates.measure import QUANTITIES, Coordinates, measure
+from minicpm_megatron.windtunnel.coordinates.picture import PICTURE, draw_coordinates
 from minicpm_megatron.windtunnel.experiment import Experiment, Findings
 from minicpm_megatron.windtunnel.queue import Outcome
-from minicpm_megatron.windtunnel.rates import NAMES, PARAMETRIZATIONS
+from minicpm_megatron.windtunnel.rates.sweep import NAMES, PARAMETRIZATIONS
 from minicpm_megatron.windtunnel.results import Finding, Picture, Table, Verdict
 
 KIND = "coord-check"

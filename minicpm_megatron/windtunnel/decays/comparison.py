@@ -20,7 +20,7 @@ from minicpm_megatron.errors import require
 from minicpm_megatron.recipe import BatchPlan, Recipe
 from minicpm_megatron.windtunnel.branching import Timeline, make_branch, make_trunk
 from minicpm_megatron.windtunnel.cells import Cell, make_cell
-from minicpm_megatron.windtunnel.decays_findings import evaluate_decays
+from minicpm_megatron.windtunnel.decays.findings import evaluate_decays
 from minicpm_megatron.windtunnel.experiment import Experiment
 
 KIND = "wsd"

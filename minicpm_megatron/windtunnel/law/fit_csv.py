@@ -9,10 +9,10 @@ from minicpm_megatron.methods.scaling_law import Method
 from minicpm_megatron.storage.checksum import file_sha256
 from minicpm_megatron.storage.claim import claim
 from minicpm_megatron.storage.manifest import library_versions
-from minicpm_megatron.windtunnel.law_findings import law_findings, law_tables
-from minicpm_megatron.windtunnel.law_fits import fit_sets
-from minicpm_megatron.windtunnel.law_picture import draw_law
-from minicpm_megatron.windtunnel.losses_csv import read_losses
+from minicpm_megatron.windtunnel.law.findings import law_findings, law_tables
+from minicpm_megatron.windtunnel.law.fits import fit_sets
+from minicpm_megatron.windtunnel.law.losses_csv import read_losses
+from minicpm_megatron.windtunnel.law.picture import draw_law
 from minicpm_megatron.windtunnel.results import Picture, Results, write_results
 
 KIND = "fit"
@@ -22,7 +22,7 @@ def fit_csv(path: Path, method: Method, compute: float, output: Path | None) -> 
     """Fit every set of a CSV and the mean of the sets; with `output` write results.json and the pictures there.
 
     Args:
-        path: see `losses_csv`.
+        path: see `law.losses_csv`.
         method: the fit that findings and pictures speak of; tables have both.
         compute: FLOPs of the compute-optimal model.
 

@@ -10,8 +10,8 @@ import numpy as np
 
 from minicpm_megatron.methods.scaling_law import COMPUTE_UNIT, Method
 from minicpm_megatron.storage.picture import offscreen_pyplot, save_picture
-from minicpm_megatron.windtunnel.law_fits import METHODS, SetFits
-from minicpm_megatron.windtunnel.losses import BILLION
+from minicpm_megatron.windtunnel.law.fits import METHODS, SetFits
+from minicpm_megatron.windtunnel.law.losses import BILLION
 from minicpm_megatron.windtunnel.results import Picture
 
 CONTOUR, SIZES, FITTED = "contour.png", "sizes.png", "fitted.png"

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from minicpm_megatron.storage.picture import offscreen_pyplot, save_picture
-from minicpm_megatron.windtunnel.coordinates_measure import QUANTITIES
-from minicpm_megatron.windtunnel.rates import NAMES
+from minicpm_megatron.windtunnel.coordinates.measure import QUANTITIES
+from minicpm_megatron.windtunnel.rates.sweep import NAMES
 
 PICTURE = "coordinates.png"
 _LINES = {"start": ":", "end": "-", "change": "--"}

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.storage.atomic import write_bytes
-from minicpm_megatron.windtunnel.losses import LossSet, Measurement, Sets
+from minicpm_megatron.windtunnel.law.losses import LossSet, Measurement, Sets
 
 COLUMNS = ("n", "d", "loss")
 SET = "set"

@@ -19,7 +19,7 @@ from minicpm_megatron.recipe import Recipe, count_parameters
 from minicpm_megatron.windtunnel.branching import SharedCosts, Timeline, make_branch, make_trunk, shared_costs
 from minicpm_megatron.windtunnel.cells import Cell, make_cell, model_of_size
 from minicpm_megatron.windtunnel.experiment import Experiment
-from minicpm_megatron.windtunnel.law_runs_findings import evaluate_scaling
+from minicpm_megatron.windtunnel.law.runs_findings import evaluate_scaling
 
 KIND = "scaling-law"
 POINTS, TOKENS_PER_PARAMETER = 6, (10.0, 60.0)  # section 4.5: 10 N to 60 N

@@ -31,7 +31,7 @@ from minicpm_megatron.windtunnel.cells import (
     standard_parametrization,
 )
 from minicpm_megatron.windtunnel.experiment import Experiment, Findings
-from minicpm_megatron.windtunnel.rates_picture import PICTURE, draw_rates
+from minicpm_megatron.windtunnel.rates.picture import PICTURE, draw_rates
 from minicpm_megatron.windtunnel.results import Finding, Picture, Table, Verdict
 
 KIND = "lr"

@@ -1,0 +1,1 @@
+"""The command line of tools/windtunnel.py: one module a subcommand."""

@@ -1,0 +1,47 @@
+"""`tools/windtunnel.py coord-check`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from minicpm_megatron.cli.train import only_our_lines
+from minicpm_megatron.cli.windtunnel.options import Subparsers, add_recipe_options, parse_list, say
+from minicpm_megatron.recipe import load_recipe
+from minicpm_megatron.windtunnel.coordinates.check import CoordinateSettings, plan_coordinates, run_coordinates
+from minicpm_megatron.windtunnel.experiment import format_plan, run_experiment
+
+
+def add(commands: Subparsers) -> None:
+    """Add the subcommand."""
+    command = commands.add_parser(
+        "coord-check",
+        help="do activations and logits keep their size over width and depth? (Table 7)",
+        description="Sizes of activations, of their changes and of logits after a few steps over widths and depths, in"
+        " muP and in standard parametrisation, on the recipe's own tokens, rate and batch.",
+    )
+    add_recipe_options(command)
+    command.add_argument("--widths", default="128,256,512", help="of models of --layers (default: %(default)s)")
+    command.add_argument("--layers", type=int, default=3, help="of the models of --widths (default: %(default)s)")
+    command.add_argument("--depths", default="2,4,8,16", help="layers of models of --width (default: %(default)s)")
+    command.add_argument("--width", type=int, default=128, help="of the models of --depths (default: %(default)s)")
+    command.add_argument("--steps", type=int, default=10, help="of training (default: %(default)s)")
+    command.add_argument("--seeds", default="1", help="seeds of each model (default: %(default)s)")
+    command.set_defaults(run=_run_coordinates)
+
+
+def _run_coordinates(options: argparse.Namespace, script: Path) -> int:
+    settings = CoordinateSettings(
+        widths=parse_list(options.widths, int, "--widths") if options.widths else (),
+        layers=options.layers,
+        depths=parse_list(options.depths, int, "--depths") if options.depths else (),
+        width=options.width,
+        steps=options.steps,
+        seeds=parse_list(options.seeds, int, "--seeds"),
+    )
+    experiment = plan_coordinates(load_recipe(options.recipe, options.overrides), settings, options.output)
+    if options.dry_run:
+        print(format_plan(experiment))
+        return 0
+    only_our_lines()
+    return run_experiment(experiment, lambda: run_coordinates(experiment, say), say)

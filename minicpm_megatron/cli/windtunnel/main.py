@@ -1,0 +1,53 @@
+"""The parser of tools/windtunnel.py, made of those of its subcommands."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+from minicpm_megatron.cli.windtunnel import coordinates, decays, fit, rates, report, scaling_law
+
+DESCRIPTION = """The paper's experiments (arXiv 2404.06395, sections 3 and 4) on models as small as your machine wants.
+
+  python tools/windtunnel.py lr --recipe R.yaml --sizes 64x4,128x6 --output runs/lr --dry-run
+  python tools/windtunnel.py lr --recipe R.yaml --sizes 64x4,128x6 --output runs/lr --workers 2
+  python tools/windtunnel.py scaling-law --recipe R.yaml --sizes 64x4,128x6,256x8 --output runs/law
+  python tools/windtunnel.py fit --csv losses.csv
+  python tools/windtunnel.py report --runs runs/lr runs/wsd --output runs/report.md
+
+Every experiment is made of runs of examples/train.py with your recipe and overrides. Killed or stopped, the same
+command goes on where it was; started several times on a shared folder, on one machine or many, the runs are divided
+between the starts. docs/windtunnel.md says what each measures and where it stands in the paper."""
+
+SUBCOMMANDS = (rates, decays, coordinates, scaling_law, fit, report)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser; `--help` of each subcommand is its documentation."""
+    raw = argparse.RawDescriptionHelpFormatter
+    result = argparse.ArgumentParser(description=DESCRIPTION, formatter_class=raw)
+    commands = result.add_subparsers(dest="command", required=True, metavar="SUBCOMMAND")
+    for module in SUBCOMMANDS:
+        module.add(commands)
+    return result
+
+
+def main(script: Path, arguments: list[str] | None = None) -> int:
+    """Run the command; returns its exit status.
+
+    Args:
+        script: examples/train.py, which trains the cells.
+
+    Raises:
+        UserError: the input is wrong.
+    """
+    command = parser()
+    options, left = command.parse_known_args(arguments)
+    # overrides that stand apart; argparse itself takes only those that stand together
+    if left and ("overrides" not in options or any(word.startswith("-") for word in left)):
+        command.error(f"unrecognized arguments: {' '.join(left)}")
+    if left:
+        options.overrides += left
+    run: Callable[[argparse.Namespace, Path], int] = options.run
+    return run(options, script)

@@ -1,0 +1,64 @@
+"""`tools/windtunnel.py scaling-law`."""
+
+from __future__ import annotations
+
+import argparse
+
+from minicpm_megatron.cli.windtunnel.options import (
+    Subparsers,
+    add_law_options,
+    add_queue_options,
+    parse_compute,
+    parse_list,
+    parse_size,
+    run_queue,
+)
+from minicpm_megatron.recipe import Recipe
+from minicpm_megatron.windtunnel.experiment import Experiment
+from minicpm_megatron.windtunnel.law.runs import (
+    DECAY_SHARE,
+    POINTS,
+    TOKENS_PER_PARAMETER,
+    ScalingSettings,
+    plan_scaling,
+)
+
+
+def add(commands: Subparsers) -> None:
+    """Add the subcommand."""
+    command = commands.add_parser(
+        "scaling-law",
+        help="the scaling law from one stable run a size (section 4.5)",
+        description="Decays at several amounts of tokens from one stable run of every size; then what `fit` does, with"
+        " the losses per byte of every held-out set. The recipe's schedule gives unit and warmup.",
+    )
+    add_queue_options(command)
+    command.add_argument(
+        "--sizes", required=True, metavar="WIDTHxLAYERS,...", help="three models or more, for instance 64x4,128x6,256x8"
+    )
+    command.add_argument("--points", type=int, default=POINTS, help="decays of each size (default: %(default)s)")
+    command.add_argument(
+        "--tokens-per-parameter",
+        default=",".join(f"{each:g}" for each in TOKENS_PER_PARAMETER),
+        metavar="LOW,HIGH",
+        help="of the first and the last decay's end (default: %(default)s)",
+    )
+    command.add_argument(
+        "--decay-share", type=float, default=DECAY_SHARE, help="of the tokens, that is decay (default: %(default)s)"
+    )
+    command.add_argument("--shape", default="exponential", help="of the decays (default: %(default)s)")
+    add_law_options(command)
+
+    def plan(options: argparse.Namespace, base: Recipe) -> Experiment:
+        settings = ScalingSettings(
+            sizes=parse_list(options.sizes, parse_size, "--sizes"),
+            points=options.points,
+            tokens_per_parameter=parse_list(options.tokens_per_parameter, float, "--tokens-per-parameter"),
+            decay_share=options.decay_share,
+            shape=options.shape,
+            method=options.method,
+            compute=parse_compute(options.compute),
+        )
+        return plan_scaling(base, settings, options.output)
+
+    command.set_defaults(run=lambda options, script: run_queue(options, script, plan))

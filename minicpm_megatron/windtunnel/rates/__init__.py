@@ -1,0 +1,1 @@
+"""The best learning rate over sizes (section 3.3)."""
