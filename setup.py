@@ -16,7 +16,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["minicpm_megatron", "minicpm_megatron.*"]),
-    package_data={"minicpm_megatron.data": ["sample_texts/*"]},
+    package_data={"minicpm_megatron.data": ["sample_texts/*"], "minicpm_megatron.windtunnel.report": ["*.j2"]},
     python_requires=">=3.11,<3.13",
     install_requires=REQUIREMENTS,
     extras_require={

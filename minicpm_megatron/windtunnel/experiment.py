@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.recipe import Recipe, dump_recipe, recipe_hash
@@ -20,9 +20,11 @@ from minicpm_megatron.training.metrics import duration, human
 from minicpm_megatron.training.text import aligned
 from minicpm_megatron.windtunnel import progress
 from minicpm_megatron.windtunnel.cells import Cell, check_base, check_names, data_fingerprints
+from minicpm_megatron.windtunnel.machine import describe_machine
 from minicpm_megatron.windtunnel.queue import Outcome
 from minicpm_megatron.windtunnel.results import Finding, Picture, Results, Table, format_results, write_results
 
+Ended = Literal["done", "stopped", "failed"]
 BASE_RECIPE = "base.yaml"
 _POLL = 0.2  # seconds
 
@@ -97,6 +99,7 @@ class Experiment:
             tables=found.tables,
             pictures=found.pictures,
             cells=tuple(self._cell_values(cell) for cell in self.cells),
+            machine=describe_machine(),
         )
 
     def _cell_values(self, cell: Cell) -> dict[str, Any]:
@@ -158,7 +161,7 @@ def run_experiment(
     say: Callable[[str], None] = print,
     *,
     workers: int = 1,
-) -> int:
+) -> Ended:
     """Run what is left of an experiment and write its results.
 
     Args:
@@ -166,7 +169,7 @@ def run_experiment(
         workers: cells at once, for the plan.
 
     Returns:
-        Exit status: 0 all cells are done, or the command was stopped and can be started again; 1 a cell failed.
+        "done" with all cells, "stopped" before all were tried, "failed" where one has.
 
     Raises:
         UserError: the output is another experiment's or cannot be written, tokens are missing, the launcher cannot
@@ -179,14 +182,14 @@ def run_experiment(
     outcome = run()
     if outcome.stopped:
         say(f"stopped with {len(outcome.done)} of {len(experiment.cells)} cells done; start again to go on")
-        return 0
+        return "stopped"
     _report_failures(outcome, say)
     if outcome.done:
         with _turn(experiment.output):
             results = experiment.results()
             write_results(results, experiment.output)
         say(format_results(results, experiment.output))
-    return 1 if outcome.failed or outcome.blocked else 0
+    return "failed" if outcome.failed or outcome.blocked else "done"
 
 
 def _report_failures(outcome: Outcome, say: Callable[[str], None]) -> None:

@@ -8,6 +8,7 @@
       "recipe":   sha256 of the base recipe (recipe.recipe_hash)
       "data":     prefix -> sha256 of its tokens
       "versions": library -> version
+      "machine":  what the results were evaluated on: processor and cores, or GPUs
       "findings": [{"claim", "paper", "ours", "agrees"}]     agrees: true, false or "undecided"
       "tables":   [{"title", "columns": [text], "rows": [[text]]}]
       "pictures": [{"file", "caption"}]                      file: below the experiment's folder
@@ -23,7 +24,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -85,6 +86,7 @@ class Results:
     tables: tuple[Table, ...] = ()
     pictures: tuple[Picture, ...] = ()
     cells: tuple[Mapping[str, Any], ...] = field(default_factory=tuple)
+    machine: str = ""
 
 
 def write_results(results: Results, output: Path) -> Path:
@@ -139,25 +141,6 @@ def format_results(results: Results, folder: Path | None = None) -> str:
         lines += ["", *(f"picture: {folder / picture.file}" for picture in results.pictures)]
         lines.append(f"results: {folder / RESULTS}")
     return "\n".join(lines)
-
-
-def format_markdown(all_results: Sequence[tuple[Path, Results]], base: Path) -> str:
-    """Several experiments as one Markdown page whose pictures are linked relative to `base`."""
-    lines = ["# Wind tunnel", "", "| experiment | claim | paper | ours | agrees |", "| --- | --- | --- | --- | --- |"]
-    for _, results in all_results:
-        for each in results.findings:
-            verdict = {True: "yes", False: "no"}.get(each.agrees, "undecided")  # type: ignore[arg-type]
-            lines.append(f"| {results.kind} | {each.claim} | {each.paper} | {each.ours} | {verdict} |")
-    for folder, results in all_results:
-        lines += ["", f"## {results.title}"]
-        for table in results.tables:
-            lines += ["", table.title, "", "| " + " | ".join(table.columns) + " |", "| --- " * len(table.columns) + "|"]
-            lines += ["| " + " | ".join(row) + " |" for row in table.rows]
-        for picture in results.pictures:
-            place = (folder / picture.file).resolve()
-            shown = place.relative_to(base.resolve()) if place.is_relative_to(base.resolve()) else place
-            lines += ["", f"![{picture.caption}]({shown})"]
-    return "\n".join(lines) + "\n"
 
 
 def _finite(value: Any) -> Any:

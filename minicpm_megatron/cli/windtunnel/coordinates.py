@@ -6,10 +6,10 @@ import argparse
 from pathlib import Path
 
 from minicpm_megatron.cli.train import only_our_lines
-from minicpm_megatron.cli.windtunnel.options import Subparsers, add_recipe_options, parse_list, say
-from minicpm_megatron.recipe import load_recipe
+from minicpm_megatron.cli.windtunnel.options import Subparsers, add_recipe_options, parse_list, planned, say
+from minicpm_megatron.recipe import Recipe
 from minicpm_megatron.windtunnel.coordinates.check import CoordinateSettings, plan_coordinates, run_coordinates
-from minicpm_megatron.windtunnel.experiment import format_plan, run_experiment
+from minicpm_megatron.windtunnel.experiment import Ended, Experiment, format_plan, run_experiment
 
 
 def add(commands: Subparsers) -> None:
@@ -27,21 +27,25 @@ def add(commands: Subparsers) -> None:
     command.add_argument("--width", type=int, default=128, help="of the models of --depths (default: %(default)s)")
     command.add_argument("--steps", type=int, default=10, help="of training (default: %(default)s)")
     command.add_argument("--seeds", default="1", help="seeds of each model (default: %(default)s)")
-    command.set_defaults(run=_run_coordinates)
+
+    def plan(options: argparse.Namespace, base: Recipe) -> Experiment:
+        settings = CoordinateSettings(
+            widths=parse_list(options.widths, int, "--widths") if options.widths else (),
+            layers=options.layers,
+            depths=parse_list(options.depths, int, "--depths") if options.depths else (),
+            width=options.width,
+            steps=options.steps,
+            seeds=parse_list(options.seeds, int, "--seeds"),
+        )
+        return plan_coordinates(base, settings, options.output)
+
+    command.set_defaults(run=_run, plan=plan)
 
 
-def _run_coordinates(options: argparse.Namespace, script: Path) -> int:
-    settings = CoordinateSettings(
-        widths=parse_list(options.widths, int, "--widths") if options.widths else (),
-        layers=options.layers,
-        depths=parse_list(options.depths, int, "--depths") if options.depths else (),
-        width=options.width,
-        steps=options.steps,
-        seeds=parse_list(options.seeds, int, "--seeds"),
-    )
-    experiment = plan_coordinates(load_recipe(options.recipe, options.overrides), settings, options.output)
+def _run(options: argparse.Namespace, script: Path) -> Ended:
+    experiment = planned(options)
     if options.dry_run:
         print(format_plan(experiment))
-        return 0
+        return "done"
     only_our_lines()
     return run_experiment(experiment, lambda: run_coordinates(experiment, say), say)

@@ -46,4 +46,4 @@ def add(commands: Subparsers) -> None:
         )
         return plan_decays(base, settings, options.output)
 
-    command.set_defaults(run=lambda options, script: run_queue(options, script, plan))
+    command.set_defaults(run=run_queue, plan=plan)

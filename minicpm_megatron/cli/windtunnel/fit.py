@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from minicpm_megatron.cli.windtunnel.options import Subparsers, add_law_options, parse_compute
+from minicpm_megatron.windtunnel.experiment import Ended
 from minicpm_megatron.windtunnel.law.fit_csv import fit_csv
 from minicpm_megatron.windtunnel.results import format_results
 
@@ -31,7 +32,7 @@ def add(commands: Subparsers) -> None:
     command.set_defaults(run=_fit)
 
 
-def _fit(options: argparse.Namespace, script: Path) -> int:
+def _fit(options: argparse.Namespace, script: Path) -> Ended:
     results = fit_csv(options.csv, options.method, parse_compute(options.compute), options.output)
     print(format_results(results, options.output))
-    return 0
+    return "done"

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
-from minicpm_megatron.cli.windtunnel import coordinates, decays, fit, rates, report, scaling_law
+from minicpm_megatron.cli.windtunnel import coordinates, decays, everything, fit, rates, report, scaling_law
+from minicpm_megatron.cli.windtunnel.options import Run
+from minicpm_megatron.errors import UserError
+from minicpm_megatron.windtunnel.experiment import Ended
 
 DESCRIPTION = """The paper's experiments (arXiv 2404.06395, sections 3 and 4) on models as small as your machine wants.
 
@@ -14,33 +18,42 @@ DESCRIPTION = """The paper's experiments (arXiv 2404.06395, sections 3 and 4) on
   python tools/windtunnel.py lr --recipe R.yaml --sizes 64x4,128x6 --output runs/lr --workers 2
   python tools/windtunnel.py scaling-law --recipe R.yaml --sizes 64x4,128x6,256x8 --output runs/law
   python tools/windtunnel.py fit --csv losses.csv
-  python tools/windtunnel.py report --runs runs/lr runs/wsd --output runs/report.md
+  python tools/windtunnel.py report --runs runs/lr runs/wsd --output runs/report.html
+  python tools/windtunnel.py all --plan examples/windtunnel/cpu.yaml --output runs/windtunnel
 
 Every experiment is made of runs of examples/train.py with your recipe and overrides. Killed or stopped, the same
 command goes on where it was; started several times on a shared folder, on one machine or many, the runs are divided
 between the starts. docs/windtunnel.md says what each measures and where it stands in the paper."""
 
 SUBCOMMANDS = (rates, decays, coordinates, scaling_law, fit, report)
+STATUS: dict[Ended, int] = {"done": 0, "stopped": 0, "failed": 1}
+
+
+class Parser(argparse.ArgumentParser):
+    """Mistakes end as those in recipes do: in one line, whoever made them."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise UserError."""
+        raise UserError(message, where=self.prog, fix="--help says more")
 
 
 def parser() -> argparse.ArgumentParser:
     """The parser; `--help` of each subcommand is its documentation."""
-    raw = argparse.RawDescriptionHelpFormatter
-    result = argparse.ArgumentParser(description=DESCRIPTION, formatter_class=raw)
+    result: argparse.ArgumentParser = Parser(
+        description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = result.add_subparsers(dest="command", required=True, metavar="SUBCOMMAND")
     for module in SUBCOMMANDS:
         module.add(commands)
+    everything.add(commands, parse)
     return result
 
 
-def main(script: Path, arguments: list[str] | None = None) -> int:
-    """Run the command; returns its exit status.
-
-    Args:
-        script: examples/train.py, which trains the cells.
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Options of the command line.
 
     Raises:
-        UserError: the input is wrong.
+        UserError: an argument is unknown, missing or cannot be read.
     """
     command = parser()
     options, left = command.parse_known_args(arguments)
@@ -49,5 +62,18 @@ def main(script: Path, arguments: list[str] | None = None) -> int:
         command.error(f"unrecognized arguments: {' '.join(left)}")
     if left:
         options.overrides += left
-    run: Callable[[argparse.Namespace, Path], int] = options.run
-    return run(options, script)
+    return options
+
+
+def main(script: Path, arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit status: 1 where a run has failed.
+
+    Args:
+        script: examples/train.py, which trains the cells.
+
+    Raises:
+        UserError: the input is wrong.
+    """
+    options = parse(arguments)
+    run: Run = options.run
+    return STATUS[run(options, script)]

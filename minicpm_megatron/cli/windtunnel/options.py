@@ -11,13 +11,14 @@ from typing import TypeAlias, TypeVar
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.methods.scaling_law import PUBLISHED_COMPUTE
 from minicpm_megatron.recipe import Recipe, load_recipe
-from minicpm_megatron.windtunnel.experiment import Experiment, format_plan, run_experiment
+from minicpm_megatron.windtunnel.experiment import Ended, Experiment, format_plan, run_experiment
 from minicpm_megatron.windtunnel.launch import Launcher
 from minicpm_megatron.windtunnel.law.fits import METHODS
 from minicpm_megatron.windtunnel.queue import Queue
 
 T = TypeVar("T")
 Plan = Callable[[argparse.Namespace, Recipe], Experiment]
+Run = Callable[[argparse.Namespace, Path], Ended]
 Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
@@ -30,8 +31,13 @@ def add_recipe_options(command: argparse.ArgumentParser) -> None:
 
 
 def add_queue_options(command: argparse.ArgumentParser) -> None:
-    """Those of add_recipe_options, and how its runs are shared out."""
+    """Those of add_recipe_options and of add_launch_options."""
     add_recipe_options(command)
+    add_launch_options(command)
+
+
+def add_launch_options(command: argparse.ArgumentParser) -> None:
+    """How runs are started and shared out."""
     command.add_argument("--workers", type=int, default=1, help="runs at once on this machine (default: 1)")
     command.add_argument(
         "--launcher",
@@ -50,16 +56,26 @@ def add_queue_options(command: argparse.ArgumentParser) -> None:
     )
 
 
-def run_queue(options: argparse.Namespace, script: Path, plan: Plan) -> int:
-    """Plan the experiment, and print the plan or run it; returns the exit status."""
+def planned(options: argparse.Namespace) -> Experiment:
+    """The experiment that was asked for.
+
+    Raises:
+        UserError: the recipe or an option is wrong.
+    """
+    experiment: Experiment = options.plan(options, load_recipe(options.recipe, options.overrides))
+    return experiment
+
+
+def run_queue(options: argparse.Namespace, script: Path) -> Ended:
+    """Plan the experiment, and print the plan or have the trainer run its cells."""
     launcher = Launcher.of(script, options.launcher, options.workers, options.devices)
     rate = options.flops_per_second
     if rate is not None and not rate > 0:
         raise UserError(f"{rate} is no rate", where="--flops-per-second", fix="give FLOP/s, for instance 2e14")
-    experiment = plan(options, load_recipe(options.recipe, options.overrides))
+    experiment = planned(options)
     if options.dry_run:
         print(format_plan(experiment, rate, launcher.workers))
-        return 0
+        return "done"
     queue = Queue(experiment.cells, launcher, say)
     return run_experiment(experiment, queue.run, say, workers=launcher.workers)
 

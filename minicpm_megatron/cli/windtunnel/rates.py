@@ -65,7 +65,7 @@ def add(commands: Subparsers) -> None:
         )
         return plan_rates(base, settings, options.output)
 
-    command.set_defaults(run=lambda options, script: run_queue(options, script, plan))
+    command.set_defaults(run=run_queue, plan=plan)
 
 
 def _parametrization(text: str) -> Parametrization:

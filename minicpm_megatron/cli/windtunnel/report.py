@@ -8,7 +8,13 @@ from pathlib import Path
 from minicpm_megatron.cli.windtunnel.options import Subparsers
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.storage.atomic import write_bytes
-from minicpm_megatron.windtunnel.results import format_markdown, format_results, read_results
+from minicpm_megatron.windtunnel.experiment import Ended
+from minicpm_megatron.windtunnel.report.facts import find_results
+from minicpm_megatron.windtunnel.report.html_page import format_html
+from minicpm_megatron.windtunnel.report.markdown import format_markdown
+from minicpm_megatron.windtunnel.results import format_results
+
+PAGES = (".html", ".md")
 
 
 def add(commands: Subparsers) -> None:
@@ -18,18 +24,25 @@ def add(commands: Subparsers) -> None:
         help="print what experiments found, or write it as one page",
         description="Read results.json of experiments that have ended; nothing is run or measured again.",
     )
-    command.add_argument("--runs", type=Path, nargs="+", required=True, help="folders of experiments")
-    command.add_argument("--output", type=Path, help="Markdown page to write (.md)")
+    command.add_argument(
+        "--runs", type=Path, nargs="+", required=True, help="folders of experiments, or a folder with such folders"
+    )
+    command.add_argument(
+        "--output", type=Path, help="page to write: .html (one file, pictures inside) or .md (links to the pictures)"
+    )
     command.set_defaults(run=_report)
 
 
-def _report(options: argparse.Namespace, script: Path) -> int:
-    found = [(folder, read_results(folder)) for folder in options.runs]
+def _report(options: argparse.Namespace, script: Path) -> Ended:
+    found = find_results(options.runs)
     if options.output is None:
         print("\n\n".join(format_results(results, folder) for folder, results in found))
-        return 0
+        return "done"
+    if options.output.suffix not in PAGES:
+        raise UserError("not a page that can be written", where=str(options.output), fix="end it in .html or .md")
     if not options.output.resolve().parent.is_dir() or options.output.is_dir():
         raise UserError("cannot be written", where=str(options.output), fix="give a file in a folder that exists")
-    write_bytes(options.output, format_markdown(found, options.output.parent).encode())
+    page = format_html(found) if options.output.suffix == ".html" else format_markdown(found, options.output.parent)
+    write_bytes(options.output, page.encode())
     print(f"report: {options.output}")
-    return 0
+    return "done"

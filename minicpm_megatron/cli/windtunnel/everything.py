@@ -1,0 +1,145 @@
+"""`tools/windtunnel.py all`: the experiments of a plan, one after the other, and their report."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from minicpm_megatron.cli.windtunnel.options import (
+    Subparsers,
+    add_launch_options,
+    planned,
+    say,
+)
+from minicpm_megatron.errors import UserError
+from minicpm_megatron.recipe import yaml_text
+from minicpm_megatron.storage.atomic import write_bytes
+from minicpm_megatron.training.metrics import human
+from minicpm_megatron.windtunnel.experiment import Ended, Experiment
+from minicpm_megatron.windtunnel.report.facts import find_results
+from minicpm_megatron.windtunnel.report.html_page import format_html
+from minicpm_megatron.windtunnel.report.markdown import format_markdown
+
+Parse = Callable[[Sequence[str]], argparse.Namespace]
+PAGE = "report"
+DESCRIPTION = """Run the experiments of a plan, one after the other, and write DIR/report.html and DIR/report.md.
+
+The plan is a YAML file: `recipe`, and under `experiments` one entry an experiment, whose name is its folder in DIR:
+
+  recipe: examples/recipes/windtunnel-cpu.yaml
+  experiments:
+    lr: {sizes: [64x4, 128x6], seeds: [1, 2]}
+    wsd-long: {command: wsd, seeds: [1, 2], overrides: [schedule.total=400]}
+
+Keys are the options of the subcommand (`command`, or the name of the entry). All entries are checked before the first
+one starts. An experiment of which a run fails does not keep the others from being run. Started again, it goes on."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One experiment of a plan: its name, its options, and what they ask for."""
+
+    name: str
+    options: argparse.Namespace
+    experiment: Experiment
+
+
+def add(commands: Subparsers, parse: Parse) -> None:
+    """Add the subcommand; `parse` reads the command line of any other."""
+    command = commands.add_parser(
+        "all",
+        help="all experiments of a plan, and their report",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_argument("--plan", type=Path, required=True, metavar="FILE", help="YAML file of experiments")
+    command.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of their folders")
+    command.add_argument("--only", metavar="NAME,...", help="these experiments of the plan (default: all)")
+    command.add_argument("--dry-run", action="store_true", help="print what each takes and what all take, and exit")
+    add_launch_options(command)
+    command.set_defaults(run=lambda options, script: _run_all(options, script, parse))
+
+
+def _run_all(options: argparse.Namespace, script: Path, parse: Parse) -> Ended:
+    entries = _read_plan(options, parse)
+    if options.dry_run:
+        for entry in entries:
+            say(f"== {entry.name}")
+            entry.options.run(entry.options, script)
+        say(f"== all: {_total([entry.experiment for entry in entries])}")
+        return "done"
+    say(_total([entry.experiment for entry in entries]))
+    ended: list[Ended] = []
+    for number, entry in enumerate(entries, start=1):
+        say(f"== {entry.name} ({number} of {len(entries)})")
+        try:
+            ended.append(entry.options.run(entry.options, script))
+        except UserError as error:  # the others can still be run: nobody may be there to start them again
+            say(f"failed: {entry.name}: {error}")
+            ended.append("failed")
+        if ended[-1] == "stopped":
+            return "stopped"
+        _write_report(options.output, entries)
+    return "failed" if "failed" in ended else "done"
+
+
+def _write_report(output: Path, entries: Sequence[Entry]) -> None:
+    with_results = [entry.options.output for entry in entries if (entry.options.output / "results.json").exists()]
+    if not with_results:
+        return
+    found = find_results(with_results)
+    write_bytes(output / f"{PAGE}.html", format_html(found).encode())
+    write_bytes(output / f"{PAGE}.md", format_markdown(found, output).encode())
+    say(f"report: {output / PAGE}.html")
+
+
+def _read_plan(options: argparse.Namespace, parse: Parse) -> list[Entry]:
+    path: Path = options.plan
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"not UTF-8 text (byte {error.start})", where=str(path)) from None
+    except OSError as error:
+        raise UserError(f"cannot read the plan: {error.strerror}", where=str(path)) from None
+    plan = yaml_text.parse(text, source=str(path)).value
+    form = "a plan has `recipe`, a path, and `experiments`, a mapping of names; see --help"
+    if not isinstance(plan, dict) or set(plan) != {"recipe", "experiments"} or not isinstance(plan["recipe"], str):
+        raise UserError("not a plan", where=str(path), fix=form)
+    given = plan["experiments"]
+    if not isinstance(given, dict) or not given or not all(isinstance(each, dict) for each in given.values()):
+        raise UserError("not a mapping of experiments", where=f"{path}: experiments", fix=form)
+    names = list(given) if options.only is None else options.only.split(",")
+    for name in names:
+        if name not in given or Path(name).name != name:
+            raise UserError(f"no experiment {name!r} of a plan", where=str(path), fix=f"it has {', '.join(given)}")
+    return [_entry(name, given[name], plan["recipe"], options, parse) for name in names]
+
+
+def _entry(name: str, values: dict[str, Any], recipe: str, options: argparse.Namespace, parse: Parse) -> Entry:
+    rest = dict(values)
+    words = [str(rest.pop("command", name)), "--recipe", recipe, "--output", str(options.output / name)]
+    overrides = rest.pop("overrides", [])
+    for key, value in rest.items():
+        words.append(f"--{key}={','.join(map(str, value)) if isinstance(value, list) else value}")
+    words += map(str, overrides)
+    try:
+        if not isinstance(overrides, list):
+            raise UserError("overrides are not a list", fix="write [section.key=value, ...]")
+        found = parse(words)
+        if "plan" not in found:
+            raise UserError(f"{words[0]} is no experiment")
+        for key in ("workers", "launcher", "devices", "flops_per_second"):
+            setattr(found, key, getattr(options, key))
+        found.dry_run = options.dry_run
+        return Entry(name, found, planned(found))
+    except UserError as error:
+        raise UserError(f"{error}", where=f"{options.plan}: {name}") from None
+
+
+def _total(experiments: Sequence[Experiment]) -> str:
+    cells = [cell for each in experiments for cell in each.cells]
+    tokens, flops = sum(cell.tokens() for cell in cells), sum(cell.flops() for cell in cells)
+    return f"{len(experiments)} experiments, {len(cells)} runs, {tokens:,} tokens, {human(flops)}FLOPs"
