@@ -57,6 +57,7 @@ def add(commands: Subparsers, parse: Parse) -> None:
     )
     command.add_argument("--plan", type=Path, required=True, metavar="FILE", help="YAML file of experiments")
     command.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of their folders")
+    command.add_argument("--recipe", metavar="FILE", help="in place of the plan's recipe")
     command.add_argument("--only", metavar="NAME,...", help="these experiments of the plan (default: all)")
     command.add_argument("--dry-run", action="store_true", help="print what each takes and what all take, and exit")
     add_launch_options(command)
@@ -115,7 +116,7 @@ def _read_plan(options: argparse.Namespace, parse: Parse) -> list[Entry]:
     for name in names:
         if name not in given or Path(name).name != name:
             raise UserError(f"no experiment {name!r} of a plan", where=str(path), fix=f"it has {', '.join(given)}")
-    return [_entry(name, given[name], plan["recipe"], options, parse) for name in names]
+    return [_entry(name, given[name], options.recipe or plan["recipe"], options, parse) for name in names]
 
 
 def _entry(name: str, values: dict[str, Any], recipe: str, options: argparse.Namespace, parse: Parse) -> Entry:
