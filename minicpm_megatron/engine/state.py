@@ -50,23 +50,26 @@ class EngineState:
         self.inner: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
         self._unwrapped_masters = _masters_of_unfused(optimizer)
 
-    def fragments(self) -> Iterator[Fragment]:
-        """What this rank must save: together the ranks' fragments hold every element once."""
+    def owned(self) -> Iterator[tuple[Parameter, ShardSpec, Piece]]:
+        """What this rank answers for: together the ranks' pieces hold every element of the model once."""
         for parameter, spec in self._parameters():
-            first_replica = experts.replica_of(parameter) == 0
-            if getattr(parameter, "ds_pipe_replicated", False):  # the first stage saves what the last ties to
+            if getattr(parameter, "ds_pipe_replicated", False):  # the first stage answers for what the last ties to
                 continue
             if spec.dim is None and parallel_state.get_tensor_model_parallel_rank() != 0:
                 continue
-            for piece in self._pieces(parameter):
-                if not self._partitioned(parameter) and not first_replica:
-                    continue
-                yield Fragment(spec, WEIGHT, piece.start, piece.master.detach())
-                state = self.inner.state.get(piece.owner, {})
-                for kind in MOMENTS:
-                    if kind in state:
-                        moment = state[kind].view(-1).narrow(0, piece.offset, piece.master.numel())
-                        yield Fragment(spec, kind, piece.start, moment.detach())
+            if self._partitioned(parameter) or experts.replica_of(parameter) == 0:
+                for piece in self._pieces(parameter):
+                    yield parameter, spec, piece
+
+    def fragments(self) -> Iterator[Fragment]:
+        """What this rank must save."""
+        for _, spec, piece in self.owned():
+            yield Fragment(spec, WEIGHT, piece.start, piece.master.detach())
+            state = self.inner.state.get(piece.owner, {})
+            for kind in MOMENTS:
+                if kind in state:
+                    moment = state[kind].view(-1).narrow(0, piece.offset, piece.master.numel())
+                    yield Fragment(spec, kind, piece.start, moment.detach())
 
     def updates(self) -> int:
         """Optimizer steps taken so far (Adam's bias correction counts them)."""

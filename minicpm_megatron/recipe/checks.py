@@ -98,6 +98,7 @@ def check_recipe(recipe: Recipe) -> None:
     _check_curriculum(recipe)
     _check_batches(recipe)
     check_schedule(recipe.schedule)
+    _check_gradient_statistics(recipe)
     for field, answer in (("non_finite", recipe.faults.non_finite), ("spike", recipe.faults.spike)):
         refuse_unless(
             answer != "rollback" or recipe.checkpoint.interval is not None,
@@ -281,6 +282,16 @@ def _check_curriculum(recipe: Recipe) -> None:
             "list the parts in the order they happen",
         )
         until = part.until
+
+
+def _check_gradient_statistics(recipe: Recipe) -> None:
+    asked = recipe.logging.gradient_statistics
+    refuse_unless(
+        asked.last_step is None or asked.first_step <= asked.last_step,
+        "logging.gradient_statistics.last_step",
+        f"{asked.last_step} is before the first step, {asked.first_step}",
+        "give a later one, or null for the end of the run",
+    )
 
 
 def batch_sizes(recipe: Recipe) -> Iterator[tuple[str, int]]:

@@ -29,7 +29,8 @@ class MemoryEstimate:
 
     Attributes:
         weights: parameters in the precision of forward and backward.
-        gradients: what is kept of them from one micro-batch to the next.
+        gradients: what is kept of them from one micro-batch to the next, and what logging.gradient_statistics keeps
+            of gradients and weights from one step to the next.
         optimizer: Adam's two moments and the fp32 master weights.
         activations: kept from forward to backward for every micro-batch in flight.
         working: the more of what the loss holds (a chunk of logits, or all; the head's gradient) and what the backward
@@ -107,6 +108,8 @@ def stage_memory(recipe: Recipe, layout: Layout, stage: Stage, *, fused_norm: bo
         gradients += FP32 * count / replicas if zero >= 2 else element * count
         gradients += FP32 * count if zero == 1 and half else 0
         optimizer += (12 if half or zero >= 1 else 8) * count / (replicas if zero >= 1 else 1)
+        if recipe.deepspeed.offload_optimizer == "none":
+            gradients += _statistics_bytes(recipe) * count / (replicas if zero >= 1 else 1)
     if recipe.deepspeed.offload_optimizer != "none":
         optimizer = 0.0
     if recipe.deepspeed.offload_param != "none":
@@ -129,11 +132,20 @@ def stage_memory(recipe: Recipe, layout: Layout, stage: Stage, *, fused_norm: bo
 
 
 def offloaded_bytes(recipe: Recipe, layout: Layout) -> int:
-    """Host memory that offload takes for each rank: masters, moments and their fp32 gradients, and weights."""
-    size = FP32 * 4 if recipe.deepspeed.offload_optimizer != "none" else 0
+    """Host memory that offload takes for each rank: masters, moments and their fp32 gradients, what
+    logging.gradient_statistics keeps beside them, and weights."""
+    size = FP32 * 4 + _statistics_bytes(recipe) if recipe.deepspeed.offload_optimizer != "none" else 0
     size += ELEMENT_BYTES[recipe.training.precision] if recipe.deepspeed.offload_param != "none" else 0
     stages = (parameters_on_rank(recipe.model, layout, stage) for stage in pipeline_stages(recipe, layout))
     return round(size * max(sum(count / replicas for count, replicas in stage) for stage in stages))
+
+
+def _statistics_bytes(recipe: Recipe) -> int:
+    """Bytes a parameter that logging.gradient_statistics keeps: an fp32 weight, and a gradient in fp32, or without ZeRO
+    in the precision of the run. Without ZeRO only the first of the ranks that hold the same keeps any."""
+    if recipe.logging.gradient_statistics.interval is None:
+        return 0
+    return FP32 + (FP32 if recipe.deepspeed.zero_stage >= 1 else ELEMENT_BYTES[recipe.training.precision])
 
 
 def parameters_on_rank(model: ModelRecipe, layout: Layout, stage: Stage) -> list[tuple[float, int]]:

@@ -340,6 +340,18 @@ class FaultsRecipe(Section):
     """Steps skipped in a row, or rollbacks to one checkpoint; one more ends the run."""
 
 
+class GradientStatisticsRecipe(Section):
+    """Statistics of consecutive gradients (section 4.4 of the paper)."""
+
+    interval: Count | None = None
+    """Steps between measurements; null for none. Each costs a pass over gradients and weights, and from a measured step
+    to the one after it a copy of both."""
+    first_step: Count = 1
+    """The first step that may be measured."""
+    last_step: Count | None = None
+    """The last step that may be measured; null is the end of the run."""
+
+
 class LoggingRecipe(Section):
     """What is seen."""
 
@@ -347,6 +359,8 @@ class LoggingRecipe(Section):
     """Steps between lines."""
     tensorboard: bool = True
     """Write TensorBoard's event files into the run's folder."""
+    gradient_statistics: GradientStatisticsRecipe = Field(default_factory=GradientStatisticsRecipe)
+    """Which steps are measured."""
 
 
 class RunRecipe(Section):

@@ -1,9 +1,9 @@
 """What a run tells: one readable line on the console, metrics.jsonl for programs, TensorBoard for eyes.
 
 Only rank 0 writes. metrics.jsonl holds a line for every step ("kind": "train"), every evaluation ("evaluation"), every
-checkpoint ("checkpoint") and, of a mixture, for the experts' load every logging.interval steps ("experts"); after a
-resume the lines of steps that will be done again are dropped first, so each step stands once. What undid them is told
-in a line of its own ("event").
+checkpoint ("checkpoint"), every step that logging.gradient_statistics asks for ("gradients") and, of a mixture, for the
+experts' load every logging.interval steps ("experts"); after a resume the lines of steps that will be done again are
+dropped first, so each step stands once. What undid them is told in a line of its own ("event").
 """
 
 from __future__ import annotations
@@ -22,9 +22,11 @@ from minicpm_megatron.recipe import Recipe
 from minicpm_megatron.storage.atomic import write_bytes
 
 if TYPE_CHECKING:  # that module is slow to import, and most readers of metrics train nothing
+    from minicpm_megatron.engine.gradient_statistics import GradientStatistics
     from minicpm_megatron.training.expert_load import LayerLoad
 
 METRICS = "metrics.jsonl"
+GRADIENTS = "gradients"  # the kind of line that compares a step's gradient with the next one's
 EXPERTS = "experts"  # the kind of line that says how a mixture's experts were used
 
 
@@ -198,6 +200,24 @@ class MetricsLog:
             values = {f"share_{expert}": share for expert, share in enumerate(load.share)}
             values |= {name: value for name, value in asdict(load).items() if name not in ("layer", "share")}
             self._scalars(f"experts/layer_{load.layer:03}", step, values)
+
+    def gradients(self, step: int, found: GradientStatistics) -> None:
+        """Note what the gradient of `step` is beside the next one."""
+        if self._file is None:
+            return
+        sums = found.sums
+        values = {
+            "gradient_norm": sums.gradient_norm,
+            "max_gradient": found.max_gradient,
+            "gradient_cosine": sums.gradient_cosine,
+            "first_derivative": sums.first_derivative,
+            "second_derivative": sums.second_derivative,
+            "curvature": sums.curvature,
+            "update_norm": sums.update_norm,
+        }
+        written = {name: _finite(value) for name, value in values.items()}
+        self._write(GRADIENTS, step, written)
+        self._scalars(GRADIENTS, step, written)
 
     def saved(self, step: int, stall: float) -> None:
         """Note a checkpoint, and the seconds that training waited for it."""

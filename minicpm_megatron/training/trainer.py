@@ -29,6 +29,7 @@ from minicpm_megatron.training.evaluate import HeldOut, evaluate
 from minicpm_megatron.training.expert_load import take_loads
 from minicpm_megatron.training.faults import GRADIENT_NORM, LOSS, Fault, FaultPolicy, FaultyStep
 from minicpm_megatron.training.flops import flops_per_token, peak_flops
+from minicpm_megatron.training.gradient_log import GradientLog
 from minicpm_megatron.training.metrics import MetricsLog, StepRecord
 from minicpm_megatron.training.run_data import check_unchanged, open_data
 from minicpm_megatron.training.start import Origin, check_same_past
@@ -83,6 +84,7 @@ class Trainer:
             initialize_parameters(model, self.config, recipe.training.seed)
         self.engine = build_engine(model, self.config, recipe, self.layout)
         self.state = EngineState(self.engine)
+        self.gradients = GradientLog(recipe.logging.gradient_statistics, self.state)
         self.schedule, self.plan = build_schedule(recipe.schedule), BatchPlan(recipe)
         self.step = 0
         self.faults = FaultPolicy(recipe.faults)
@@ -176,8 +178,10 @@ class Trainer:
         )
         if verdict.saved:
             self.checkpointer.wait()  # raises what went wrong, on all ranks in the same step
+        self.gradients.before_update(self.step + 1, log)
         fault, norm = self._update(verdict.loss)
         if fault is not None:
+            self.gradients.forget()
             answer = self.faults.answer(fault)
             if answer == "rollback":
                 self._roll_back(fault, first, samples, log)

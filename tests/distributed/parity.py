@@ -5,6 +5,7 @@ The real engine, 20 steps; the schedule warms up, so that no step amplifies roun
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import os
@@ -39,11 +40,13 @@ class Run(NamedTuple):
         lines: [loss, gradient norm] of every step.
         seconds: wall time, building the model included.
         loads: of a mixture of experts, a `LayerLoad` a layer over all steps.
+        watched: what `watch` saw.
     """
 
     lines: list[list[float]]
     seconds: float
     loads: list[dict[str, Any]]
+    watched: list[Any]
 
 
 def run_layouts(world: int, layouts: dict[str, dict[str, Any]], **keywords: Any) -> dict[str, Run]:
@@ -53,7 +56,9 @@ def run_layouts(world: int, layouts: dict[str, dict[str, Any]], **keywords: Any)
         layouts: name -> sizes tp, pp, cp, ep (default 1), zero (0), sp (False), kind (p2p), micro (all of a rank's
             part of the batch), recompute (none), precision (fp32), layers (by parameters), offload ({}: what of
             DeepSpeed's to where), json ({}: zero_optimization of a DeepSpeed JSON).
-        keywords: untied, num_layers, model (other fields of the model), documents (samples are packed with several).
+        keywords: untied, num_layers, model (other fields of the model), documents (samples are packed with several),
+            steps, and watch: "module:class" of an object made of the engine that is called before every update and
+            returns what it sees.
     """
     results = run_on_ranks("tests.distributed.parity:train", world, timeout=280, layouts=layouts, **keywords)[0]
     return {name: Run(**run) for name, run in results.items()}
@@ -65,6 +70,8 @@ def train(
     num_layers: int = 2,
     model: dict[str, Any] | None = None,
     documents: bool = False,
+    steps: int = STEPS,
+    watch: str = "",
 ) -> dict[str, dict[str, Any]]:
     """What one rank does for `run_layouts`."""
     import torch
@@ -94,6 +101,7 @@ def train(
         return tuple(part(whole) for whole in wholes)
 
     world = int(os.environ["WORLD_SIZE"])
+    module_name, _, class_name = watch.partition(":")
     results = {}
     for name, case in layouts.items():
         began = time.perf_counter()
@@ -143,17 +151,20 @@ def train(
         engine = build_engine(module, config, recipe, layout)
         schedule, plan = build_schedule(recipe.schedule), BatchPlan(recipe)
         engine.train()
-        lines = []
-        for step in range(STEPS):
+        watcher = getattr(importlib.import_module(module_name), class_name)(engine) if watch else None
+        lines, watched = [], []
+        for step in range(steps):
             engine.set_rates(schedule.factor(plan.position(step)))
             rows = samples(step)
             mine = batch(0, BATCH, parallel_state.get_data_parallel_rank(), replicas, recipe.training.micro_batch_size)
             total = engine.accumulate((micro_batch(indices, rows[indices]) for indices in mine), len(mine))
+            if watcher is not None:
+                watched.append(watcher())
             update = engine.step()
             dist.all_reduce(total)
             lines.append([float(total) / world, update.gradient_norm])
         loads = [asdict(load) for load in take_loads(engine.module, config)]
-        results[name] = Run(lines, time.perf_counter() - began, loads)._asdict()
+        results[name] = Run(lines, time.perf_counter() - began, loads, watched)._asdict()
     return results
 
 
