@@ -1,7 +1,7 @@
 """The statistics of section 4.4 (arXiv 2404.06395) in a running engine, each rank on what it holds.
 
 Between two updates a rank keeps its own pieces of g(t) and x(t), which hold every element of the model once over all
-ranks (`EngineState.owned`): of tensors that several ranks hold whole, one keeps them, and under ZeRO each its partition.
+ranks (`EngineState.owned`): of tensors that several ranks hold whole one keeps them, and under ZeRO each its own part.
 Six dot products and one maximum are then reduced; no gradient is gathered. x is in fp32, the master weights where
 there are any; g is the mean over the step's tokens before clipping.
 
@@ -99,7 +99,7 @@ class ConsecutiveGradients:
 
 
 def _gradient(parameter: Any, piece: Piece) -> Tensor:
-    """The gradient of a piece, 1-D, where DeepSpeed 0.19 keeps it between the last backward of a step and its update."""
+    """The gradient of a piece, 1-D, where DeepSpeed 0.19 keeps it between a step's last backward and its update."""
     if hasattr(parameter, "ds_id"):
         found: Tensor = safe_get_local_grad(parameter)
         return found.view(-1)

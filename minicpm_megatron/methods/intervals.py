@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,6 +45,20 @@ def t_quantile(level: float, dof: float) -> float:
     check_level(level)
     upper = (1 + level) / 2
     return float(ndtri(upper) if math.isinf(dof) else stdtrit(dof, upper))
+
+
+def mean_interval(values: Sequence[float], level: float = 0.95) -> Interval:
+    """Mean of independent values with limits by Student's t; those that are not finite are left out, and with fewer
+    than two there are no limits.
+
+    >>> mean_interval([1.0, 3.0]).estimate, mean_interval([1.0]).high
+    (2.0, inf)
+    """
+    found = np.array([value for value in values if math.isfinite(value)])
+    if len(found) < 2:
+        return Interval(-math.inf, float(found.mean()) if len(found) else math.nan, math.inf)
+    reach = t_quantile(level, len(found) - 1) * float(found.std(ddof=1)) / math.sqrt(len(found))
+    return Interval(float(found.mean()) - reach, float(found.mean()), float(found.mean()) + reach)
 
 
 def percentile_interval(estimate: float, resampled: NDArray[np.float64], level: float, dof: float) -> Interval:

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from minicpm_megatron.recipe.schema import ModelRecipe
 
+CHECKPOINT_BYTES = 12
+"""Bytes a parameter in a checkpoint of a run: the fp32 weight and Adam's two moments."""
+
 
 @dataclass(frozen=True)
 class ParameterCounts:

@@ -22,6 +22,7 @@ from minicpm_megatron.model.initialize import initialize_parameters
 from minicpm_megatron.parallel import device, groups
 from minicpm_megatron.recipe import BatchPlan, Recipe, build, count_parameters, dump_recipe, recipe_hash
 from minicpm_megatron.recipe.dump import RECIPE
+from minicpm_megatron.recipe.parameters import CHECKPOINT_BYTES
 from minicpm_megatron.storage.atomic import write_bytes, write_json
 from minicpm_megatron.training import guards
 from minicpm_megatron.training.datasets import held_out_sets, train_reader
@@ -34,8 +35,6 @@ from minicpm_megatron.training.metrics import MetricsLog, StepRecord
 from minicpm_megatron.training.run_data import check_unchanged, open_data
 from minicpm_megatron.training.start import Origin, check_same_past
 from minicpm_megatron.training.watchdog import Watchdog
-
-BYTES_PER_PARAMETER = 12  # a checkpoint holds the fp32 weight and Adam's two moments
 
 
 class Trainer:
@@ -70,7 +69,7 @@ class Trainer:
             group=dist.new_group(backend="gloo", timeout=patience),
             on_phase=lambda phase: self.watchdog.tick(f"saving step {self.step}: {phase}"),
         )
-        self.checkpointer.preflight(count_parameters(recipe.model).total * BYTES_PER_PARAMETER)
+        self.checkpointer.preflight(count_parameters(recipe.model).total * CHECKPOINT_BYTES)
         self.config = MiniCPMConfig.from_recipe(
             recipe.model,
             recipe.parallel,

@@ -38,7 +38,11 @@ FOUR: dict[str, dict[str, Any]] = {
     "PP2 TP2": {"pp": 2, "tp": 2, "micro": 2},
 }
 MIXTURE = {"num_moe_experts": 4, "moe_ffn_hidden_size": 48}
-EXPERTS: dict[str, dict[str, Any]] = {"EP2": {"ep": 2}, "EP2 ZeRO 1": {"ep": 2, "zero": 1}, "TP2": {"tp": 2, "sp": True}}
+EXPERTS: dict[str, dict[str, Any]] = {
+    "EP2": {"ep": 2},
+    "EP2 ZeRO 1": {"ep": 2, "zero": 1},
+    "TP2": {"tp": 2, "sp": True},
+}
 HALF: dict[str, dict[str, Any]] = {f"bf16 ZeRO {zero}": {"zero": zero, "precision": "bf16"} for zero in range(4)}
 
 
@@ -109,7 +113,7 @@ class Gathered(Whole):
             gradients.append(safe_get_full_grad(parameter).detach().double().numpy().ravel())
             master = safe_get_full_fp32_param(parameter)
             if master is None:  # ZeRO 0, where the optimizer's own groups have it
-                master = self.engine.optimizer.fp32_groups[0][0] if False else self.master(parameter)
+                master = self.master(parameter)
             weights.append(master.detach().double().numpy().ravel())
         return np.concatenate(gradients), np.concatenate(weights)
 

@@ -17,7 +17,7 @@ from minicpm_megatron.windtunnel.decays.picture import COSINES, DECAYS, draw_cos
 from minicpm_megatron.windtunnel.experiment import Experiment, Findings
 from minicpm_megatron.windtunnel.noise import Noise, noise_of
 from minicpm_megatron.windtunnel.results import Finding, Picture, Table, Verdict
-from minicpm_megatron.windtunnel.verdicts import above, at_most
+from minicpm_megatron.windtunnel.verdicts import above, all_of, at_most
 
 ENOUGH, TOO_SHORT = 0.1, 0.025  # shares that section 4.3 names
 EQUAL = 0.005
@@ -104,7 +104,7 @@ def _reaches_cosine(comparisons: Sequence[Comparison], shape: str) -> Finding:
     claim = f"WSD with {ENOUGH:.0%} of decay ({shape}) ends at Cosine(T = S) or below (section 4.3, figure 5)"
     found = [(each, each.difference(("wsd", ENOUGH, shape), ("cosine", each.end, ""))) for each in comparisons]
     verdicts = [None if limits is None else at_most(limits, _margin(each)) for each, limits in found]
-    return Finding(claim, "equal or lower", _differences(found), _all(verdicts))
+    return Finding(claim, "equal or lower", _differences(found), all_of(verdicts))
 
 
 def _best_period(comparisons: Sequence[Comparison]) -> Finding:
@@ -118,7 +118,7 @@ def _best_period(comparisons: Sequence[Comparison]) -> Finding:
                 if limits is not None:
                     verdicts.append(above(limits))
                     texts.append(f"T = {arm[1] / each.end:g} S at {each.end:g}: {_limits(limits)}")
-    return Finding(claim, "the lowest loss is at T = S", "; ".join(texts) or "not measured", _all(verdicts))
+    return Finding(claim, "the lowest loss is at T = S", "; ".join(texts) or "not measured", all_of(verdicts))
 
 
 def _shares_enough(comparisons: Sequence[Comparison], shape: str) -> list[Finding]:
@@ -128,12 +128,12 @@ def _shares_enough(comparisons: Sequence[Comparison], shape: str) -> list[Findin
         found = [(each, each.difference(("wsd", ENOUGH, shape), ("wsd", shares[-1], shape))) for each in comparisons]
         verdicts = [None if limits is None else at_most(limits, _margin(each)) for each, limits in found]
         claim = f"A decay of {ENOUGH:.0%} is enough: as good as one of {100 * shares[-1]:.3g} % (section 4.3)"
-        findings.append(Finding(claim, "sufficient", _differences(found), _all(verdicts)))
+        findings.append(Finding(claim, "sufficient", _differences(found), all_of(verdicts)))
     if ENOUGH in shares and TOO_SHORT in shares:
         found = [(each, each.difference(("wsd", TOO_SHORT, shape), ("wsd", ENOUGH, shape))) for each in comparisons]
         longer = [None if limits is None else above(limits) for _, limits in found]
         claim = f"A decay of {TOO_SHORT:.1%} falls short of one of {ENOUGH:.0%} (section 4.3)"
-        findings.append(Finding(claim, "falls short", _differences(found), _all(longer)))
+        findings.append(Finding(claim, "falls short", _differences(found), all_of(longer)))
     return findings
 
 
@@ -197,15 +197,6 @@ def _name(arm: Arm, end: float) -> str:
 
 def _margin(comparison: Comparison) -> float:
     return EQUAL * comparison.mean(("cosine", comparison.end, ""))
-
-
-def _all(verdicts: Sequence[Verdict | None]) -> Verdict:
-    """Agrees where every length does, disagrees where one does; what was not measured leaves it open."""
-    if not verdicts or None in verdicts:
-        return "undecided"
-    if any(verdict is False for verdict in verdicts):
-        return False
-    return True if all(verdict is True for verdict in verdicts) else "undecided"
 
 
 def _differences(found: Sequence[tuple[Comparison, Interval | None]]) -> str:

@@ -1,0 +1,170 @@
+"""The decay stage as pictures, after figures 7 and 8."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from minicpm_megatron.storage.picture import offscreen_pyplot, save_picture
+from minicpm_megatron.training.metrics import METRICS, read_metrics
+from minicpm_megatron.training.report import DECAY_COLOUR, smooth
+from minicpm_megatron.windtunnel.decay_stage.series import Around, Values, finished_pairs
+from minicpm_megatron.windtunnel.decay_stage.updates import BEFORE, CONTROL, DECAY, MatrixUpdate
+
+if TYPE_CHECKING:
+    from minicpm_megatron.windtunnel.experiment import Experiment
+
+UPDATES, GRADIENTS = "updates.png", "gradients.png"
+BLUE, GREY = "#1f4e8c", "#8a8a8a"
+# figure 7's two: ours hold query, key and value, and gate and up in one matrix each
+SHOWN = {"linear_fc1": "#c1440e", "linear_qkv": BLUE}
+WINDOWS = {BEFORE: ("-", "before and in the decay"), DECAY: ("-", None), CONTROL: (":", "without decay")}
+
+
+def draw_updates(experiment: Experiment, runs: Sequence[Around], updates: Sequence[MatrixUpdate], path: Path) -> Path:
+    """Largest update of every matrix from checkpoint to checkpoint, first seed; below it the loss and the rate."""
+    pyplot = offscreen_pyplot()
+    first = runs[0]
+    figure, (upper, middle, lower) = pyplot.subplots(
+        3, 1, figsize=(8, 6.5), sharex=True, height_ratios=(4, 1.6, 1), layout="constrained"
+    )
+    mine = [each for each in updates if each.seed == first.seed]
+    layers = sorted({_layer(each.matrix) for each in mine} - {-1})
+    chosen = layers[len(layers) // 2] if layers else -1
+    labelled: set[str] = set()
+    for matrix, points in _curves(mine).items():
+        colour = next((SHOWN[kind] for kind in SHOWN if kind in matrix and _layer(matrix) == chosen), None)
+        for window, (line, _) in WINDOWS.items():
+            name = ".".join(matrix.split(".")[-2:-1]) + f", layer {chosen + 1}"
+            label = name if colour and window == DECAY else None
+            if colour is None and window == DECAY and "others" not in labelled:
+                label = "other matrices"
+                labelled.add("others")
+            if colour and window == CONTROL:
+                label = f"{name}, without decay"
+            upper.plot(
+                *zip(*points[window], strict=True),
+                color=colour or "#c8c8c8",
+                linestyle=line,
+                linewidth=1.8 if colour else 0.7,
+                marker="o" if colour else None,
+                markersize=3,
+                label=label,
+                zorder=3 if colour else 1,
+            )
+    upper.set_yscale("log")
+    upper.set_ylabel("largest update of an element")
+    upper.set_title("from one checkpoint to the next, at the later one", fontsize=10)
+    upper.legend(frameon=False, fontsize=8, loc="lower left")
+    trunk, decay = finished_pairs(experiment)[0]
+    start = int(first.before["step"][0])
+    for cell, colour, line in ((trunk, GREY, ":"), (decay, BLUE, "-")):
+        records = [each for each in read_metrics(cell.folder / METRICS) if each["step"] >= start]
+        if cell is trunk:
+            _past(middle, [each for each in records if each["step"] <= first.leaves], "loss")
+            _past(lower, [each for each in records if each["step"] <= first.leaves], "lr")
+            records = [each for each in records if each["step"] >= first.leaves]
+        steps = [each["step"] for each in records]
+        middle.plot(steps, smooth([each["loss"] for each in records]), color=colour, linestyle=line, linewidth=1.4)
+        lower.plot(steps, [each["lr"] for each in records], color=colour, linestyle=line, linewidth=1.4)
+    middle.set_ylabel("training loss,\nsmoothed")
+    lower.set_ylabel("rate")
+    lower.set_ylim(bottom=0)
+    lower.set_xlabel("step")
+    for axis in (upper, middle, lower):
+        _shade(axis, first)
+    return save_picture(figure, path)
+
+
+def _past(axis: Any, records: list[dict[str, Any]], name: str) -> None:
+    values = [each[name] for each in records]
+    axis.plot(
+        [each["step"] for each in records], smooth(values) if name == "loss" else values, color=BLUE, linewidth=1.4
+    )
+
+
+def _curves(updates: Sequence[MatrixUpdate]) -> dict[str, dict[str, list[tuple[int, float]]]]:
+    """Matrix -> window -> (step, update); what follows the window before begins at its last point."""
+    curves: dict[str, dict[str, list[tuple[int, float]]]] = defaultdict(lambda: defaultdict(list))
+    for each in sorted(updates, key=lambda each: each.last):
+        curves[each.matrix][each.window].append((each.last, each.largest))
+    for windows in curves.values():
+        for window in (DECAY, CONTROL):
+            windows[window].insert(0, windows[BEFORE][-1])
+    return curves
+
+
+def _layer(matrix: str) -> int:
+    return next((int(part) for part in matrix.split(".") if part.isdecimal()), -1)
+
+
+PANELS = (  # name in metrics.jsonl, title, scale, factor
+    ("loss", "training loss (nats per token)", "linear", 1),
+    ("max_gradient", "largest gradient of an element", "linear", 1),
+    ("gradient_norm", "gradient norm", "linear", 1),
+    ("gradient_cosine", "cosine of consecutive gradients", "linear", 1),
+    ("lr", "rate", "linear", 1),
+    ("second_derivative", "D2, second derivative along the update", "symlog", 1),
+    ("first_derivative", "-D1, negative first derivative", "log", -1),
+    ("curvature", "curvature on the trajectory", "log", 1),
+)
+
+
+def draw_gradients(runs: Sequence[Around], path: Path) -> Path:
+    """Figure 8's six panels, loss and rate: every step of the first seed, and the mean of the seeds, smoothed."""
+    pyplot = offscreen_pyplot()
+    figure, axes = pyplot.subplots(2, 4, figsize=(15, 6), sharex=True, layout="constrained")
+    first = runs[0]
+    for axis, (name, title, scale, factor) in zip(axes.flat, PANELS, strict=True):
+        for window, colour in (("control", GREY), ("before", BLUE), ("decay", BLUE)):
+            steps = [getattr(run, window) for run in runs]
+            own = factor * steps[0][name]
+            if scale == "log":
+                own = np.where(own > 0, own, np.nan)
+            if name != "lr":
+                axis.plot(steps[0]["step"], own, ".", markersize=2.5, color=colour, alpha=0.3, markeredgewidth=0)
+            at, mean = _mean(steps, name)
+            values = factor * mean
+            values = (
+                _smooth_log(values) if scale == "log" else np.array(smooth(list(values)) if name != "lr" else values)
+            )
+            label = {"control": "without decay", "decay": "before, and in the decay", "before": None}[window]
+            line = ":" if window == "control" else "-"
+            axis.plot(at, values, color=colour, linewidth=1.6, linestyle=line, label=label)
+        axis.set_title(title, fontsize=10)
+        if scale == "symlog":
+            axis.set_yscale("symlog", linthresh=float(np.nanmedian(np.abs(first.before[name]))))
+        else:
+            axis.set_yscale(scale)
+        if name in ("gradient_cosine", "second_derivative"):
+            axis.axhline(0, color="#444444", linewidth=0.8)
+        if name == "lr":
+            axis.set_ylim(bottom=0)
+        _shade(axis, first)
+    for axis in axes[1]:
+        axis.set_xlabel("step")
+    axes[0][0].legend(frameon=False, fontsize=8)
+    return save_picture(figure, path)
+
+
+def _mean(steps: Sequence[Any], name: str) -> tuple[Values, Values]:
+    common = steps[0]["step"]
+    for each in steps[1:]:
+        common = np.intersect1d(common, each["step"])
+    return common, np.mean([each[name][np.isin(each["step"], common)] for each in steps], axis=0)
+
+
+def _smooth_log(values: Values) -> Values:
+    """Smoothed as its logarithm, without what has none."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        logs = np.where(values > 0, np.log(values), np.nan)
+    return np.asarray(np.exp(smooth(list(logs))))
+
+
+def _shade(axis: Any, run: Around) -> None:
+    axis.axvspan(run.leaves, run.end, color=DECAY_COLOUR, zorder=0)
+    axis.spines[["top", "right"]].set_visible(False)
