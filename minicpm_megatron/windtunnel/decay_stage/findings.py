@@ -157,7 +157,12 @@ def _with_rate(updates: Sequence[MatrixUpdate]) -> dict[str, float]:
     for each in updates:
         if each.window != CONTROL and each.largest:
             by_matrix[each.matrix].append((math.log(each.rate), math.log(each.largest)))
-    return {matrix: float(np.corrcoef(np.array(pairs).T)[0, 1]) for matrix, pairs in by_matrix.items()}
+    found = {}
+    for matrix, pairs in by_matrix.items():
+        rates, sizes = np.array(pairs).T
+        level = np.ptp(rates) == 0 or np.ptp(sizes) == 0
+        found[matrix] = 0.0 if level else float(np.corrcoef(rates, sizes)[0, 1])
+    return found
 
 
 def _loss(experiment: Experiment, runs: Sequence[Around]) -> Finding:
