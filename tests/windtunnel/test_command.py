@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from minicpm_megatron.recipe import load_recipe
-from minicpm_megatron.training.metrics import METRICS, read_metrics
+from minicpm_megatron.training.metrics import GRADIENTS, METRICS, read_metrics
 from minicpm_megatron.windtunnel.cells import make_cell
 from minicpm_megatron.windtunnel.launch import Launcher
 from minicpm_megatron.windtunnel.law.losses_csv import read_losses
@@ -21,6 +21,8 @@ from tests.windtunnel.warm import WarmTrainer
 LR = ["lr", "--recipe", "recipe.yaml", "--output", "out", "--sizes", "32x1", "--rates", "0.004,0.008,0.016"]
 WSD = ["wsd", "--recipe", "recipe.yaml", "--output", "out", "--shares", "0.1,0.2", "--ends", "1"]
 LAW = ["scaling-law", "--recipe", "recipe.yaml", "--output", "out", "--sizes", "32x1,32x2,48x1"]
+STUDY = ["decay-study", "--recipe", "recipe.yaml", "--output", "out", "schedule.total=42", "--decay-share", "0.45"]
+STUDY += ["--checkpoints", "2"]
 
 
 def test_wsd_on_real_tokens(here: Path, warm: WarmTrainer, capsys: pytest.CaptureFixture[str]) -> None:
@@ -73,6 +75,27 @@ def test_a_scaling_law_on_real_tokens(here: Path, warm: WarmTrainer, capsys: pyt
     assert command("windtunnel.py", "fit", "--csv", "out/losses.csv") == 0
     fitted = capsys.readouterr().out
     assert all(finding.ours in fitted for finding in results.findings[:3])
+
+
+def test_a_decay_study_on_real_tokens(here: Path, warm: WarmTrainer, capsys: pytest.CaptureFixture[str]) -> None:
+    given = [*STUDY, "--launcher", warm.launcher]
+    assert command("windtunnel.py", *given) == 0
+    text = capsys.readouterr().out
+    assert "[2/2 cells, 100% of the FLOPs" in text and "checkpoints kept: 7 of " in text
+    results = read_results(here / "out")
+    assert len(results.findings) == 8 and {cell["state"] for cell in results.cells} == {"done"}
+    trunk, decay = (here / "out" / "cells" / name / METRICS for name in ("trunk-s1", "decay-s1"))
+    # of the last step there is no next gradient
+    assert [each["step"] for each in read_metrics(trunk, GRADIENTS)] == list(range(5, 42))
+    assert [each["step"] for each in read_metrics(decay, GRADIENTS)] == list(range(24, 42))
+    # the first step of the decay has the trunk's weights and data, and another rate
+    one, other = (next(each for each in read_metrics(path, GRADIENTS) if each["step"] == 24) for path in (trunk, decay))
+    assert one["gradient_norm"] == other["gradient_norm"]
+    for each in results.pictures:
+        assert (here / "out" / each.file).stat().st_size > 10_000
+
+    assert command("windtunnel.py", *given) == 0  # nothing is left to run
+    assert len(warm.starts(here / "out")) == 2 and read_results(here / "out").findings == results.findings
 
 
 @pytest.mark.parametrize("launcher", ["", "deepspeed --num_gpus 2"])
@@ -142,6 +165,8 @@ MISTAKES: dict[str, tuple[list[str], Callable[[Path], object], str]] = {
     "wsd: equal decays": ([*WSD, "--shares", "0.01,0.02"], untouched, "--shares: two of them are 1 of 12 steps"),
     "wsd: decay in the warmup": ([*WSD, "--shares", "0.9"], untouched, "begins in the warmup"),
     "wsd: end in the warmup": ([*WSD, "--ends", "0.1,1"], untouched, "--ends: 0.1 of 12 steps ends in the warmup"),
+    "decay-study: too short": ([*STUDY, "schedule.total=12"], untouched, "--interval: a decay of 5 of 12 steps has 2"),
+    "decay-study: no window": ([*STUDY, "--decay-share", "0.5"], untouched, "--decay-share: 0.5 leaves no window"),
     "wsd: unknown shape": ([*WSD, "--shapes", "steep"], untouched, "schedule.decay_shape"),
     "wsd: odd lengths": (
         [*WSD, "schedule.total=401", "--ends", "0.5,1"],

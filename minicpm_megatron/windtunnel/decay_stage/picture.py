@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -62,15 +63,14 @@ def draw_updates(experiment: Experiment, runs: Sequence[Around], updates: Sequen
     upper.legend(frameon=False, fontsize=8, loc="lower left")
     trunk, decay = finished_pairs(experiment)[0]
     start = int(first.before["step"][0])
-    for cell, colour, line in ((trunk, GREY, ":"), (decay, BLUE, "-")):
-        records = [each for each in read_metrics(cell.folder / METRICS) if each["step"] >= start]
-        if cell is trunk:
-            _past(middle, [each for each in records if each["step"] <= first.leaves], "loss")
-            _past(lower, [each for each in records if each["step"] <= first.leaves], "lr")
-            records = [each for each in records if each["step"] >= first.leaves]
+    whole = [each for each in read_metrics(trunk.folder / METRICS) if each["step"] >= start]
+    decayed = [each for each in whole if each["step"] <= first.leaves] + read_metrics(decay.folder / METRICS)
+    for records, begin, colour, line in ((whole, first.leaves, GREY, ":"), (decayed, start, BLUE, "-")):
         steps = [each["step"] for each in records]
-        middle.plot(steps, smooth([each["loss"] for each in records]), color=colour, linestyle=line, linewidth=1.4)
-        lower.plot(steps, [each["lr"] for each in records], color=colour, linestyle=line, linewidth=1.4)
+        shown = slice(steps.index(begin), None)
+        losses, rates = smooth([each["loss"] for each in records]), [each["lr"] for each in records]
+        middle.plot(steps[shown], losses[shown], color=colour, linestyle=line, linewidth=1.4)
+        lower.plot(steps[shown], rates[shown], color=colour, linestyle=line, linewidth=1.4)
     middle.set_ylabel("training loss,\nsmoothed")
     lower.set_ylabel("rate")
     lower.set_ylim(bottom=0)
@@ -78,13 +78,6 @@ def draw_updates(experiment: Experiment, runs: Sequence[Around], updates: Sequen
     for axis in (upper, middle, lower):
         _shade(axis, first)
     return save_picture(figure, path)
-
-
-def _past(axis: Any, records: list[dict[str, Any]], name: str) -> None:
-    values = [each[name] for each in records]
-    axis.plot(
-        [each["step"] for each in records], smooth(values) if name == "loss" else values, color=BLUE, linewidth=1.4
-    )
 
 
 def _curves(updates: Sequence[MatrixUpdate]) -> dict[str, dict[str, list[tuple[int, float]]]]:
@@ -109,7 +102,7 @@ PANELS = (  # name in metrics.jsonl, title, scale, factor
     ("gradient_cosine", "cosine of consecutive gradients", "linear", 1),
     ("lr", "rate", "linear", 1),
     ("second_derivative", "D2, second derivative along the update", "symlog", 1),
-    ("first_derivative", "-D1, negative first derivative", "log", -1),
+    ("first_derivative", "-D1, negative first derivative", "symlog", -1),
     ("curvature", "curvature on the trajectory", "log", 1),
 )
 
@@ -120,27 +113,26 @@ def draw_gradients(runs: Sequence[Around], path: Path) -> Path:
     figure, axes = pyplot.subplots(2, 4, figsize=(15, 6), sharex=True, layout="constrained")
     first = runs[0]
     for axis, (name, title, scale, factor) in zip(axes.flat, PANELS, strict=True):
-        for window, colour in (("control", GREY), ("before", BLUE), ("decay", BLUE)):
-            steps = [getattr(run, window) for run in runs]
-            own = factor * steps[0][name]
-            if scale == "log":
-                own = np.where(own > 0, own, np.nan)
+        past = [(run.before["step"], factor * run.before[name]) for run in runs]
+        for window, colour, line in (("control", GREY, ":"), ("decay", BLUE, "-")):
+            after = [(getattr(run, window)["step"], factor * getattr(run, window)[name]) for run in runs]
             if name != "lr":
-                axis.plot(steps[0]["step"], own, ".", markersize=2.5, color=colour, alpha=0.3, markeredgewidth=0)
-            at, mean = _mean(steps, name)
-            values = factor * mean
-            values = (
-                _smooth_log(values) if scale == "log" else np.array(smooth(list(values)) if name != "lr" else values)
-            )
-            label = {"control": "without decay", "decay": "before, and in the decay", "before": None}[window]
-            line = ":" if window == "control" else "-"
-            axis.plot(at, values, color=colour, linewidth=1.6, linestyle=line, label=label)
+                for at, values in (past[0], after[0]) if window == "decay" else (after[0],):
+                    axis.plot(at, values, ".", markersize=2.5, color=colour, alpha=0.3, markeredgewidth=0)
+            (before_at, before), (at, mean) = _mean(past), _mean(after)
+            both = np.concatenate([before, mean])
+            curve = both if name == "lr" else _smooth_log(both) if scale == "log" else np.array(smooth(list(both)))
+            label = "before, and in the decay" if window == "decay" else "without decay"
+            shown = 0 if window == "decay" else len(before)
+            steps = np.concatenate([before_at, at])[shown:]
+            axis.plot(steps, curve[shown:], color=colour, linewidth=1.6, linestyle=line, label=label)
         axis.set_title(title, fontsize=10)
         if scale == "symlog":
-            axis.set_yscale("symlog", linthresh=float(np.nanmedian(np.abs(first.before[name]))))
+            usual = float(np.nanmedian(np.abs(first.before[name]))) or 1.0
+            axis.set_yscale("symlog", linthresh=10 ** math.ceil(math.log10(usual)))
         else:
             axis.set_yscale(scale)
-        if name in ("gradient_cosine", "second_derivative"):
+        if scale == "symlog" or name == "gradient_cosine":
             axis.axhline(0, color="#444444", linewidth=0.8)
         if name == "lr":
             axis.set_ylim(bottom=0)
@@ -151,11 +143,12 @@ def draw_gradients(runs: Sequence[Around], path: Path) -> Path:
     return save_picture(figure, path)
 
 
-def _mean(steps: Sequence[Any], name: str) -> tuple[Values, Values]:
-    common = steps[0]["step"]
-    for each in steps[1:]:
-        common = np.intersect1d(common, each["step"])
-    return common, np.mean([each[name][np.isin(each["step"], common)] for each in steps], axis=0)
+def _mean(series: Sequence[tuple[Values, Values]]) -> tuple[Values, Values]:
+    """(steps, values) averaged over the seeds where all of them have the step."""
+    common = series[0][0]
+    for steps, _ in series[1:]:
+        common = np.intersect1d(common, steps)
+    return common, np.mean([values[np.isin(steps, common)] for steps, values in series], axis=0)
 
 
 def _smooth_log(values: Values) -> Values:

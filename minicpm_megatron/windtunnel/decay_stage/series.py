@@ -72,12 +72,16 @@ def finished_pairs(experiment: Experiment) -> list[tuple[Cell, Cell]]:
     return [pair for pair in pairs if all(experiment.state(cell) == "done" for cell in pair)]
 
 
+_NAMES = (
+    *("step", "loss", "lr", "gradient_norm", "max_gradient", "gradient_cosine"),
+    *("first_derivative", "second_derivative", "curvature", "update_norm"),
+)
+
+
 def _steps(cell: Cell) -> Steps:
     trained = {record["step"]: record for record in read_metrics(cell.folder / METRICS)}
     records = [trained[each["step"]] | each for each in read_metrics(cell.folder / METRICS, GRADIENTS)]
-    names = ("step", "loss", "lr", "gradient_norm", "max_gradient", "gradient_cosine", "first_derivative")
-    names += ("second_derivative", "curvature", "update_norm")
-    return {name: np.array([each[name] for each in records], dtype=np.float64) for name in names}
+    return {name: np.array([each[name] for each in records], dtype=np.float64) for name in _NAMES}
 
 
 def _where(steps: Steps, chosen: NDArray[np.bool_]) -> Steps:
