@@ -32,6 +32,10 @@ GROWTH = [{"after_tokens": 10_000, "global_batch_size": 16}, {"after_tokens": 20
             "data.sequence_length: 63 tokens do not divide over 2",
         ),
         ({"model__num_query_groups": 3}, "model.num_query_groups: 4 attention heads do not divide into 3"),
+        (
+            {"logging": {"gradient_statistics": {"interval": 1, "first_step": 9, "last_step": 8}}},
+            "logging.gradient_statistics.last_step: 8 is before the first step, 9; give",
+        ),
         ({"model__kv_channels": 15}, "model.kv_channels: .*15 is odd"),
         (
             {"model__rope_scaling": {"factor": 4.0}},

@@ -48,6 +48,22 @@ def test_each_zero_stage_divides_one_part_more() -> None:
     assert [part.weights for part in parts] == [2 * total, 2 * total, 2 * total, total // 2]
 
 
+def test_what_gradient_statistics_keep_is_counted_where_it_lies() -> None:
+    total = count_parameters(build(minimal_fields(**DENSE)).model).total
+    measured = {"logging": {"gradient_statistics": {"interval": 1}}}
+    for stage, more in (
+        (0, 6 * total),
+        (1, 2 * total),
+        (3, 2 * total),
+    ):  # an fp32 weight, and a gradient in bf16 or fp32
+        plain, kept = (estimate(4, deepspeed__zero_stage=stage, **each) for each in ({}, measured))
+        assert kept.gradients - plain.gradients == more and kept.total - plain.total == more
+    offloaded = {"deepspeed": {"zero_stage": 2, "offload_optimizer": "cpu"}}
+    assert estimate(4, **offloaded, **measured) == estimate(4, **offloaded)
+    recipe = build(minimal_fields(**(DENSE | offloaded | measured)))
+    assert offloaded_bytes(recipe, recipe.check_world_size(4)) == (16 + 8) * total / 4
+
+
 def test_what_is_offloaded_is_on_the_host() -> None:
     total = count_parameters(build(minimal_fields(**DENSE)).model).total
     for settings, host in (
