@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 
@@ -26,6 +27,7 @@ from minicpm_megatron.methods.batch_size_law import (
     tokens_to_loss,
 )
 from minicpm_megatron.methods.intervals import Interval, percentile_interval
+from minicpm_megatron.methods.polynomial import fit_parabola
 
 LEAST_POINTS = 4
 """Points of a contour whose minimum is used: one more than a parabola has coefficients."""
@@ -43,7 +45,9 @@ class Contour:
         runs: [points], numbers of the runs that reach it, by rising batch size.
         batch: [points], in tokens.
         tokens: [points], until the loss is reached.
-        minimum: None where the batch sizes do not enclose it; `why` says why.
+        minimum: None where the batch sizes do not enclose it.
+        beyond: where its parabola is lowest otherwise: beyond the smallest batch size, beyond the largest, or nowhere,
+            as the points are too few or bend downwards.
     """
 
     size: float
@@ -52,7 +56,12 @@ class Contour:
     batch: Array
     tokens: Array
     minimum: BatchSizeMinimum | None
-    why: str = ""
+    beyond: Literal["", "smallest", "largest"] = ""
+
+    @property
+    def is_enough(self) -> bool:
+        """Whether there are points enough to look for a minimum."""
+        return len(set(self.batch.tolist())) >= LEAST_POINTS
 
 
 def equal_loss_contours(runs: Sequence[BatchRun], losses: Iterable[float], *, smooth: int = 1) -> list[Contour]:
@@ -82,13 +91,18 @@ def equal_loss_contours(runs: Sequence[BatchRun], losses: Iterable[float], *, sm
 
 
 def _contour(size: float, loss: float, reached: Sequence[int], batch: Array, tokens: Array) -> Contour:
-    minimum, why = None, f"{len(reached)} runs reach it"
-    if len(set(batch.tolist())) >= LEAST_POINTS:
-        try:
-            minimum, why = contour_minimum(batch, tokens, size=size, loss=loss), ""
-        except UserError as error:
-            why = error.what
-    return Contour(size, loss, tuple(reached), batch, tokens, minimum, why)
+    found = Contour(size, loss, tuple(reached), batch, tokens, None)
+    if not found.is_enough:
+        return found
+    try:
+        return replace(found, minimum=contour_minimum(batch, tokens, size=size, loss=loss))
+    except UserError:
+        pass
+    try:
+        lowest = fit_parabola(np.log(batch), np.log(tokens)).lowest_at
+    except UserError:
+        return found
+    return replace(found, beyond="smallest" if lowest < np.log(batch).mean() else "largest")
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,22 +111,29 @@ class BootstrappedBatchSize:
 
     Attributes:
         fit: the line through the minima of all sizes.
-        size_slope: log best batch over log size at equal loss; nan where the minima are of one size, or too few.
+        b_at_size: b of lines that are parallel, one a size; nan where the minima are of one size, or too few.
+        size_slope: log best batch over log size at equal loss, how far those lines lie apart; nan likewise.
         slopes, levels: [resamples], of the lines log best batch over log loss; nan where a resample has no line.
-        size_slopes: [resamples].
+        b_at_sizes, size_slopes: [resamples].
         dof: runs less coefficients of a parabola for every size.
     """
 
     fit: BatchSizeFit
+    b_at_size: float
     size_slope: float
     slopes: Array
     levels: Array
+    b_at_sizes: Array
     size_slopes: Array
     dof: int
 
     def b_interval(self, level: float = 0.95) -> Interval:
         """b with its limits."""
         return self._interval(self.fit.law.b, -self.slopes, level)
+
+    def b_at_size_interval(self, level: float = 0.95) -> Interval | None:
+        """`b_at_size` with its limits; None where it is not known."""
+        return None if math.isnan(self.b_at_size) else self._interval(self.b_at_size, self.b_at_sizes, level)
 
     def predict_interval(self, loss: float, level: float = 0.95) -> Interval:
         """The optimal batch size in tokens with its limits; at a loss of 1 those of a."""
@@ -136,7 +157,8 @@ class BootstrappedBatchSize:
 def bootstrap(contours: Sequence[Contour], *, resamples: int = 1000, seed: int = 0) -> BootstrappedBatchSize:
     """Fit the law to the minima of contours and say how certain it is; the same arguments give the same limits.
 
-    A resample's minimum that its batch sizes do not enclose is left out of its line, as it is in the fit.
+    A resample's minimum counts wherever it lies: left out beyond the batch sizes, one at the end of the grid could only
+    move inwards, and the limits would be shifted.
 
     Args:
         contours: as `equal_loss_contours` returns them; those without a minimum are left out.
@@ -155,18 +177,25 @@ def bootstrap(contours: Sequence[Contour], *, resamples: int = 1000, seed: int =
     ones = np.ones_like(log_loss)
     lines = _least_squares(np.stack([ones, log_loss], axis=1), minima)
     sizes = len(set(log_size.tolist()))
-    size_slope, size_slopes = math.nan, np.full(resamples, np.nan)
+    plane, resampled = np.full(3, np.nan), np.full((resamples, 3), np.nan)
     if sizes > 1:
         planes = np.stack([ones, log_loss, log_size], axis=1)
         log_batch = np.log([minimum.batch for minimum in fit.minima])
-        size_slope = float(_least_squares(planes, log_batch[None])[0, 2])
-        size_slopes = _least_squares(planes, minima)[:, 2]
-    dof = max(1, len(used) - 3 * sizes)
-    return BootstrappedBatchSize(fit, size_slope, lines[:, 1], lines[:, 0], size_slopes, dof)
+        plane, resampled = _least_squares(planes, log_batch[None])[0], _least_squares(planes, minima)
+    return BootstrappedBatchSize(
+        fit=fit,
+        b_at_size=-float(plane[1]),
+        size_slope=float(plane[2]),
+        slopes=lines[:, 1],
+        levels=lines[:, 0],
+        b_at_sizes=-resampled[:, 1],
+        size_slopes=resampled[:, 2],
+        dof=max(1, len(used) - 3 * sizes),
+    )
 
 
 def _resampled_minima(contour: Contour, weights: Array) -> Array:
-    """[resamples], log batch size of the minimum; nan where the batch sizes do not enclose it.
+    """[resamples], log batch size of the minimum; nan where the parabola has none.
 
     Args:
         weights: [resamples, points].
@@ -182,8 +211,7 @@ def _resampled_minima(contour: Contour, weights: Array) -> Array:
     coefficients = (fitted + weights * residuals) @ solve.T
     with np.errstate(divide="ignore", invalid="ignore"):
         lowest = centre - coefficients[:, 1] / (2 * coefficients[:, 2])
-    good = (coefficients[:, 2] > 0) & (lowest >= x.min()) & (lowest <= x.max())
-    return np.where(good, lowest, np.nan)
+    return np.where(coefficients[:, 2] > 0, lowest, np.nan)
 
 
 def _least_squares(design: Array, targets: Array) -> Array:

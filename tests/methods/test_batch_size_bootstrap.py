@@ -58,7 +58,10 @@ def test_contours_and_law_are_those_of_the_plain_fit() -> None:
     x = np.log([[1.0, each.loss, each.size] for each in found.fit.minima])
     x[:, 0] = 1
     y = np.log([each.batch for each in found.fit.minima])
-    assert found.size_slope == pytest.approx(np.linalg.lstsq(x, y, rcond=None)[0][2])
+    plane = np.linalg.lstsq(x, y, rcond=None)[0]
+    assert (found.b_at_size, found.size_slope) == pytest.approx((-plane[1], plane[2]))
+    parallel = found.b_at_size_interval()
+    assert parallel is not None and parallel.low < KNOWN.b < parallel.high
     assert bootstrap(contours).b_interval() == found.b_interval()
 
 
@@ -82,6 +85,6 @@ def test_too_little_is_refused_and_says_nothing() -> None:
     with pytest.raises(UserError, match="equal-loss contours with a minimum"):
         bootstrap(contours[:2])
     [edge] = equal_loss_contours([run for run in runs(0.0) if run.size == 9e6 and run.batch > 1e6], [4.2])
-    assert isinstance(edge, Contour) and edge.minimum is None and edge.why
+    assert isinstance(edge, Contour) and edge.minimum is None and edge.beyond == ""
     alone = bootstrap([each for each in contours if each.size == 9e6])
-    assert alone.size_interval() is None
+    assert alone.size_interval() is None and alone.b_at_size_interval() is None

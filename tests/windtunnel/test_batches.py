@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -121,7 +122,7 @@ def test_minima_beyond_the_grid_and_runs_that_are_missing_leave_it_open(tmp_path
     experiment = plan(tmp_path)
     pretend_all(experiment, lambda cell: BatchSizeLaw(100 * KNOWN.a, KNOWN.b))
     [only] = experiment.results().findings
-    assert only.agrees == "undecided" and "have no minimum between their batch sizes" in only.ours
+    assert only.agrees == "undecided" and "of the other contours" in only.ours
     (tmp_path / "empty").mkdir()
     empty = plan(tmp_path / "empty").results()
     assert [finding.agrees for finding in empty.findings] == ["undecided"] and empty.pictures == ()
@@ -130,3 +131,16 @@ def test_minima_beyond_the_grid_and_runs_that_are_missing_leave_it_open(tmp_path
         pretend(cell, {step: 5.0 - step / cell.last_step for step in (cell.last_step // 2, cell.last_step)})
     results = few.results()
     assert results.findings[0].agrees == "undecided" and "no law" in results.findings[0].ours
+
+
+def test_minima_that_a_short_grid_hides_count_by_their_side(tmp_path: Path, undrawn: None) -> None:
+    short = replace(SETTINGS, batches=(512, 1024, 2048, 4096))
+    experiment = plan(tmp_path, short)
+    pretend_all(experiment)
+    grows = experiment.results().findings[0]  # at high losses the best batch is below the smallest
+    assert grows.agrees is True and "lowest beyond the smallest batch" in grows.ours
+    (tmp_path / "odd").mkdir()
+    odd = plan(tmp_path / "odd", short)
+    # one size whose best batch is beyond the largest at every loss, high ones too
+    pretend_all(odd, lambda cell: BatchSizeLaw(40 * KNOWN.a, KNOWN.b) if cell.labels["layers"] == 6 else KNOWN)
+    assert odd.results().findings[0].agrees == "undecided"

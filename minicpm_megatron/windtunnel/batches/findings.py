@@ -75,9 +75,9 @@ class Measured:
     why: str = ""
 
     @property
-    def beyond(self) -> list[Contour]:
+    def hidden(self) -> list[Contour]:
         """Contours of enough points whose minimum the batch sizes do not enclose."""
-        return [each for each in self.contours if each.minimum is None and len(set(each.batch)) >= LEAST_POINTS]
+        return [each for each in self.contours if each.minimum is None and each.is_enough]
 
 
 def read_runs(experiment: Experiment, reading: Reading) -> Measured:
@@ -136,7 +136,7 @@ def evaluate_batches(experiment: Experiment, reading: Reading) -> Findings:
             Picture(CONTOURS, "Tokens to equal losses over the batch size, parabolas and minima (figure 1)")
         )
     if measured.law is None:
-        reason = f"no law: {measured.why}{_beyond_text(measured)}"
+        reason = f"no law: {measured.why}{_hidden_text(measured)}"
         failed = Finding(_CLAIM, f"b = {PUBLISHED.b:g}", reason, "undecided")
         return Findings((failed,), tuple(tables), tuple(pictures))
     draw_law(measured.names, measured.law, experiment.output / LAW)
@@ -150,15 +150,37 @@ def _grows(measured: Measured, law: BootstrappedBatchSize) -> Finding:
     limits = law.b_interval()
     minima = law.fit.minima
     ours = f"b = {_limits(limits)}, from {len(minima)} minima of {len({each.size for each in minima})} sizes"
-    # minima that lie beyond the grid are missing from the line, and most likely those that lie furthest out
-    hidden = len(measured.beyond) >= len(minima)
-    verdict = "undecided" if hidden else above(limits)
-    return Finding(_CLAIM, f"b = {PUBLISHED.b:g}", ours + _beyond_text(measured), verdict)
+    verdict = above(limits)
+    if verdict != "undecided" and not all(_continues(each, law, grows=verdict) for each in measured.hidden):
+        verdict = "undecided"
+    return Finding(_CLAIM, f"b = {PUBLISHED.b:g}", ours + _hidden_text(measured), verdict)
 
 
-def _beyond_text(measured: Measured) -> str:
-    number_of = len(measured.beyond)
-    return f"; {number_of} more contours have no minimum between their batch sizes" if number_of else ""
+def _continues(contour: Contour, law: BootstrappedBatchSize, *, grows: bool) -> bool:
+    """Whether a contour that is lowest beyond the grid is what the line makes of a grid that is too short.
+
+    It is missing from the line. At a higher loss than the minima's its batch should be beyond the smallest one where
+    the batch grows as the loss falls, at a lower loss beyond the largest.
+    """
+    own = [each.loss for each in law.fit.minima if each.size == contour.size]
+    losses = own or [each.loss for each in law.fit.minima]
+    if contour.loss > max(losses):
+        return contour.beyond == ("smallest" if grows else "largest")
+    return contour.loss < min(losses) and contour.beyond == ("largest" if grows else "smallest")
+
+
+def _hidden_text(measured: Measured) -> str:
+    low, high = (sum(each.beyond == side for each in measured.hidden) for side in ("smallest", "largest"))
+    parts = [
+        f"{many} are lowest {where}"
+        for many, where in (
+            (low, "beyond the smallest batch"),
+            (high, "beyond the largest batch"),
+            (len(measured.hidden) - low - high, "nowhere"),
+        )
+        if many
+    ]
+    return f"; of the other contours {', '.join(parts)}" if parts else ""
 
 
 def _one_line(measured: Measured, law: BootstrappedBatchSize) -> Finding:
@@ -205,7 +227,8 @@ def _final_table(experiment: Experiment) -> Table:
     columns = ("size", "N", *(f"{batch:,}" for batch in sorted(settings["batches"])))
     tokens = experiment.cells[0].tokens()
     seeds = len(settings["seeds"])
-    title = f"Held-out loss (nats per token, mean of {seeds} seeds) after {tokens:,} tokens at each batch size"
+    told = f"mean of {seeds} seeds" if seeds > 1 else "one seed"
+    title = f"Held-out loss (nats per token, {told}) after {tokens:,} tokens at each batch size"
     return Table(title, columns, tuple(rows))
 
 
@@ -214,7 +237,8 @@ def _contour_table(measured: Measured) -> Table:
     for each in measured.contours:
         head = (measured.names[each.size], f"{each.size:,.0f}", f"{each.loss:.4g}", str(len(each.runs)))
         if each.minimum is None:
-            rows.append((*head, "-", each.why, "-"))
+            beyond = f"beyond the {each.beyond}" if each.beyond else "no minimum" if each.is_enough else "too few runs"
+            rows.append((*head, beyond, "-", "-"))
             continue
         limits = each.minimum.batch_interval
         known = f"{number(limits.low)} to {number(limits.high)}" if math.isfinite(limits.high) else "-"
@@ -224,11 +248,14 @@ def _contour_table(measured: Measured) -> Table:
 
 
 def _law_table(law: BootstrappedBatchSize) -> Table:
-    rows = (
+    rows = [
         ("a (tokens)", f"{law.fit.law.a:.3g}", _range_text(law.predict_interval(1.0)), f"{PUBLISHED.a:g}"),
         ("b", f"{law.fit.law.b:.3g}", _range_text(law.b_interval()), f"{PUBLISHED.b:g}"),
-    )
-    return Table("bs = a / L^b", ("", "ours", "95 %", "paper (C4)"), rows)
+    ]
+    parallel = law.b_at_size_interval()
+    if parallel is not None:
+        rows.append(("b within a size", f"{parallel.estimate:.3g}", _range_text(parallel), "-"))
+    return Table("bs = a / L^b", ("", "ours", "95 %", "paper (C4)"), tuple(rows))
 
 
 def _prediction_table(law: BootstrappedBatchSize, asked: Iterable[float]) -> Table:
