@@ -200,9 +200,11 @@ def _one_line(measured: Measured, law: BootstrappedBatchSize) -> Finding:
 def _same_exponent(law: BootstrappedBatchSize) -> Finding:
     limits = law.b_interval()
     losses = [each.loss for each in law.fit.minima]
+    parallel = law.b_at_size_interval()
+    within = "" if parallel is None else f"; within a size b = {_limits(parallel)}"
     ours = (
-        f"bs = {law.fit.law.a:.3g} / L^{law.fit.law.b:.3g}, b = {_limits(limits)}, losses {min(losses):.3g} to"
-        f" {max(losses):.3g}; its losses are of other text and another vocabulary, which leaves b comparable at most"
+        f"bs = {law.fit.law.a:.3g} / L^{law.fit.law.b:.3g}, b = {_limits(limits)}{within}; losses {min(losses):.3g}"
+        f" to {max(losses):.3g} of other text and another vocabulary than the paper's, so that at most b can be compared"
     )
     verdict: Verdict = "undecided"
     if PUBLISHED.b not in limits:

@@ -24,6 +24,7 @@ def draw_contours(
     """One panel a size: runs as columns of points in the colour of their loss, contours, parabolas and minima."""
     pyplot = offscreen_pyplot()
     from matplotlib.colors import LogNorm
+    from matplotlib.ticker import LogLocator
 
     figure, axes = pyplot.subplots(
         1, len(names), figsize=(1.4 + 4.0 * len(names), 4.4), sharey=True, squeeze=False, layout="constrained"
@@ -45,11 +46,13 @@ def draw_contours(
         line = [(each.batch, each.tokens) for each in minima]
         if line:
             axis.plot(*zip(*line, strict=True), marker="*", markersize=9, color=_RED, linewidth=1.2, label="minima")
-            axis.legend(frameon=False, fontsize=8, loc="upper left")
+            axis.legend(fontsize=8, loc="lower right")
         axis.set(xscale="log", yscale="log", xlabel="batch size (tokens)", title=f"{name}, N = {size:,.0f}")
         axis.title.set_fontsize(10)
         batches = sorted({run.batch for run in runs if run.size == size})
         axis.set_xticks(batches, [_short(batch) for batch in batches], fontsize=8)
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter(lambda tokens, _: f"{tokens:.3g}")
         axis.minorticks_off()
         axis.spines[["top", "right"]].set_visible(False)
     axes[0][0].set_ylabel("tokens trained on")
