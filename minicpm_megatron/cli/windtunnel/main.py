@@ -7,7 +7,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from minicpm_megatron.cli.windtunnel import batches, coordinates, decays, everything, fit, rates, report, scaling_law
+from minicpm_megatron.cli.windtunnel import (
+    batches,
+    coordinates,
+    decays,
+    envelope,
+    everything,
+    fit,
+    rates,
+    report,
+    scaling_law,
+)
 from minicpm_megatron.cli.windtunnel.options import Run
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.windtunnel.experiment import Ended
@@ -25,7 +35,7 @@ Every experiment is made of runs of examples/train.py with your recipe and overr
 command goes on where it was; started several times on a shared folder, on one machine or many, the runs are divided
 between the starts. docs/windtunnel.md says what each measures and where it stands in the paper."""
 
-SUBCOMMANDS = (rates, batches, decays, coordinates, scaling_law, fit, report)
+SUBCOMMANDS = (rates, batches, decays, coordinates, scaling_law, envelope, fit, report)
 STATUS: dict[Ended, int] = {"done": 0, "stopped": 0, "failed": 1}
 
 

@@ -204,7 +204,7 @@ def _same_exponent(law: BootstrappedBatchSize) -> Finding:
     within = "" if parallel is None else f"; within a size b = {_limits(parallel)}"
     ours = (
         f"bs = {law.fit.law.a:.3g} / L^{law.fit.law.b:.3g}, b = {_limits(limits)}{within}; losses {min(losses):.3g}"
-        f" to {max(losses):.3g} of other text and another vocabulary than the paper's, so that at most b can be compared"
+        f" to {max(losses):.3g} of other text and another vocabulary than the paper's, so at most b can be compared"
     )
     verdict: Verdict = "undecided"
     if PUBLISHED.b not in limits:
