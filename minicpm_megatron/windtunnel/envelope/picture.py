@@ -69,6 +69,8 @@ def draw_envelope(
 
 def _frame(axis: Any, ends: Sequence[Ends]) -> None:
     """Axes around the decayed ends: how a run begins would press them together."""
+    from matplotlib.ticker import LogLocator
+
     losses = np.concatenate([each.mean[each.whole] for each in ends])
     compute = np.concatenate([each.compute for each in ends])
     if len(losses):
@@ -76,6 +78,9 @@ def _frame(axis: Any, ends: Sequence[Ends]) -> None:
         axis.set_ylim(losses.min() - room, losses.max() + 3 * room)
     axis.set_xlim(compute.min() / 1.3, compute.max() * _BEYOND * 1.1)
     axis.set(xscale="log", xlabel="training compute C = 6ND (FLOPs)", ylabel="held-out loss (nats per token)")
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.xaxis.set_major_formatter(lambda flops, _: f"{flops:.0e}".replace("e+", "e"))
+    axis.minorticks_off()
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False, fontsize=8)
 
