@@ -48,6 +48,20 @@ class Envelope:
             return np.asarray(self.beta * c**-self.alpha + self.l0)
         return np.asarray(self.alpha * np.exp(-self.beta * c) + self.l0)
 
+    def compute_for(self, loss: float) -> float:
+        """C at which the envelope comes down to `loss`; math.inf where it never does, 0 where it begins below.
+
+        >>> round(Envelope("power", 0.5, 2.0, 1.0, 1.0, 0.0).compute_for(2.0), 6)
+        4.0
+        """
+        above = loss - self.l0
+        if above <= 0:
+            return math.inf
+        if self.form == "power":
+            with np.errstate(all="ignore"):
+                return float(np.float64(self.beta / above) ** np.divide(1.0, self.alpha))
+        return max(0.0, float(np.log(self.alpha / above)) / self.beta) if self.alpha and self.beta else math.inf
+
 
 def fit_envelope(compute: ArrayLike, loss: ArrayLike, form: Form = "power") -> Envelope:
     """Least squares of one form; coefficients are not negative.

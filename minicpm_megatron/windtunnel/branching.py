@@ -1,4 +1,4 @@
-"""One trunk at the full rate and decays that leave it: the runs behind `wsd` and `scaling-law` (section 4.2).
+"""One trunk at the full rate and decays that leave it: the runs behind `wsd`, `scaling-law`, `envelope` (section 4.2).
 
 A model that ends decayed after E steps leaves the trunk a share of E before, so that a longer decay is not a longer
 training. The trunk is saved at every step that a decay leaves from, and ends with the last of them.
@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minicpm_megatron.errors import UserError
-from minicpm_megatron.recipe import BatchPlan, Recipe
+from minicpm_megatron.errors import UserError, require
+from minicpm_megatron.recipe import BatchPlan, Recipe, count_parameters
 from minicpm_megatron.recipe.checks import SHAPES_WITHOUT_HALF_LIFE
 from minicpm_megatron.recipe.flops import run_flops
-from minicpm_megatron.windtunnel.cells import Cell, make_cell, trunks_of
+from minicpm_megatron.windtunnel.cells import Cell, make_cell, model_of_size, trunks_of
 
+DECAY_SHARE = 0.1  # section 4.3
 HALF_LIVES = 5.0
 """Half-lives in an exponential decay, which ends at 1/32 of the rate: ours, the wind tunnel's own is not published."""
 
@@ -101,6 +102,70 @@ def make_branch(
 
 
 @dataclass(frozen=True)
+class Series:
+    """Decays of one size at several lengths of training.
+
+    Attributes:
+        size: (width, layers).
+        tokens_per_parameter: D / N at the end of every decay, rising; N without embeddings.
+        decay_share: of the tokens at its end that a decay is.
+        shape: of the decays.
+        seed: of trunk and decays; None: the recipe's, and no part of the names.
+        points: option that names the lengths, for errors.
+        trunk_evaluations: of the trunk at most; 1 is at its end.
+    """
+
+    size: tuple[int, int]
+    tokens_per_parameter: tuple[float, ...]
+    decay_share: float
+    shape: str
+    seed: int | None = None
+    points: str = "--points"
+    trunk_evaluations: int = 1
+
+
+def make_series(timeline: Timeline, output: Path, series: Series) -> list[Cell]:
+    """The trunk and its decays, which are labelled "trunk" and "decayed".
+
+    Raises:
+        UserError: a size that does not divide into heads, points that are the same step, a decay that begins in the
+            warmup, or an unknown shape.
+    """
+    name, seed = size_name(series.size), "" if series.seed is None else f"-s{series.seed}"
+    model = model_of_size(timeline.base, *series.size)
+    parameters = count_parameters(make_cell(timeline.base, output, name, model, {}).recipe.model).non_embedding
+    ends = [round(length * parameters / timeline.tokens_per_step) for length in series.tokens_per_parameter]
+    leaves = [end - timeline.decay(end, series.decay_share) for end in ends]
+    fix = "raise --tokens-per-parameter, or make the batch or the warmup smaller"
+    what = f"points of {name} (N = {parameters:,}) end at steps {', '.join(map(str, ends))}"
+    require(len(set(ends)) == len(ends), series.points, f"{what}, not all different", fix)
+    warmup = f"{what}, and the first decay begins in the {timeline.warmup_steps} steps of warmup"
+    require(leaves[0] >= max(1, timeline.warmup_steps), "--tokens-per-parameter", warmup, fix)
+    labels: dict[str, Any] = {"width": series.size[0], "layers": series.size[1]}
+    if series.seed is not None:
+        model, labels = model | {"training.seed": series.seed}, labels | {"seed": series.seed}
+    overrides = model | {"evaluation.interval": -(-leaves[-1] // series.trunk_evaluations)}
+    trunk = make_trunk(timeline, output, f"trunk-{name}{seed}", leaves, overrides, {"role": "trunk", **labels})
+    cells = [trunk]
+    for length, end in zip(series.tokens_per_parameter, ends, strict=True):
+        overrides = model | {"evaluation.interval": end}
+        more = {
+            "role": "decayed",
+            **labels,
+            "tokens_per_parameter": length,
+            "end_tokens": end * timeline.tokens_per_step,
+        }
+        branch, share, shape = f"{name}-{length:.4g}N{seed}", series.decay_share, series.shape
+        cells.append(make_branch(timeline, output, branch, trunk, end, share, shape, overrides, more))
+    return cells
+
+
+def size_name(size: tuple[int, int]) -> str:
+    """As the user writes it."""
+    return f"{size[0]}x{size[1]}"
+
+
+@dataclass(frozen=True)
 class SharedCosts:
     """What trunks and branches cost, and what runs of their own would that end as the branches do.
 
@@ -125,4 +190,13 @@ def shared_costs(cells: Sequence[Cell]) -> SharedCosts:
         sum(cell.flops() for cell in shared),
         sum(BatchPlan(cell.recipe).tokens(cell.last_step) for cell in branches),
         sum(run_flops(cell.recipe, 0, cell.last_step) for cell in branches),
+    )
+
+
+def format_savings(costs: SharedCosts) -> str:
+    """One line for a plan."""
+    return (
+        f"trunks and decays: {costs.tokens:,} tokens, {costs.flops:.3g} FLOPs; as separate runs:"
+        f" {costs.separate_tokens:,} tokens, {costs.separate_flops:.3g} FLOPs;"
+        f" {costs.flops / costs.separate_flops:.0%} of the FLOPs"
     )

@@ -139,6 +139,16 @@ def check_base(base: Recipe) -> None:
     open_data(base)
 
 
+def held_out_samples(base: Recipe) -> int:
+    """Samples of the smallest held-out set.
+
+    Raises:
+        UserError: as `check_base`.
+    """
+    check_base(base)
+    return min(each.samples_per_epoch for each in open_data(base).validation.values())
+
+
 def data_fingerprints(recipe: Recipe) -> dict[str, str]:
     """Prefix -> identity of the content, of all that is read.
 

@@ -42,6 +42,14 @@ def test_the_true_form_is_preferred(known: Envelope) -> None:
     assert better.r_squared > worse.r_squared and better.aic < worse.aic - 10
 
 
+@pytest.mark.parametrize("known", [POWER, EXPONENTIAL], ids=lambda known: known.form)
+def test_compute_for_a_loss_is_the_inverse(known: Envelope) -> None:
+    for compute in (0.5, 7.0, 90.0):
+        assert known.compute_for(float(known.loss(compute))) == pytest.approx(compute)
+    assert known.compute_for(known.l0) == known.compute_for(known.l0 - 1) == math.inf
+    assert EXPONENTIAL.compute_for(5.0) == 0.0
+
+
 def test_criterion_by_hand() -> None:
     losses = POWER.loss(COMPUTE) + 0.01 * np.cos(np.arange(12))
     found = fit_envelope(COMPUTE, losses)

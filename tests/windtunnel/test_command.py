@@ -20,6 +20,9 @@ from tests.windtunnel.warm import WarmTrainer
 
 LR = ["lr", "--recipe", "recipe.yaml", "--output", "out", "--sizes", "32x1", "--rates", "0.004,0.008,0.016"]
 WSD = ["wsd", "--recipe", "recipe.yaml", "--output", "out", "--shares", "0.1,0.2", "--ends", "1"]
+BATCH = ["batch-size", "--recipe", "recipe.yaml", "--output", "out", "--sizes", "32x1", "--tokens", "5000"]
+BATCH += ["--batches", "64,128,256,512"]
+ENVELOPE = ["envelope", "--recipe", "recipe.yaml", "--output", "out", "--sizes", "32x1,32x2"]
 LAW = ["scaling-law", "--recipe", "recipe.yaml", "--output", "out", "--sizes", "32x1,32x2,48x1"]
 STUDY = ["decay-study", "--recipe", "recipe.yaml", "--output", "out", "schedule.total=42", "--decay-share", "0.45"]
 STUDY += ["--checkpoints", "2"]
@@ -46,6 +49,45 @@ def test_wsd_on_real_tokens(here: Path, warm: WarmTrainer, capsys: pytest.Captur
     assert command("windtunnel.py", "report", "--runs", "out", "--output", "page.md") == 0
     page = (here / "page.md").read_text()
     assert all(finding.claim in page for finding in results.findings) and "](out/decays.png)" in page
+
+
+def test_batch_sizes_on_real_tokens(here: Path, warm: WarmTrainer, capsys: pytest.CaptureFixture[str]) -> None:
+    given = [*BATCH, "--launcher", warm.launcher, "--workers", "2", "evaluation.batches=4"]
+    assert command("windtunnel.py", *given) == 0
+    results = read_results(here / "out")
+    assert {cell["state"] for cell in results.cells} == {"done"} and len(results.cells) == 4
+    assert {cell["tokens"] for cell in results.cells} == {5120}
+    assert (here / "out" / results.pictures[0].file).stat().st_size > 10_000
+    for batch in (64, 512):
+        evaluations = read_metrics(here / "out" / "cells" / f"32x1-batch{batch}-s1" / METRICS, "evaluation")
+        tokens = [record["tokens"] for record in evaluations if record["step"]]
+        assert tokens == list(range(512, 5121, 512))
+    starts = len(warm.starts(here / "out"))
+    capsys.readouterr()
+    # other questions to the same runs
+    assert command("windtunnel.py", *given, "--losses", "6.3,6.2", "--predict", "6") == 0
+    text = capsys.readouterr().out
+    assert "4 of 4 cells are done already" in text and len(warm.starts(here / "out")) == starts == 4
+    assert read_results(here / "out").settings == results.settings
+
+
+def test_an_envelope_on_real_tokens(here: Path, warm: WarmTrainer, capsys: pytest.CaptureFixture[str]) -> None:
+    lengths = ["--tokens-per-parameter", "0.05,0.25", "--points", "6", "--large-tokens-per-parameter", "0.05"]
+    given = [*ENVELOPE, *lengths, "--launcher", warm.launcher, "--workers", "2"]
+    assert command("windtunnel.py", *given) == 0
+    results = read_results(here / "out")
+    assert {cell["state"] for cell in results.cells} == {"done"} and len(results.cells) == 9
+    assert len(results.findings) == 3 and len(results.tables) == 3
+    assert (here / "out" / results.pictures[0].file).stat().st_size > 10_000
+    trunk = read_metrics(here / "out" / "cells" / "trunk-32x1-s1" / METRICS)
+    branch = read_metrics(here / "out" / "cells" / "32x1-0.25N-s1" / METRICS)
+    assert branch[0]["step"] == trunk[-1]["step"] + 1 and branch[-1]["lr"] < trunk[-1]["lr"] == 0.01
+    shown = {row[0]: row[4] for row in results.tables[0].rows}  # the last row of each size
+    evaluated = read_metrics(here / "out" / "cells" / "32x2-0.05N-s1" / METRICS, "evaluation")
+    assert shown["32x2"] == f"{evaluated[-1]['loss_per_token']:.4f}"
+    capsys.readouterr()
+    assert command("windtunnel.py", *given) == 0
+    assert len(warm.starts(here / "out")) == 9 and read_results(here / "out").findings == results.findings
 
 
 def test_a_scaling_law_on_real_tokens(here: Path, warm: WarmTrainer, capsys: pytest.CaptureFixture[str]) -> None:
@@ -173,6 +215,44 @@ MISTAKES: dict[str, tuple[list[str], Callable[[Path], object], str]] = {
         untouched,
         "--ends: only evaluations every",
     ),
+    "batch: three": ([*BATCH, "--batches", "64,128,256"], untouched, "--batches: not a list of at least 4 different"),
+    "batch: half a sample": ([*BATCH, "--batches", "32,64,128,144"], untouched, "--batches: 144 tokens are no whole"),
+    "batch: no tokens": ([*BATCH, "--tokens", "nan"], untouched, "--tokens: nan is no amount of tokens"),
+    "batch: too short": ([*BATCH, "--tokens", "600"], untouched, "--tokens: 600 tokens are 1 evaluations after"),
+    "batch: no curve": ([*BATCH, "--evaluations", "3"], untouched, "--evaluations: 3 make no curve"),
+    "batch: beyond what is held out": (
+        [*BATCH, "--batches", "32,64,128,3200000"],
+        untouched,
+        "data.validation: ",
+    ),
+    "batch: a loss of nothing": ([*BATCH, "--predict", "0"], untouched, "--predict: not a list of positive"),
+    "batch: one contour": ([*BATCH, "--contours", "1"], untouched, "--contours: 1 are too few"),
+    "batch: nothing held out": ([*BATCH, "data.validation={}"], untouched, "data.validation: the experiment compares"),
+    "batch: samples that grow": (
+        [*BATCH, "data.curriculum=[{until: 4, sequence_length: 16}]"],
+        untouched,
+        "data.curriculum: the loss of shorter",
+    ),
+    "envelope: three sizes": ([*ENVELOPE, "--sizes", "32x1,32x2,32x3"], untouched, "--sizes: not one size, or a small"),
+    "envelope: upside down": (
+        [*ENVELOPE, "--sizes", "32x2,32x1", "--large-tokens-per-parameter", "10"],
+        untouched,
+        "--sizes: 32x1 has 11,872 parameters and 32x2 23,712: the large one is not larger",
+    ),
+    "envelope: few points": ([*ENVELOPE, "--points", "5"], untouched, "--points: 5 decays are too few"),
+    "envelope: falling": ([*ENVELOPE, "--tokens-per-parameter", "60,10"], untouched, "--tokens-per-parameter: not two"),
+    "envelope: no large one": (
+        [*ENVELOPE, "--large-tokens-per-parameter", "0"],
+        untouched,
+        "--large-tokens-per-parameter: not different positive",
+    ),
+    "envelope: equal lengths": (
+        [*ENVELOPE, "--large-tokens-per-parameter", "20,20.0001"],
+        untouched,
+        "--large-tokens-per-parameter: points of 32x2",
+    ),
+    "envelope: all decay": ([*ENVELOPE, "--decay-share", "1"], untouched, "--decay-share: 1 is no share"),
+    "envelope: a seed twice": ([*ENVELOPE, "--seeds", "1,1"], untouched, "--seeds: not a list of different"),
     "law: two sizes": ([*LAW, "--sizes", "32x1,32x2"], untouched, "--sizes: not a list of at least 3"),
     "law: one point": ([*LAW, "--points", "1"], untouched, "--points: 1 of 3 sizes are too few"),
     "law: falling": ([*LAW, "--tokens-per-parameter", "60,10"], untouched, "--tokens-per-parameter: not two"),
@@ -201,7 +281,9 @@ def test_each_mistake_is_one_line(name: str, here: Path, capfd: pytest.CaptureFi
     assert tree(here) == before
 
 
-@pytest.mark.parametrize("subcommand", ["lr", "wsd", "coord-check", "scaling-law", "fit", "report"])
+@pytest.mark.parametrize(
+    "subcommand", ["lr", "batch-size", "wsd", "coord-check", "scaling-law", "envelope", "fit", "report"]
+)
 def test_each_subcommand_explains_itself(subcommand: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert command("windtunnel.py", subcommand, "--help") == 0
     assert f"windtunnel.py {subcommand}" in capsys.readouterr().out

@@ -7,10 +7,10 @@ import pytest
 from minicpm_megatron.methods.economics import trunk_tokens
 from minicpm_megatron.methods.scaling_law import PUBLISHED, fit_scaling_law
 from minicpm_megatron.training.metrics import METRICS
-from minicpm_megatron.windtunnel.branching import shared_costs
+from minicpm_megatron.windtunnel.branching import DECAY_SHARE, shared_costs
 from minicpm_megatron.windtunnel.experiment import format_plan
 from minicpm_megatron.windtunnel.law.losses_csv import read_losses
-from minicpm_megatron.windtunnel.law.runs import DECAY_SHARE, ScalingSettings, plan_scaling
+from minicpm_megatron.windtunnel.law.runs import ScalingSettings, plan_scaling
 from minicpm_megatron.windtunnel.law.runs_findings import LOSSES, measured_sets
 from tests.windtunnel.pretended import base, pretend
 

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import NoReturn
 
 from minicpm_megatron.cli.windtunnel import (
+    batches,
     coordinates,
     decay_study,
     decays,
+    envelope,
     everything,
     fit,
     rates,
@@ -34,7 +36,7 @@ Every experiment is made of runs of examples/train.py with your recipe and overr
 command goes on where it was; started several times on a shared folder, on one machine or many, the runs are divided
 between the starts. docs/windtunnel.md says what each measures and where it stands in the paper."""
 
-SUBCOMMANDS = (rates, decays, decay_study, coordinates, scaling_law, fit, report)
+SUBCOMMANDS = (rates, batches, decays, decay_study, coordinates, scaling_law, envelope, fit, report)
 STATUS: dict[Ended, int] = {"done": 0, "stopped": 0, "failed": 1}
 
 

@@ -11,6 +11,7 @@ from typing import TypeAlias, TypeVar
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.methods.scaling_law import PUBLISHED_COMPUTE
 from minicpm_megatron.recipe import Recipe, load_recipe
+from minicpm_megatron.windtunnel.branching import DECAY_SHARE
 from minicpm_megatron.windtunnel.experiment import Ended, Experiment, format_plan, run_experiment
 from minicpm_megatron.windtunnel.launch import Launcher
 from minicpm_megatron.windtunnel.law.fits import METHODS
@@ -99,6 +100,21 @@ def parse_size(text: str) -> tuple[int, int]:
     if int(width) < 1 or int(layers) < 1:
         raise ValueError(text)
     return int(width), int(layers)
+
+
+def add_decay_options(command: argparse.ArgumentParser, points: int, tokens_per_parameter: tuple[float, float]) -> None:
+    """--points, --tokens-per-parameter, --decay-share and --shape of decays that leave one trunk a size."""
+    command.add_argument("--points", type=int, default=points, help="decays of each trunk (default: %(default)s)")
+    command.add_argument(
+        "--tokens-per-parameter",
+        default=",".join(f"{each:g}" for each in tokens_per_parameter),
+        metavar="LOW,HIGH",
+        help="of the first and the last decay's end (default: %(default)s)",
+    )
+    command.add_argument(
+        "--decay-share", type=float, default=DECAY_SHARE, help="of the tokens, that is decay (default: %(default)s)"
+    )
+    command.add_argument("--shape", default="exponential", help="of the decays (default: %(default)s)")
 
 
 def add_law_options(command: argparse.ArgumentParser) -> None:

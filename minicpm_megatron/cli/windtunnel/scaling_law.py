@@ -6,6 +6,7 @@ import argparse
 
 from minicpm_megatron.cli.windtunnel.options import (
     Subparsers,
+    add_decay_options,
     add_law_options,
     add_queue_options,
     parse_compute,
@@ -16,7 +17,6 @@ from minicpm_megatron.cli.windtunnel.options import (
 from minicpm_megatron.recipe import Recipe
 from minicpm_megatron.windtunnel.experiment import Experiment
 from minicpm_megatron.windtunnel.law.runs import (
-    DECAY_SHARE,
     POINTS,
     TOKENS_PER_PARAMETER,
     ScalingSettings,
@@ -36,17 +36,7 @@ def add(commands: Subparsers) -> None:
     command.add_argument(
         "--sizes", required=True, metavar="WIDTHxLAYERS,...", help="three models or more, for instance 64x4,128x6,256x8"
     )
-    command.add_argument("--points", type=int, default=POINTS, help="decays of each size (default: %(default)s)")
-    command.add_argument(
-        "--tokens-per-parameter",
-        default=",".join(f"{each:g}" for each in TOKENS_PER_PARAMETER),
-        metavar="LOW,HIGH",
-        help="of the first and the last decay's end (default: %(default)s)",
-    )
-    command.add_argument(
-        "--decay-share", type=float, default=DECAY_SHARE, help="of the tokens, that is decay (default: %(default)s)"
-    )
-    command.add_argument("--shape", default="exponential", help="of the decays (default: %(default)s)")
+    add_decay_options(command, POINTS, TOKENS_PER_PARAMETER)
     add_law_options(command)
 
     def plan(options: argparse.Namespace, base: Recipe) -> Experiment:

@@ -15,15 +15,21 @@ import numpy as np
 
 from minicpm_megatron.errors import require
 from minicpm_megatron.methods.scaling_law import PARAMETERS, Method
-from minicpm_megatron.recipe import Recipe, count_parameters
-from minicpm_megatron.windtunnel.branching import SharedCosts, Timeline, make_branch, make_trunk, shared_costs
-from minicpm_megatron.windtunnel.cells import Cell, make_cell, model_of_size
+from minicpm_megatron.recipe import Recipe
+from minicpm_megatron.windtunnel.branching import (
+    Series,
+    Timeline,
+    format_savings,
+    make_series,
+    shared_costs,
+    size_name,
+)
+from minicpm_megatron.windtunnel.cells import Cell
 from minicpm_megatron.windtunnel.experiment import Experiment
 from minicpm_megatron.windtunnel.law.runs_findings import evaluate_scaling
 
 KIND = "scaling-law"
 POINTS, TOKENS_PER_PARAMETER = 6, (10.0, 60.0)  # section 4.5: 10 N to 60 N
-DECAY_SHARE = 0.1  # section 4.3
 LEAST_SIZES = 3  # what tells an exponent from L0
 
 
@@ -75,48 +81,12 @@ def plan_scaling(base: Recipe, settings: ScalingSettings, output: Path) -> Exper
     """
     timeline = Timeline(base)
     cells = [cell for size in settings.sizes for cell in _of_size(timeline, output, settings, size)]
-    names = ", ".join(_name(size) for size in settings.sizes)
+    names = ", ".join(size_name(size) for size in settings.sizes)
     title = f"Scaling law of {names} with {settings.points} decays each (section 4.5 of arXiv 2404.06395)"
-    notes = (_savings(shared_costs(cells)),)
+    notes = (format_savings(shared_costs(cells)),)
     return Experiment(KIND, title, asdict(settings), base, tuple(cells), output, evaluate_scaling, notes)
 
 
 def _of_size(timeline: Timeline, output: Path, settings: ScalingSettings, size: tuple[int, int]) -> list[Cell]:
-    width, layers = size
-    model = model_of_size(timeline.base, width, layers)
-    parameters = count_parameters(make_cell(timeline.base, output, _name(size), model, {}).recipe.model).non_embedding
-    ends = [round(length * parameters / timeline.tokens_per_step) for length in settings.lengths()]
-    leaves = [end - timeline.decay(end, settings.decay_share) for end in ends]
-    fix = "raise --tokens-per-parameter, or make the batch or the warmup smaller"
-    what = f"points of {_name(size)} (N = {parameters:,}) end at steps {', '.join(map(str, ends))}"
-    require(len(set(ends)) == len(ends), "--points", f"{what}, not all different", fix)
-    warmup = f"{what}, and the first decay begins in the {timeline.warmup_steps} steps of warmup"
-    require(leaves[0] >= max(1, timeline.warmup_steps), "--tokens-per-parameter", warmup, fix)
-    labels = {"width": width, "layers": layers}
-    overrides = model | {"evaluation.interval": leaves[-1]}
-    trunk = make_trunk(timeline, output, f"trunk-{_name(size)}", leaves, overrides, {"role": "trunk", **labels})
-    cells = [trunk]
-    for length, end in zip(settings.lengths(), ends, strict=True):
-        overrides = model | {"evaluation.interval": end}
-        more = {
-            "role": "decayed",
-            **labels,
-            "tokens_per_parameter": length,
-            "end_tokens": end * timeline.tokens_per_step,
-        }
-        name = f"{_name(size)}-{length:.4g}N"
-        share, shape = settings.decay_share, settings.shape
-        cells.append(make_branch(timeline, output, name, trunk, end, share, shape, overrides, more))
-    return cells
-
-
-def _savings(costs: SharedCosts) -> str:
-    return (
-        f"trunks and decays: {costs.tokens:,} tokens, {costs.flops:.3g} FLOPs; as separate runs:"
-        f" {costs.separate_tokens:,} tokens, {costs.separate_flops:.3g} FLOPs;"
-        f" {costs.flops / costs.separate_flops:.0%} of the FLOPs"
-    )
-
-
-def _name(size: tuple[int, int]) -> str:
-    return f"{size[0]}x{size[1]}"
+    series = Series(size, tuple(settings.lengths()), settings.decay_share, settings.shape)
+    return make_series(timeline, output, series)

@@ -1,0 +1,124 @@
+"""The runs behind the batch-size law of section 3.2: every size at every batch size, each on the same tokens.
+
+The loss is the held-out one, every so many tokens: unlike that of the batches it is not noisier for a small batch. The
+rate is constant after the warmup, so that the loss after every amount of tokens is that of a run which need not have
+known its length; the paper does not say which schedule it took. Warmup, too, is an amount of tokens and not of steps.
+All runs have the recipe's rate, whatever their batch, as in the paper.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+from minicpm_megatron.errors import require
+from minicpm_megatron.recipe import Recipe
+from minicpm_megatron.windtunnel.batches.findings import Reading, evaluate_batches
+from minicpm_megatron.windtunnel.branching import Timeline
+from minicpm_megatron.windtunnel.cells import make_cell, model_of_size
+from minicpm_megatron.windtunnel.experiment import Experiment
+
+KIND = "batch-size"
+LEAST_BATCHES = 4  # a parabola, and one point that says how well it fits
+LEAST_EVALUATIONS = 4
+
+
+@dataclass(frozen=True)
+class BatchSettings:
+    """What is asked for.
+
+    Attributes:
+        sizes: (width, layers) of each model.
+        batches: batch sizes in tokens.
+        seeds: each decides initial weights and sample order.
+        tokens: of each run; rounded up to a whole number of evaluations.
+        evaluations: of each run at most.
+    """
+
+    sizes: tuple[tuple[int, int], ...]
+    batches: tuple[int, ...]
+    seeds: tuple[int, ...]
+    tokens: float
+    evaluations: int
+
+    def __post_init__(self) -> None:
+        require(len(set(self.sizes)) == len(self.sizes) >= 1, "--sizes", "not a list of different sizes")
+        good = len(set(self.batches)) == len(self.batches) >= LEAST_BATCHES and min(self.batches) > 0
+        require(good, "--batches", f"not a list of at least {LEAST_BATCHES} different batch sizes")
+        require(len(set(self.seeds)) == len(self.seeds) >= 1, "--seeds", "not a list of different seeds")
+        require(0 < self.tokens < math.inf, "--tokens", f"{self.tokens:g} is no amount of tokens")
+        require(self.evaluations >= LEAST_EVALUATIONS, "--evaluations", f"{self.evaluations} make no curve")
+
+
+def plan_batches(
+    base: Recipe, settings: BatchSettings, reading: Reading, output: Path, held_out_samples: int
+) -> Experiment:
+    """A run for every size, batch size and seed.
+
+    Args:
+        reading: what the finished runs are asked; it decides no run, so that another one needs none.
+        held_out_samples: of the smallest held-out set.
+
+    Raises:
+        UserError: a size that does not divide into heads, a batch that is no whole number of samples, a batch or
+            samples that grow, held-out text that is less than a batch, or runs that are too short.
+    """
+    timeline = Timeline(base)
+    require(not base.data.curriculum, "data.curriculum", "the loss of shorter samples is another one")
+    length = base.data.sequence_length
+    odd = next((batch for batch in settings.batches if batch % length), 0)
+    require(not odd, "--batches", f"{odd} tokens are no whole samples of {length}", f"give multiples of {length}")
+    samples = [batch // length for batch in settings.batches]
+    interval = _interval(settings, samples, length)
+    held_out = _held_out(base, samples, held_out_samples)
+    warmup = timeline.warmup_steps * timeline.tokens_per_step
+    total = math.ceil(settings.tokens / interval) * interval
+    evaluations = (total - warmup) // interval
+    told = f"{settings.tokens:g} tokens are {evaluations} evaluations after the {warmup:,} tokens of warmup"
+    require(evaluations >= LEAST_EVALUATIONS, "--tokens", told, "give more tokens, or a shorter schedule.warmup")
+    cells = []
+    for size, batch, seed in itertools.product(settings.sizes, settings.batches, settings.seeds):
+        width, layers = size
+        micro = math.gcd(batch // length, base.training.micro_batch_size)
+        overrides = {
+            **model_of_size(base, width, layers),
+            "training.global_batch_size": batch // length,
+            "training.micro_batch_size": micro,
+            "training.seed": seed,
+            "schedule": {"shape": "constant", "unit": "tokens", "warmup": warmup, "total": total},
+            "evaluation.interval": interval // batch,
+            "evaluation.batches": held_out // (batch // length),
+        }
+        labels = {"width": width, "layers": layers, "batch_tokens": batch, "seed": seed}
+        cells.append(make_cell(base, output, f"{width}x{layers}-batch{batch}-s{seed}", overrides, labels))
+    names = ", ".join(f"{width}x{layers}" for width, layers in settings.sizes)
+    title = f"Batch size over loss of {names} (section 3.2 of arXiv 2404.06395)"
+    notes = (
+        f"every run: {total:,} tokens at a constant rate, {evaluations} evaluations on {held_out:,} samples a set,"
+        " which are not in the FLOPs",
+    )
+    evaluate = partial(evaluate_batches, reading=reading)
+    return Experiment(KIND, title, asdict(settings), base, tuple(cells), output, evaluate, notes)
+
+
+def _interval(settings: BatchSettings, samples: Sequence[int], length: int) -> int:
+    """Tokens between evaluations: whole steps of every batch size."""
+    common = math.lcm(*samples) * length
+    return math.ceil(settings.tokens / settings.evaluations / common) * common
+
+
+def _held_out(base: Recipe, samples: Sequence[int], there: int) -> int:
+    """Samples of each evaluation: as many as the recipe asks for or more, and whole batches of every size.
+
+    All runs must be judged on the same text, and the trainer reads whole batches only.
+    """
+    common = math.lcm(*samples)
+    asked = math.ceil(base.evaluation.batches * base.training.global_batch_size / common) * common
+    found = min(asked, there // common * common)
+    told = f"{there:,} samples are less than the {common:,} that are whole batches of every size"
+    require(found > 0, "data.validation", told, "give a larger set, or powers of two times a small --batches")
+    return found
