@@ -14,7 +14,7 @@ from minicpm_megatron.windtunnel.report.facts import facts, find_results
 from minicpm_megatron.windtunnel.report.html_page import format_html
 from minicpm_megatron.windtunnel.report.markdown import format_markdown
 from minicpm_megatron.windtunnel.results import Finding, Picture, Results, Table, read_results, write_results
-from tests.cli.commands import command, error_lines, tree
+from tests.cli.commands import ROOT, command, error_lines, tree
 from tests.windtunnel.warm import WarmTrainer
 
 PLAN = """\
@@ -24,6 +24,7 @@ experiments:
     {command: lr, sizes: [32x1], rates: [0.004, 0.008, 0.016], parametrizations: mup, overrides: [schedule.total=6]}
   coord-check: {widths: [32, 64], depths: "", layers: 1, steps: 1}
 """
+EXPERIMENTS = {"coord-check", "lr", "wsd", "decay-study", "scaling-law", "batch-size", "envelope"}
 ALL = ["all", "--plan", "plan.yaml", "--output", "out"]
 PIXEL = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
@@ -77,6 +78,19 @@ def test_experiments_of_a_plan_and_their_report(
     assert command("windtunnel.py", *ALL, "--launcher", warm.launcher, "--only", "rates") == 0
     assert "3 of 3 cells are done already" in capsys.readouterr().out
     assert len(warm.starts(here / "out" / "rates")) == starts
+
+
+def test_every_command_runs_unattended(here: Path, warm: WarmTrainer, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = ["all", "--plan", str(ROOT / "examples" / "windtunnel" / "smoke.yaml"), "--recipe", "recipe.yaml"]
+    assert command("windtunnel.py", *plan, "--output", "out", "--launcher", warm.launcher, "--workers", "2") == 0
+    text = capsys.readouterr().out
+    found = find_results([here / "out"])
+    assert {results.kind for _, results in found} == EXPERIMENTS
+    assert {cell["state"] for _, results in found for cell in results.cells} == {"done"}
+    page = Page((here / "out" / "report.html").read_text())
+    shown = "\n".join(page.shown)
+    assert all(results.title in shown and results.title in text for _, results in found)
+    assert len([source for source in page.sources if source.startswith("data:")]) == page.tags.count("img") > 8
 
 
 def test_an_experiment_that_fails_does_not_keep_the_next(

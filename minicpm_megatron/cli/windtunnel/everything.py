@@ -34,8 +34,9 @@ The plan is a YAML file: `recipe`, and under `experiments` one entry an experime
     lr: {sizes: [64x4, 128x6], seeds: [1, 2]}
     wsd-long: {command: wsd, seeds: [1, 2], overrides: [schedule.total=400]}
 
-Keys are the options of the subcommand (`command`, or the name of the entry). All entries are checked before the first
-one starts. An experiment of which a run fails does not keep the others from being run. Started again, it goes on."""
+Keys are the options of the subcommand (`command`, or the name of the entry); `overrides` may also stand beside
+`recipe`, for all. All entries are checked before the first one starts. An experiment of which a run fails does not
+keep the others from being run. Started again, it goes on."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,11 @@ def _read_plan(options: argparse.Namespace, parse: Parse) -> list[Entry]:
         raise UserError(f"cannot read the plan: {error.strerror}", where=str(path)) from None
     plan = yaml_text.parse(text, source=str(path)).value
     form = "a plan has `recipe`, a path, and `experiments`, a mapping of names; see --help"
-    if not isinstance(plan, dict) or set(plan) != {"recipe", "experiments"} or not isinstance(plan["recipe"], str):
+    if (
+        not isinstance(plan, dict)
+        or set(plan) - {"overrides"} != {"recipe", "experiments"}
+        or not isinstance(plan["recipe"], str)
+    ):
         raise UserError("not a plan", where=str(path), fix=form)
     given = plan["experiments"]
     if not isinstance(given, dict) or not given or not all(isinstance(each, dict) for each in given.values()):
@@ -116,20 +121,20 @@ def _read_plan(options: argparse.Namespace, parse: Parse) -> list[Entry]:
     for name in names:
         if name not in given or Path(name).name != name:
             raise UserError(f"no experiment {name!r} of a plan", where=str(path), fix=f"it has {', '.join(given)}")
-    return [_entry(name, given[name], options.recipe or plan["recipe"], options, parse) for name in names]
+    return [_entry(name, given[name], plan, options, parse) for name in names]
 
 
-def _entry(name: str, values: dict[str, Any], recipe: str, options: argparse.Namespace, parse: Parse) -> Entry:
+def _entry(name: str, values: dict[str, Any], plan: dict[str, Any], options: argparse.Namespace, parse: Parse) -> Entry:
     rest = dict(values)
+    recipe = options.recipe or plan["recipe"]
     words = [str(rest.pop("command", name)), "--recipe", recipe, "--output", str(options.output / name)]
-    overrides = rest.pop("overrides", [])
+    overrides = [plan.get("overrides", []), rest.pop("overrides", [])]
     for key, value in rest.items():
         words.append(f"--{key}={','.join(map(str, value)) if isinstance(value, list) else value}")
-    words += map(str, overrides)
     try:
-        if not isinstance(overrides, list):
+        if not all(isinstance(each, list) for each in overrides):
             raise UserError("overrides are not a list", fix="write [section.key=value, ...]")
-        found = parse(words)
+        found = parse(words + [str(each) for part in overrides for each in part])
         if "plan" not in found:
             raise UserError(f"{words[0]} is no experiment")
         for key in ("workers", "launcher", "devices", "flops_per_second"):
