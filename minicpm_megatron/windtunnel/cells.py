@@ -206,6 +206,22 @@ def scaled_schedule(base: Recipe, total: int) -> dict[str, Any]:
     return fields | {"total": total}
 
 
+def schedule_of_length(base: Recipe, cell: Cell, tokens_per_parameter: float) -> dict[str, Any]:
+    """`base`'s schedule stretched so that `cell`, made of it, reads so many tokens a parameter (N, no embeddings).
+
+    A mapping for the override "schedule".
+
+    Raises:
+        UserError: the batch grows, and the schedule is in steps.
+    """
+    plan, tokens = BatchPlan(cell.recipe), tokens_per_parameter * cell.parameters
+    if plan.unit == "tokens":
+        return scaled_schedule(base, round(tokens))
+    if len(plan.phases) > 1:
+        raise UserError("a batch that grows needs a schedule in tokens", where="--tokens-per-parameter")
+    return scaled_schedule(base, max(1, round(tokens / plan.tokens(1))))
+
+
 def check_names(cells: Sequence[Cell]) -> None:
     """See that every cell has a name of its own and every branch its trunk.
 

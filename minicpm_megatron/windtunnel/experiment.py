@@ -21,7 +21,7 @@ from minicpm_megatron.training.text import aligned
 from minicpm_megatron.windtunnel import progress
 from minicpm_megatron.windtunnel.cells import Cell, check_base, check_names, data_fingerprints
 from minicpm_megatron.windtunnel.machine import describe_machine
-from minicpm_megatron.windtunnel.queue import Outcome
+from minicpm_megatron.windtunnel.queue import Outcome, Source
 from minicpm_megatron.windtunnel.results import Finding, Picture, Results, Table, format_results, write_results
 
 Ended = Literal["done", "stopped", "failed"]
@@ -47,10 +47,12 @@ class Experiment:
         title: one line for people.
         settings: what was asked for, as JSON values; with `base` they decide the cells.
         base: the recipe that all cells are made of.
-        cells: trunks before their branches.
+        cells: those known before anything is run, trunks before their branches.
         output: the experiment's folder.
         evaluate: what the cells that are done tell; called when no cell is left, and again by every later start.
         notes: lines below the plan.
+        source: decides on further cells as results come in; `cells` are among its own.
+        extendable: settings that another start may change, because they only add cells.
     """
 
     kind: str
@@ -61,6 +63,19 @@ class Experiment:
     output: Path
     evaluate: Callable[[Experiment], Findings]
     notes: tuple[str, ...] = ()
+    source: Source | None = None
+    extendable: frozenset[str] = frozenset()
+
+    def every_cell(self) -> tuple[Cell, ...]:
+        """Those that are known now, by any process."""
+        return self.cells if self.source is None else self.source.cells()
+
+    def costs(self) -> tuple[int, int, float]:
+        """(runs, tokens, FLOPs) of all cells, those not yet decided included."""
+        cells = self.every_cell()
+        left = 0 if self.source is None else max(0, self.source.expected - len(cells))
+        every = [*cells, *([cells[0]] * left)]
+        return len(every), sum(cell.tokens() for cell in every), sum(cell.flops() for cell in every)
 
     def claim(self) -> None:
         """Make the output folder this experiment's, or see that it is.
@@ -72,7 +87,7 @@ class Experiment:
         check_names(self.cells)
         plan = {
             "kind": self.kind,
-            "settings": self.settings,
+            "settings": {key: value for key, value in self.settings.items() if key not in self.extendable},
             "recipe": recipe_hash(self.base),
             "data": data_fingerprints(self.base),
             "cells": {cell.name: cell.fingerprint for cell in self.cells},
@@ -98,7 +113,7 @@ class Experiment:
             findings=found.findings,
             tables=found.tables,
             pictures=found.pictures,
-            cells=tuple(self._cell_values(cell) for cell in self.cells),
+            cells=tuple(self._cell_values(cell) for cell in self.every_cell()),
             machine=describe_machine(),
         )
 
@@ -124,14 +139,18 @@ def format_plan(experiment: Experiment, flops_per_second: float | None = None, w
         flops_per_second: of one worker; None: as measured in this output's cells that have begun, if there are any.
         workers: cells at once.
     """
-    rate = flops_per_second or _measured_rate(experiment.cells)
+    known = experiment.every_cell()
+    rate = flops_per_second or _measured_rate(known)
     rows = [("cell", "parameters", "tokens", "FLOPs", "time", "from")]
-    for cell in experiment.cells:
+    for cell in known:
         origin = "" if cell.trunk is None else f"{cell.trunk}@{cell.first_step}"
         rows.append((cell.name, f"{cell.parameters:,}", f"{cell.tokens():,}", *_cost(cell.flops(), rate), origin))
-    flops = sum(cell.flops() for cell in experiment.cells)
-    tokens = sum(cell.tokens() for cell in experiment.cells)
-    rows.append((f"{len(experiment.cells)} cells", "", f"{tokens:,}", *_cost(flops, rate and rate * workers), ""))
+    runs, tokens, flops = experiment.costs()
+    if runs > len(known):
+        left, each = runs - len(known), known[0]
+        costs = _cost(left * each.flops(), rate)
+        rows.append((f"{left} decided on the way", f"{each.parameters:,}", f"{left * each.tokens():,}", *costs, ""))
+    rows.append((f"{runs} cells", "", f"{tokens:,}", *_cost(flops, rate and rate * workers), ""))
     lines = [experiment.title, *aligned(rows), *experiment.notes]
     if rate is None:
         lines.append("time: not known before the first steps; --flops-per-second gives a rate")
@@ -176,16 +195,16 @@ def run_experiment(
             be started, or the results cannot be told from what was run.
     """
     experiment.claim()
-    with _turn(experiment.output):
+    with turn(experiment.output):
         write_bytes(experiment.output / BASE_RECIPE, dump_recipe(experiment.base).encode())
     say(format_plan(experiment, workers=workers))
     outcome = run()
     if outcome.stopped:
-        say(f"stopped with {len(outcome.done)} of {len(experiment.cells)} cells done; start again to go on")
+        say(f"stopped with {len(outcome.done)} of {experiment.costs()[0]} cells done; start again to go on")
         return "stopped"
     _report_failures(outcome, say)
     if outcome.done:
-        with _turn(experiment.output):
+        with turn(experiment.output):
             results = experiment.results()
             write_results(results, experiment.output)
         say(format_results(results, experiment.output))
@@ -202,8 +221,12 @@ def _report_failures(outcome: Outcome, say: Callable[[str], None]) -> None:
 
 
 @contextmanager
-def _turn(output: Path) -> Iterator[None]:
-    """Wait until no other process writes the experiment's own files, then keep others waiting."""
+def turn(output: Path) -> Iterator[None]:
+    """Wait until no other process writes the experiment's own files, then keep others waiting.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
     while True:
         try:
             handle = lock.hold(output)

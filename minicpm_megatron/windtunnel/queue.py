@@ -10,11 +10,11 @@ from __future__ import annotations
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 from minicpm_megatron.checkpoint.find import CHECKPOINTS
 from minicpm_megatron.errors import UserError
@@ -26,6 +26,21 @@ from minicpm_megatron.windtunnel.launch import Launcher, ask_to_stop
 
 POLL = 0.5  # seconds between looks at the folder
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+_GIVE_UP = 3  # failures in one start after which a source is asked for no more cells: the fault is not the cells'
+
+
+class Source(Protocol):
+    """Cells that are decided while others run, by whichever process has room; all of one size and length."""
+
+    @property
+    def expected(self) -> int:
+        """Cells in the end, as far as is known."""
+
+    def cells(self) -> tuple[Cell, ...]:
+        """Those decided so far, by any process."""
+
+    def more(self, known: Collection[str]) -> list[Cell]:
+        """Cells that are not in `known` (names), one newly decided if there are no others; none where none is due."""
 
 
 @dataclass
@@ -62,19 +77,26 @@ class Queue:
         cells: trunks before their branches.
         launcher: starts the trainer.
         say: takes a line for the user.
+        source: decides on further cells when there is room and none is left to start.
     """
 
-    def __init__(self, cells: Sequence[Cell], launcher: Launcher, say: Callable[[str], None] = print) -> None:
+    def __init__(
+        self,
+        cells: Sequence[Cell],
+        launcher: Launcher,
+        say: Callable[[str], None] = print,
+        source: Source | None = None,
+    ) -> None:
         check_names(cells)
-        self.cells, self.launcher, self.say = list(cells), launcher, say
+        self.cells, self.launcher, self.say, self.source = list(cells), launcher, say, source
         self.by_name = {cell.name: cell for cell in cells}
         self._running: dict[str, _Running] = {}
         self._done: set[str] = set()
         # failures of an earlier start are tried again, those of a process beside us are not
         self._old_failures = {failed.id for cell in cells if (failed := progress.failure(cell))}
-        self._total = sum(cell.flops() for cell in cells)
         self._signal: str | None = None
         self._waiting = False
+        self._leaving = False  # whether a cell waits for the trainer of a process that died
 
     def run(self) -> Outcome:
         """Run everything that is left, and wait for what other processes run.
@@ -85,7 +107,7 @@ class Queue:
         self._done = {cell.name for cell in self.cells if progress.is_done(cell)}
         self._began, self._flops_before = time.monotonic(), self._flops_done()
         if self._done:
-            self.say(f"{len(self._done)} of {len(self.cells)} cells are done already")
+            self.say(f"{len(self._done)} of {self._expected()} cells are done already")
         with self._signals():
             try:
                 while self._signal is None and self._go_on():
@@ -99,7 +121,17 @@ class Queue:
         for running in list(self._running.values()):
             if running.process.poll() is not None:
                 self._ended(running)
-        claimed_elsewhere = False
+        claimed_elsewhere = self._start_what_is_open()
+        while self._grow():
+            claimed_elsewhere = self._start_what_is_open()
+        if not self._running and claimed_elsewhere and not self._waiting:
+            self.say("the cells that are left are being run by another process; waiting for it")
+        self._waiting = not self._running and claimed_elsewhere
+        return bool(self._running) or claimed_elsewhere
+
+    def _start_what_is_open(self) -> bool:
+        """Start cells as far as there is room; whether others are left, with us or another process."""
+        claimed_elsewhere = self._leaving = False
         for cell in self.cells:
             if cell.name in self._running or not self._is_open(cell):
                 continue
@@ -108,10 +140,21 @@ class Queue:
                     claimed_elsewhere = not self._seen_done(cell) or claimed_elsewhere
             else:
                 claimed_elsewhere = True  # or will be ours as soon as there is room
-        if not self._running and claimed_elsewhere and not self._waiting:
-            self.say("the cells that are left are being run by another process; waiting for it")
-        self._waiting = not self._running and claimed_elsewhere
-        return bool(self._running) or claimed_elsewhere
+        return claimed_elsewhere
+
+    def _grow(self) -> bool:
+        """Ask the source for cells; whether there are any.
+
+        What a trainer that is still saving has begun is ours in a moment: no other cell is decided without its result.
+        """
+        if self.source is None or self._leaving or len(self._running) >= self.launcher.workers:
+            return False
+        if sum(self._new_failure(cell) is not None for cell in self.cells) >= _GIVE_UP:
+            return False
+        found = self.source.more(self.by_name)
+        self.cells += found
+        self.by_name |= {cell.name: cell for cell in found}
+        return bool(found)
 
     def _seen_done(self, cell: Cell) -> bool:
         if cell.name not in self._done and progress.is_done(cell):
@@ -143,7 +186,9 @@ class Queue:
         if claim is None:
             return False
         # the former holder may have finished it since we looked, or have left a trainer that is still saving
-        if not self._is_open(cell) or _has_a_trainer(cell):
+        leaving = _has_a_trainer(cell)
+        if leaving or not self._is_open(cell):
+            self._leaving = self._leaving or leaving
             claim.close()
             return False
         worker = next(n for n in range(self.launcher.workers) if all(n != r.worker for r in self._running.values()))
@@ -203,12 +248,17 @@ class Queue:
             cell.flops() if cell.name in self._done else cell.flops(progress.steps_done(cell)) for cell in self.cells
         )
 
+    def _expected(self) -> int:
+        return max(len(self.cells), self.source.expected if self.source else 0)
+
     def _tell(self, cell: Cell, what: str) -> None:
         now, elapsed = self._flops_done(), time.monotonic() - self._began
+        total = sum(each.flops() for each in self.cells)
+        total += (self._expected() - len(self.cells)) * self.cells[0].flops()
         rate = (now - self._flops_before) / elapsed if elapsed else 0.0
-        left = f", ETA {duration((self._total - now) / rate)}" if rate > 0 else ""
-        share = f"{now / self._total:.0%} of the FLOPs" if self._total else ""
-        self.say(f"[{len(self._done)}/{len(self.cells)} cells, {share}{left}] {cell.name}: {what}")
+        left = f", ETA {duration((total - now) / rate)}" if rate > 0 else ""
+        share = f"{now / total:.0%} of the FLOPs" if total else ""
+        self.say(f"[{len(self._done)}/{self._expected()} cells, {share}{left}] {cell.name}: {what}")
 
     @contextmanager
     def _signals(self) -> Iterator[None]:

@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from minicpm_megatron.methods.intervals import Interval
 from minicpm_megatron.windtunnel.results import Verdict
 
+EQUAL = 0.005
+"""Losses that differ by less than this share count as equal: ours, the paper compares curves by eye."""
+
 
 def above(limits: Interval, value: float = 0.0) -> Verdict:
     """Whether a number lies above a value."""

@@ -146,6 +146,5 @@ def _entry(name: str, values: dict[str, Any], plan: dict[str, Any], options: arg
 
 
 def _total(experiments: Sequence[Experiment]) -> str:
-    cells = [cell for each in experiments for cell in each.cells]
-    tokens, flops = sum(cell.tokens() for cell in cells), sum(cell.flops() for cell in cells)
-    return f"{len(experiments)} experiments, {len(cells)} runs, {tokens:,} tokens, {human(flops)}FLOPs"
+    runs, tokens, flops = map(sum, zip(*(each.costs() for each in experiments), strict=True))
+    return f"{len(experiments)} experiments, {runs} runs, {tokens:,} tokens, {human(flops)}FLOPs"

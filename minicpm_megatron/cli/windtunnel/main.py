@@ -18,6 +18,7 @@ from minicpm_megatron.cli.windtunnel import (
     rates,
     report,
     scaling_law,
+    search,
 )
 from minicpm_megatron.cli.windtunnel.options import Run
 from minicpm_megatron.errors import UserError
@@ -36,7 +37,7 @@ Every experiment is made of runs of examples/train.py with your recipe and overr
 command goes on where it was; started several times on a shared folder, on one machine or many, the runs are divided
 between the starts. docs/windtunnel.md says what each measures and where it stands in the paper."""
 
-SUBCOMMANDS = (rates, batches, decays, decay_study, coordinates, scaling_law, envelope, fit, report)
+SUBCOMMANDS = (rates, batches, search, decays, decay_study, coordinates, scaling_law, envelope, fit, report)
 STATUS: dict[Ended, int] = {"done": 0, "stopped": 0, "failed": 1}
 
 

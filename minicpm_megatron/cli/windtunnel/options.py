@@ -15,7 +15,7 @@ from minicpm_megatron.windtunnel.branching import DECAY_SHARE
 from minicpm_megatron.windtunnel.experiment import Ended, Experiment, format_plan, run_experiment
 from minicpm_megatron.windtunnel.launch import Launcher
 from minicpm_megatron.windtunnel.law.fits import METHODS
-from minicpm_megatron.windtunnel.queue import Queue
+from minicpm_megatron.windtunnel.queue import Outcome, Queue
 
 T = TypeVar("T")
 Plan = Callable[[argparse.Namespace, Recipe], Experiment]
@@ -77,8 +77,11 @@ def run_queue(options: argparse.Namespace, script: Path) -> Ended:
     if options.dry_run:
         print(format_plan(experiment, rate, launcher.workers))
         return "done"
-    queue = Queue(experiment.cells, launcher, say)
-    return run_experiment(experiment, queue.run, say, workers=launcher.workers)
+
+    def run() -> Outcome:
+        return Queue(experiment.every_cell(), launcher, say, experiment.source).run()
+
+    return run_experiment(experiment, run, say, workers=launcher.workers)
 
 
 def say(line: str) -> None:

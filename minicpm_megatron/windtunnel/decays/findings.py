@@ -17,11 +17,9 @@ from minicpm_megatron.windtunnel.decays.picture import COSINES, DECAYS, draw_cos
 from minicpm_megatron.windtunnel.experiment import Experiment, Findings
 from minicpm_megatron.windtunnel.noise import Noise, noise_of
 from minicpm_megatron.windtunnel.results import Finding, Picture, Table, Verdict
-from minicpm_megatron.windtunnel.verdicts import above, all_of, at_most
+from minicpm_megatron.windtunnel.verdicts import EQUAL, above, all_of, at_most
 
 ENOUGH, TOO_SHORT = 0.1, 0.025  # shares that section 4.3 names
-EQUAL = 0.005
-"""Losses that differ by less than this share count as equal: ours, the paper compares curves by eye."""
 
 Arm = tuple[str, float, str]
 """("wsd", share, shape) or ("cosine" or "cosine_loop", T as a share of S, "")."""

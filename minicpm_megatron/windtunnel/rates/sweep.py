@@ -20,14 +20,13 @@ import numpy as np
 from minicpm_megatron.errors import UserError, require
 from minicpm_megatron.methods.rate_law import RateOptimum, RateShift, optimal_rate, rate_shift
 from minicpm_megatron.recipe import OptimizerRecipe, Recipe
-from minicpm_megatron.recipe.batches import BatchPlan
 from minicpm_megatron.training.text import number
 from minicpm_megatron.windtunnel import progress
 from minicpm_megatron.windtunnel.cells import (
     Cell,
     make_cell,
     model_of_size,
-    scaled_schedule,
+    schedule_of_length,
     standard_parametrization,
 )
 from minicpm_megatron.windtunnel.experiment import Experiment, Findings
@@ -145,18 +144,8 @@ def _cell(
     cell = make_cell(base, output, name, overrides, labels)
     if settings.tokens_per_parameter is None:
         return cell
-    total = _total_for(cell, settings.tokens_per_parameter * cell.parameters)
-    return make_cell(base, output, name, overrides | {"schedule": scaled_schedule(base, total)}, labels)
-
-
-def _total_for(cell: Cell, tokens: float) -> int:
-    """schedule.total at which a run has read so many tokens."""
-    plan = BatchPlan(cell.recipe)
-    if plan.unit == "tokens":
-        return round(tokens)
-    if len(plan.phases) > 1:
-        raise UserError("a batch that grows needs a schedule in tokens", where="--tokens-per-parameter")
-    return max(1, round(tokens / plan.tokens(1)))
+    overrides["schedule"] = schedule_of_length(base, cell, settings.tokens_per_parameter)
+    return make_cell(base, output, name, overrides, labels)
 
 
 def read_sweeps(experiment: Experiment) -> list[Sweep]:
