@@ -169,7 +169,7 @@ def model_of_size(base: Recipe, width: int, layers: int) -> dict[str, Any]:
     if width % channels or width * 5 % 2:
         raise UserError(
             f"a width of {width} does not divide into heads of {channels} channels",
-            where="--sizes",
+            where=f"size {width}x{layers}",
             fix=f"give multiples of {channels}, or another model.kv_channels",
         )
     sizes = {

@@ -96,6 +96,7 @@ class Queue:
         self._old_failures = {failed.id for cell in cells if (failed := progress.failure(cell))}
         self._signal: str | None = None
         self._waiting = False
+        self._gave_up = False
         self._leaving = False  # whether a cell waits for the trainer of a process that died
 
     def run(self) -> Outcome:
@@ -150,6 +151,9 @@ class Queue:
         if self.source is None or self._leaving or len(self._running) >= self.launcher.workers:
             return False
         if sum(self._new_failure(cell) is not None for cell in self.cells) >= _GIVE_UP:
+            if not self._gave_up:
+                self.say(f"{_GIVE_UP} runs have failed: no more are decided on before the next start")
+            self._gave_up = True
             return False
         found = self.source.more(self.by_name)
         self.cells += found

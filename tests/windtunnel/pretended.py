@@ -35,8 +35,8 @@ def base(folder: Path, **sections: Any) -> Recipe:
     return build(fields)
 
 
-def pretend(cell: Cell, losses: float | Mapping[int, float]) -> None:
-    """Let `cell` be done, with held-out losses at steps, or at its last one."""
+def pretend(cell: Cell, losses: float | Mapping[int, float], diverged: str | None = None) -> None:
+    """Let `cell` be done, with held-out losses at steps, or at its last one; or let it have diverged."""
     by_step = losses if isinstance(losses, Mapping) else {cell.last_step: losses}
     cell.folder.mkdir(parents=True)
     lines = []
@@ -44,4 +44,4 @@ def pretend(cell: Cell, losses: float | Mapping[int, float]) -> None:
         lines.append({"kind": "train", "step": step, "seconds": 0.5})
         lines.append({"kind": "evaluation", "step": step, "set": "held-out", "loss_per_token": loss})
     (cell.folder / METRICS).write_text("".join(json.dumps(line) + "\n" for line in lines))
-    write_json(cell.folder / DONE, {"fingerprint": cell.fingerprint, "step": cell.last_step, "diverged": None})
+    write_json(cell.folder / DONE, {"fingerprint": cell.fingerprint, "step": cell.last_step, "diverged": diverged})

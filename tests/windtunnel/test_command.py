@@ -23,6 +23,7 @@ WSD = ["wsd", "--recipe", "recipe.yaml", "--output", "out", "--shares", "0.1,0.2
 BATCH = ["batch-size", "--recipe", "recipe.yaml", "--output", "out", "--sizes", "32x1", "--tokens", "5000"]
 BATCH += ["--batches", "64,128,256,512"]
 ENVELOPE = ["envelope", "--recipe", "recipe.yaml", "--output", "out", "--sizes", "32x1,32x2"]
+SEARCH = ["search", "--recipe", "recipe.yaml", "--output", "out", "--size", "32x1"]
 LAW = ["scaling-law", "--recipe", "recipe.yaml", "--output", "out", "--sizes", "32x1,32x2,48x1"]
 STUDY = ["decay-study", "--recipe", "recipe.yaml", "--output", "out", "schedule.total=42", "--decay-share", "0.45"]
 STUDY += ["--checkpoints", "2"]
@@ -253,6 +254,25 @@ MISTAKES: dict[str, tuple[list[str], Callable[[Path], object], str]] = {
     ),
     "envelope: all decay": ([*ENVELOPE, "--decay-share", "1"], untouched, "--decay-share: 1 is no share"),
     "envelope: a seed twice": ([*ENVELOPE, "--seeds", "1,1"], untouched, "--seeds: not a list of different"),
+    "search: no trials": ([*SEARCH, "--trials", "0"], untouched, "--trials: 0 is no number of trials"),
+    "search: fewer than no seeds": ([*SEARCH, "--repeats", "-1"], untouched, "--repeats: -1 is no number"),
+    "search: a negative seed": ([*SEARCH, "--seed", "-1"], untouched, "--seed: -1 is below 0"),
+    "search: one end": ([*SEARCH, "--rate", "0.01"], untouched, "--rate: '0.01' is no range"),
+    "search: a range in words": ([*SEARCH, "--scale-emb", "low,high"], untouched, "--scale-emb: 'low,high' is not"),
+    "search: falling": ([*SEARCH, "--init-std", "0.2,0.05"], untouched, "--init-std: not two positive numbers"),
+    "search: from nothing": ([*SEARCH, "--scale-depth", "0,2"], untouched, "--scale-depth: not two positive"),
+    "search: without the paper's": (
+        [*SEARCH, "--rate", "0.02,0.1"],
+        untouched,
+        "--rate: 0.02 to 0.1 leaves the paper's 0.01 out",
+    ),
+    "search: no size": ([*SEARCH, "--size", "32"], untouched, "--size: '32' is no size"),
+    "search: no heads": ([*SEARCH, "--size", "40x1"], untouched, "40 does not divide into heads of 16"),
+    "search: no length": (
+        [*SEARCH, "--tokens-per-parameter", "0"],
+        untouched,
+        "--tokens-per-parameter: 0.0 is not positive",
+    ),
     "law: two sizes": ([*LAW, "--sizes", "32x1,32x2"], untouched, "--sizes: not a list of at least 3"),
     "law: one point": ([*LAW, "--points", "1"], untouched, "--points: 1 of 3 sizes are too few"),
     "law: falling": ([*LAW, "--tokens-per-parameter", "60,10"], untouched, "--tokens-per-parameter: not two"),
@@ -284,6 +304,7 @@ def test_each_mistake_is_one_line(name: str, here: Path, capfd: pytest.CaptureFi
 @pytest.mark.parametrize(
     "subcommand", ["lr", "batch-size", "wsd", "coord-check", "scaling-law", "envelope", "fit", "report"]
 )
+@pytest.mark.parametrize("subcommand", ["lr", "wsd", "search", "coord-check", "scaling-law", "fit", "report"])
 def test_each_subcommand_explains_itself(subcommand: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert command("windtunnel.py", subcommand, "--help") == 0
     assert f"windtunnel.py {subcommand}" in capsys.readouterr().out
