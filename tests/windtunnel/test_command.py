@@ -302,9 +302,8 @@ def test_each_mistake_is_one_line(name: str, here: Path, capfd: pytest.CaptureFi
 
 
 @pytest.mark.parametrize(
-    "subcommand", ["lr", "batch-size", "wsd", "coord-check", "scaling-law", "envelope", "fit", "report"]
+    "subcommand", ["lr", "batch-size", "search", "wsd", "coord-check", "scaling-law", "envelope", "fit", "report"]
 )
-@pytest.mark.parametrize("subcommand", ["lr", "wsd", "search", "coord-check", "scaling-law", "fit", "report"])
 def test_each_subcommand_explains_itself(subcommand: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert command("windtunnel.py", subcommand, "--help") == 0
     assert f"windtunnel.py {subcommand}" in capsys.readouterr().out

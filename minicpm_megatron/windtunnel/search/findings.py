@@ -21,6 +21,9 @@ from minicpm_megatron.windtunnel.verdicts import EQUAL, at_most
 
 BELIEVED = 0.5
 """Q^2 of the fitted surface below which shares of its variance are not told: ours, it predicts less than half."""
+WORST_SHARE = 0.25
+"""Of the trials, whose losses count as the least of them for the importances: ours. What matters is where the loss is
+low, and the worst sets lie so far above that a surface would be one through them."""
 BEST_SHARE = 0.25  # of the trials whose values are shown as those of the best
 
 
@@ -68,14 +71,15 @@ def read_search(experiment: Experiment) -> Searched:
 
 
 def _importances(results: Sequence[Result], ranges: dict[str, Range]) -> tuple[Importances | None, str]:
-    """A run that diverged counts as the highest finite loss, as it does for the search."""
-    finite = [each.loss for each in results if math.isfinite(each.loss)]
+    """The worst quarter, runs that diverged among them, counts as the least loss there."""
     ended = [each for each in results if not math.isnan(each.loss)]
     points = [[position(each.values[axis.name], ranges[axis.name]) for axis in AXES] for each in ended]
+    losses = sorted(each.loss for each in ended)
+    finite = [loss for loss in losses if math.isfinite(loss)]
+    worst = losses[math.floor((1 - WORST_SHARE) * len(losses)) :]
+    highest = min([*worst, *finite[-1:]], default=0.0)  # the highest finite loss where more than these diverged
     try:
-        found = importances(
-            np.reshape(points, (-1, len(AXES))), [min(each.loss, max(finite, default=0.0)) for each in ended]
-        )
+        found = importances(np.reshape(points, (-1, len(AXES))), [min(each.loss, highest) for each in ended])
     except UserError as error:
         return None, error.what
     if found.predicted < BELIEVED:
