@@ -24,7 +24,7 @@ experiments:
     {command: lr, sizes: [32x1], rates: [0.004, 0.008, 0.016], parametrizations: mup, overrides: [schedule.total=6]}
   coord-check: {widths: [32, 64], depths: "", layers: 1, steps: 1}
 """
-EXPERIMENTS = {"coord-check", "lr", "wsd", "decay-study", "scaling-law", "batch-size", "envelope"}
+EXPERIMENTS = {"coord-check", "lr", "wsd", "decay-study", "scaling-law", "batch-size", "envelope", "search"}
 ALL = ["all", "--plan", "plan.yaml", "--output", "out"]
 PIXEL = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
