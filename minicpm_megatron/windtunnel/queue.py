@@ -25,6 +25,7 @@ from minicpm_megatron.windtunnel.cells import Cell, check_names
 from minicpm_megatron.windtunnel.launch import Launcher, ask_to_stop
 
 POLL = 0.5  # seconds between looks at the folder
+HEARTBEAT = 60.0  # seconds of silence after which it is said how far things are
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _GIVE_UP = 3  # failures in one start after which a source is asked for no more cells: the fault is not the cells'
 
@@ -106,13 +107,16 @@ class Queue:
             UserError: the folder cannot be written, holds other cells, or the launcher cannot be started.
         """
         self._done = {cell.name for cell in self.cells if progress.is_done(cell)}
-        self._began, self._flops_before = time.monotonic(), self._flops_done()
+        self._began = self._told = time.monotonic()
+        self._flops_before = self._flops_done()
         if self._done:
             self.say(f"{len(self._done)} of {self._expected()} cells are done already")
         with self._signals():
             try:
                 while self._signal is None and self._go_on():
                     time.sleep(POLL)
+                    if self._running and time.monotonic() - self._told > HEARTBEAT:
+                        self._tell(", ".join(self._running), "running")
             finally:
                 self._leave()
         return self._outcome()
@@ -163,7 +167,7 @@ class Queue:
     def _seen_done(self, cell: Cell) -> bool:
         if cell.name not in self._done and progress.is_done(cell):
             self._done.add(cell.name)
-            self._tell(cell, "done elsewhere")
+            self._tell(cell.name, "done elsewhere")
         return cell.name in self._done
 
     def _is_open(self, cell: Cell) -> bool:
@@ -202,7 +206,7 @@ class Queue:
             raise UserError(f"cannot be written: {error.strerror}", where=str(cell.folder)) from None
         self._running[cell.name] = _Running(cell, worker, process, claim)
         step = progress.steps_done(cell)
-        self._tell(cell, "started" if step == cell.first_step else f"goes on, had come to step {step}")
+        self._tell(cell.name, "started" if step == cell.first_step else f"goes on, had come to step {step}")
         return True
 
     def _ended(self, running: _Running) -> None:
@@ -214,11 +218,11 @@ class Queue:
             self._done.add(cell.name)
             diverged = progress.divergence(cell)
             loss = progress.measured(cell).held_out
-            self._tell(cell, f"diverged, {diverged}" if diverged else f"done, held-out loss {loss:.4f}")
+            self._tell(cell.name, f"diverged, {diverged}" if diverged else f"done, held-out loss {loss:.4f}")
         elif end == "failed":
             failed = progress.failure(cell)
             assert failed is not None
-            self._tell(cell, f"FAILED, {failed.reason} (log: {failed.log})")
+            self._tell(cell.name, f"FAILED, {failed.reason} (log: {failed.log})")
         elif self._signal is None:  # somebody stopped that trainer and not us: they want its machine
             self._signal = "a trainer that was stopped"
 
@@ -255,14 +259,15 @@ class Queue:
     def _expected(self) -> int:
         return max(len(self.cells), self.source.expected if self.source else 0)
 
-    def _tell(self, cell: Cell, what: str) -> None:
+    def _tell(self, names: str, what: str) -> None:
+        self._told = time.monotonic()
         now, elapsed = self._flops_done(), time.monotonic() - self._began
         total = sum(each.flops() for each in self.cells)
         total += (self._expected() - len(self.cells)) * self.cells[0].flops()
         rate = (now - self._flops_before) / elapsed if elapsed else 0.0
         left = f", ETA {duration((total - now) / rate)}" if rate > 0 else ""
         share = f"{now / total:.0%} of the FLOPs" if total else ""
-        self.say(f"[{len(self._done)}/{self._expected()} cells, {share}{left}] {cell.name}: {what}")
+        self.say(f"[{len(self._done)}/{self._expected()} cells, {share}{left}] {names}: {what}")
 
     @contextmanager
     def _signals(self) -> Iterator[None]:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from minicpm_megatron.recipe import load_recipe
+from minicpm_megatron.windtunnel import queue
 from minicpm_megatron.windtunnel.cells import make_cell
 from minicpm_megatron.windtunnel.launch import Launcher
 from minicpm_megatron.windtunnel.queue import Queue
@@ -172,3 +173,12 @@ def test_another_experiment_in_the_folder_is_refused(
         assert command("windtunnel.py", *arguments(str(undisturbed), warm, *more)) == 2
         assert "holds another experiment" in capfd.readouterr().err
     assert tree(undisturbed) == before
+
+
+def test_what_runs_long_is_heard_of(here: Path, warm: WarmTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(queue, "HEARTBEAT", 0.0)
+    cell = make_cell(load_recipe("recipe.yaml"), here / "out", "only", {}, {})
+    said: list[str] = []
+    assert Queue([cell], Launcher.of(ROOT / "examples" / "train.py", warm.launcher, 1, ""), said.append).run().done
+    assert said[0].endswith("] only: started") and said[1].startswith("[0/1 cells, ")
+    assert said[1].endswith("] only: running") and "only: done" in said[-1]

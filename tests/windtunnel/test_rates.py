@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from minicpm_megatron.windtunnel.rates.sweep import RateSettings, plan_rates, read_sweeps, shift_of
-from minicpm_megatron.windtunnel.results import format_markdown, format_results, read_results, write_results
+from minicpm_megatron.windtunnel.report.markdown import format_markdown
+from minicpm_megatron.windtunnel.results import format_results, read_results, write_results
 from tests.windtunnel.pretended import base, pretend
 
 SETTINGS = RateSettings(
