@@ -63,7 +63,7 @@ def _draw_order(panel: Any, searched: Searched, high: float) -> None:
         panel.axhline(searched.paper.loss, color=_PAPER, linewidth=0.8, linestyle="--")
     panel.set_xlabel("trial")
     panel.xaxis.get_major_locator().set_params(integer=True)
-    panel.legend(frameon=False, fontsize=8, loc="upper right", bbox_to_anchor=(1, 1.05), ncols=4)
+    panel.legend(frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1, 1.02), ncols=4)
 
 
 def _draw(panel: Any, searched: Searched, places: list[float], high: float) -> None:
@@ -90,7 +90,7 @@ def _draw(panel: Any, searched: Searched, places: list[float], high: float) -> N
 def _scale(searched: Searched) -> tuple[float, float]:
     """The best loss to the paper's or that of most trials, with some room."""
     losses = [each.loss for each in searched.results if math.isfinite(each.loss)] or [0.0]
-    low, most = min(losses), float(np.quantile(losses, _SHOWN))
+    low, most = min(losses), float(np.quantile(losses, _SHOWN, method="lower"))
     high = max([most, *([searched.paper.loss] if math.isfinite(searched.paper.loss) else [])])
     room = 0.06 * (high - low) or 0.1
     return low - room, high + room
