@@ -36,13 +36,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         UserError: the file cannot be read, or is not a valid recipe.
     """
     path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"not UTF-8 text (byte {error.start})", where=str(path)) from None
-    except OSError as error:
-        raise UserError(f"cannot read the recipe: {error.strerror}", where=str(path)) from None
-    document = yaml_text.parse(text, source=str(path))
+    document = yaml_text.read(path, "the recipe")
     if not isinstance(document.value, dict):
         raise UserError("not a mapping of sections", where=str(path), fix="see docs/recipes.md for the keys")
     origins = {dotted: f"{path}:{line}" for dotted, line in document.lines.items()}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -56,6 +57,21 @@ class Document:
 
     value: Any
     lines: dict[str, int] = field(default_factory=dict)
+
+
+def read(path: Path, what: str) -> Document:
+    """`parse` of a file; `what` it is goes into the error line: "the recipe".
+
+    Raises:
+        UserError: the file cannot be read, or as `parse`.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"not UTF-8 text (byte {error.start})", where=str(path)) from None
+    except OSError as error:
+        raise UserError(f"cannot read {what}: {error.strerror}", where=str(path)) from None
+    return parse(text, source=str(path))
 
 
 def parse(text: str, *, source: str) -> Document:

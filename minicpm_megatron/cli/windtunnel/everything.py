@@ -100,13 +100,7 @@ def _write_report(output: Path, entries: Sequence[Entry]) -> None:
 
 def _read_plan(options: argparse.Namespace, parse: Parse) -> list[Entry]:
     path: Path = options.plan
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"not UTF-8 text (byte {error.start})", where=str(path)) from None
-    except OSError as error:
-        raise UserError(f"cannot read the plan: {error.strerror}", where=str(path)) from None
-    plan = yaml_text.parse(text, source=str(path)).value
+    plan = yaml_text.read(path, "the plan").value
     form = "a plan has `recipe`, a path, and `experiments`, a mapping of names; see --help"
     if (
         not isinstance(plan, dict)
