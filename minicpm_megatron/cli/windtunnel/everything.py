@@ -29,7 +29,7 @@ DESCRIPTION = """Run the experiments of a plan, one after the other, and write D
 
 The plan is a YAML file: `recipe`, and under `experiments` one entry an experiment, whose name is its folder in DIR:
 
-  recipe: examples/recipes/windtunnel-cpu.yaml
+  recipe: examples/windtunnel/windtunnel-cpu.yaml
   experiments:
     lr: {sizes: [64x4, 128x6], seeds: [1, 2]}
     wsd-long: {command: wsd, seeds: [1, 2], overrides: [schedule.total=400]}
