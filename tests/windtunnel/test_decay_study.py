@@ -180,6 +180,16 @@ def test_noise_alone_agrees_with_nothing_and_the_opposite_disagrees(tmp_path: Pa
             assert found == [False, False, False, False, False, False, True, False], found
 
 
+def test_a_derivative_that_falls_less_than_the_rate_does_not_follow_it(tmp_path: Path, unseen: None) -> None:
+    def numbers(rate: float, noise: float) -> dict[str, float]:
+        return paper(rate, noise) | {"first_derivative": -(rate**0.2) * np.exp(0.05 * noise)}
+
+    experiment = study(tmp_path)
+    pretend(experiment, numbers, lambda rate: rate)
+    found = [finding.agrees for finding in experiment.results().findings]
+    assert found == [True, True, False, True, True, True, True, True], found
+
+
 def test_updates_are_the_largest_of_each_matrix_wherever_the_weights_lie(tmp_path: Path, unseen: None) -> None:
     experiment = study(tmp_path, StudySettings(0.2, "linear", 4, 1, (1,)))
     pretend(experiment, paper, lambda rate: rate)

@@ -47,6 +47,8 @@ from minicpm_megatron.windtunnel.verdicts import above, all_of
 
 UPDATES_CSV = "updates.csv"
 A_MAGNITUDE = 10.0  # section 4.4: the curvature "increases by a magnitude"
+PROPORTIONAL = 0.5
+"""Exponent of the rate above which a quantity is nearer to one that falls with it than to one that does not."""
 
 
 def evaluate_study(experiment: Experiment) -> Findings:
@@ -98,7 +100,8 @@ def _first_derivative(runs: Sequence[Around]) -> Finding:
     with_rate = slope(runs, logarithm("lr"), logarithm("first_derivative"))
     ours = f"{_ratios(found)}; |D1| ~ rate^{with_rate:.2f} in the decay; negative in {downhill:.0%} of its steps"
     claim = "The first derivative along the update, D1, falls with the rate"
-    return Finding(claim, "diminishes exponentially, as the rate does", ours, _falls(found))
+    follows: Verdict = with_rate > PROPORTIONAL
+    return Finding(claim, "diminishes exponentially, as the rate does", ours, all_of((_falls(found), follows)))
 
 
 def _second_derivative(runs: Sequence[Around]) -> Finding:
