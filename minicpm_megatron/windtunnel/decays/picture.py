@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from minicpm_megatron.recipe import BatchPlan
 from minicpm_megatron.storage.picture import offscreen_pyplot, save_picture
+from minicpm_megatron.training.metrics import human
 from minicpm_megatron.windtunnel import progress
 from minicpm_megatron.windtunnel.cells import Cell
 
@@ -49,7 +50,7 @@ def draw_decays(experiment: Experiment, comparisons: Sequence[Comparison], path:
             labels = {"role": "wsd", "end": each.end, "share": share, "shape": shapes[0]}
             branch = mean_curve(experiment, labels)
             before = [point for point in trunk if branch and point[0] <= _leaves_at(experiment, labels)]
-            label = f"WSD, {share:.3g} decay" if each is comparisons[0] else None
+            label = f"WSD, {100 * share:.3g} % decay" if each is comparisons[0] else None
             _plot(curves, [*before[-1:], *branch], label=label, color=colour)
     for each in comparisons:
         curve = mean_curve(experiment, {"role": "cosine", "period": each.end})
@@ -61,6 +62,7 @@ def draw_decays(experiment: Experiment, comparisons: Sequence[Comparison], path:
         ends.plot(shares, losses, marker="o", markersize=4, color=f"C{number}", label=shape)
     ends.axhline(comparisons[0].mean(("cosine", 1, "")), color="#2a9d8f", linestyle=":", label="Cosine(T = S)")
     ends.set_xlabel("share of the tokens that is decay")
+    ends.xaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g} %")
     ends.set_title("loss after S tokens", fontsize=10)
     ends.spines[["top", "right"]].set_visible(False)
     ends.legend(frameon=False, fontsize=8)
@@ -90,6 +92,7 @@ def _plot(axis: Any, curve: Curve, **style: Any) -> None:
 
 def _finish(axis: Any, title: str) -> None:
     axis.set_xlabel("tokens")
+    axis.xaxis.set_major_formatter(lambda value, _: human(value).strip())
     axis.set_ylabel("held-out loss (nats per token)")
     axis.set_title(title, fontsize=10)
     axis.spines[["top", "right"]].set_visible(False)
