@@ -80,7 +80,8 @@ def _runs(cells: Sequence[Mapping[str, Any]]) -> str:
     told = ", ".join(f"{count} {state}" for state, count in states.items())
     tokens, flops = (sum(cell[key] for cell in cells) for key in ("tokens", "flops"))
     seconds = sum(cell["seconds"] or 0 for cell in cells)
+    steps = f"; {duration(seconds)} of steps" if seconds else ""  # what runs in the process itself is not timed
     return (
         f"{told}; {min(sizes):,} to {max(sizes):,} parameters without embeddings; {tokens:,} tokens;"
-        f" {human(flops)}FLOPs; {duration(seconds)} of steps"
+        f" {human(flops)}FLOPs{steps}"
     )
