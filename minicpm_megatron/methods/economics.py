@@ -11,6 +11,9 @@ from collections.abc import Sequence
 
 from minicpm_megatron.errors import UserError
 
+DECAY_SHARE = 0.1
+"""Of the tokens, that is decay: what section 4.3 finds enough."""
+
 
 def training_flops(parameters: float, tokens: float) -> float:
     """C = 6 N D."""
@@ -52,7 +55,7 @@ def break_even_tokens(large: tuple[float, float], small: tuple[float, float]) ->
     return max(0.0, dearer / (serving_flops(n_large, 1) - serving_flops(n_small, 1)))
 
 
-def trunk_tokens(ends: Sequence[float], decay_share: float = 0.1) -> tuple[float, float]:
+def trunk_tokens(ends: Sequence[float], decay_share: float = DECAY_SHARE) -> tuple[float, float]:
     """Tokens that decayed checkpoints at several lengths cost: with one stable trunk, and each from the start.
 
     A model that ends decayed after D tokens leaves the trunk decay_share D before (section 4.2). The trunk runs as far
@@ -60,7 +63,7 @@ def trunk_tokens(ends: Sequence[float], decay_share: float = 0.1) -> tuple[float
 
     Args:
         ends: D of each checkpoint, in any unit.
-        decay_share: of D that is decay, in (0, 1]; 0.1 is enough (section 4.3).
+        decay_share: of D that is decay, in (0, 1].
 
     Returns:
         (shared, separate), in the unit of `ends`.

@@ -15,9 +15,8 @@ from minicpm_megatron.errors import UserError, require
 from minicpm_megatron.recipe import BatchPlan, Recipe, count_parameters
 from minicpm_megatron.recipe.checks import SHAPES_WITHOUT_HALF_LIFE
 from minicpm_megatron.recipe.flops import run_flops
-from minicpm_megatron.windtunnel.cells import Cell, make_cell, model_of_size, trunks_of
+from minicpm_megatron.windtunnel.cells import Cell, make_cell, model_of_size, size_name, trunks_of
 
-DECAY_SHARE = 0.1  # section 4.3
 HALF_LIVES = 5.0
 """Half-lives in an exponential decay, which ends at 1/32 of the rate: ours, the wind tunnel's own is not published."""
 
@@ -131,7 +130,7 @@ def make_series(timeline: Timeline, output: Path, series: Series) -> list[Cell]:
         UserError: a size that does not divide into heads, points that are the same step, a decay that begins in the
             warmup, or an unknown shape.
     """
-    name, seed = size_name(series.size), "" if series.seed is None else f"-s{series.seed}"
+    name, seed = size_name(*series.size), "" if series.seed is None else f"-s{series.seed}"
     model = model_of_size(timeline.base, *series.size)
     parameters = count_parameters(make_cell(timeline.base, output, name, model, {}).recipe.model).non_embedding
     ends = [round(length * parameters / timeline.tokens_per_step) for length in series.tokens_per_parameter]
@@ -158,11 +157,6 @@ def make_series(timeline: Timeline, output: Path, series: Series) -> list[Cell]:
         branch, share, shape = f"{name}-{length:.4g}N{seed}", series.decay_share, series.shape
         cells.append(make_branch(timeline, output, branch, trunk, end, share, shape, overrides, more))
     return cells
-
-
-def size_name(size: tuple[int, int]) -> str:
-    """As the user writes it."""
-    return f"{size[0]}x{size[1]}"
 
 
 @dataclass(frozen=True)

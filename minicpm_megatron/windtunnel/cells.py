@@ -159,6 +159,15 @@ def data_fingerprints(recipe: Recipe) -> dict[str, str]:
     return {prefix: data_fingerprint(prefix) for prefix in prefixes}
 
 
+def size_name(width: int, layers: int) -> str:
+    """As the user writes it.
+
+    >>> size_name(128, 6)
+    '128x6'
+    """
+    return f"{width}x{layers}"
+
+
 def model_of_size(base: Recipe, width: int, layers: int) -> dict[str, Any]:
     """Overrides for a model of the family of Table 8: d_ff = 2.5 d_model, d_head of `base`, a key/value head a head.
 
@@ -169,7 +178,7 @@ def model_of_size(base: Recipe, width: int, layers: int) -> dict[str, Any]:
     if width % channels or width * 5 % 2:
         raise UserError(
             f"a width of {width} does not divide into heads of {channels} channels",
-            where=f"size {width}x{layers}",
+            where=f"size {size_name(width, layers)}",
             fix=f"give multiples of {channels}, or another model.kv_channels",
         )
     sizes = {

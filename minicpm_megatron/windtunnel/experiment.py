@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from minicpm_megatron.errors import UserError
 from minicpm_megatron.recipe import Recipe, dump_recipe, recipe_hash
 from minicpm_megatron.storage import lock
 from minicpm_megatron.storage.atomic import write_bytes
@@ -227,13 +226,7 @@ def turn(output: Path) -> Iterator[None]:
     Raises:
         UserError: the folder cannot be written.
     """
-    while True:
-        try:
-            handle = lock.hold(output)
-            break
-        except UserError:
-            time.sleep(_POLL)
-        except OSError as error:
-            raise UserError(f"cannot be written: {error.strerror}", where=str(output)) from None
+    while (handle := lock.hold_if_free(output)) is None:
+        time.sleep(_POLL)
     with handle:
         yield

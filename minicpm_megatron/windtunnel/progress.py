@@ -58,6 +58,15 @@ def divergence(cell: Cell) -> str | None:
     return None if found is None else str(found)
 
 
+def is_whole(cell: Cell) -> bool:
+    """Whether it has reached its last step.
+
+    Raises:
+        UserError: what is done there is something else.
+    """
+    return is_done(cell) and divergence(cell) is None
+
+
 def judge_end(cell: Cell, status: int) -> Literal["done", "stopped", "failed"]:
     """What the end of a cell's trainer means; writes it into the cell's folder, whose lock the caller holds.
 
@@ -160,7 +169,7 @@ def measured(cell: Cell, step: int | None = None) -> Measured:
 
 def per_byte(cell: Cell) -> dict[str, float]:
     """Held-out loss of every set at the cell's last step, nats per byte; empty where it was not reached."""
-    if not is_done(cell) or divergence(cell) is not None:
+    if not is_whole(cell):
         return {}
     records = read_metrics(cell.folder / METRICS, "evaluation")
     return {record["set"]: record["loss_per_byte"] for record in records if record["step"] == cell.last_step}

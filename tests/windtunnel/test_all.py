@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from minicpm_megatron.recipe import load_recipe, yaml_text
 from minicpm_megatron.windtunnel.report.facts import facts, find_results
 from minicpm_megatron.windtunnel.report.html_page import format_html
 from minicpm_megatron.windtunnel.report.markdown import format_markdown
 from minicpm_megatron.windtunnel.results import Finding, Picture, Results, Table, read_results, write_results
 from tests.cli.commands import ROOT, command, error_lines, tree
+from tests.windtunnel.subcommands import EXPERIMENTS
 from tests.windtunnel.warm import WarmTrainer
 
 PLAN = """\
@@ -24,7 +26,6 @@ experiments:
     {command: lr, sizes: [32x1], rates: [0.004, 0.008, 0.016], parametrizations: mup, overrides: [schedule.total=6]}
   coord-check: {widths: [32, 64], depths: "", layers: 1, steps: 1}
 """
-EXPERIMENTS = {"coord-check", "lr", "wsd", "decay-study", "scaling-law", "batch-size", "envelope", "search"}
 ALL = ["all", "--plan", "plan.yaml", "--output", "out"]
 PIXEL = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
@@ -91,6 +92,14 @@ def test_every_command_runs_unattended(here: Path, warm: WarmTrainer, capsys: py
     shown = "\n".join(page.shown)
     assert all(results.title in shown and results.title in text for _, results in found)
     assert len([source for source in page.sources if source.startswith("data:")]) == page.tags.count("img") > 8
+
+
+@pytest.mark.parametrize("name", ["cpu", "smoke"])
+def test_an_example_has_every_experiment_on_a_recipe_that_is_there(name: str) -> None:
+    plan = yaml_text.read(ROOT / "examples" / "windtunnel" / f"{name}.yaml", "the plan").value
+    assert {str(each.get("command", key)) for key, each in plan["experiments"].items()} == EXPERIMENTS
+    recipe = load_recipe(ROOT / plan["recipe"], plan.get("overrides", []))
+    assert recipe.data.validation
 
 
 def test_an_experiment_that_fails_does_not_keep_the_next(

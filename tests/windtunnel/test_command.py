@@ -16,6 +16,7 @@ from minicpm_megatron.windtunnel.law.losses_csv import read_losses
 from minicpm_megatron.windtunnel.queue import Queue
 from minicpm_megatron.windtunnel.results import read_results
 from tests.cli.commands import ROOT, command, error_lines, tree, untouched
+from tests.windtunnel.subcommands import EXPERIMENTS
 from tests.windtunnel.warm import WarmTrainer
 
 LR = ["lr", "--recipe", "recipe.yaml", "--output", "out", "--sizes", "32x1", "--rates", "0.004,0.008,0.016"]
@@ -301,9 +302,7 @@ def test_each_mistake_is_one_line(name: str, here: Path, capfd: pytest.CaptureFi
     assert tree(here) == before
 
 
-@pytest.mark.parametrize(
-    "subcommand", ["lr", "batch-size", "search", "wsd", "coord-check", "scaling-law", "envelope", "fit", "report"]
-)
+@pytest.mark.parametrize("subcommand", [*sorted(EXPERIMENTS), "fit", "report", "all"])
 def test_each_subcommand_explains_itself(subcommand: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert command("windtunnel.py", subcommand, "--help") == 0
     assert f"windtunnel.py {subcommand}" in capsys.readouterr().out

@@ -141,7 +141,7 @@ def test_the_trunk_goes_on_beside_the_decay(tmp_path: Path, unit: str) -> None:
         ({"interval": 0}, "--interval: 0 is no number"),
         ({"checkpoints": 81}, "--checkpoints: a decay of 80 of 400 steps has no 81 steps"),
         ({"checkpoints": 1}, "--checkpoints: 1 are too few"),
-        ({"seeds": (1, 1)}, "--seeds: not different"),
+        ({"seeds": (1, 1)}, "--seeds: not a list of different"),
         ({"shape": "steep"}, "schedule.decay_shape"),
     ],
 )

@@ -7,8 +7,9 @@ import pytest
 
 from minicpm_megatron.methods.economics import trunk_tokens
 from minicpm_megatron.methods.schedules import build_schedule
+from minicpm_megatron.windtunnel.branching import shared_costs
 from minicpm_megatron.windtunnel.decays.comparison import DecaySettings, plan_decays
-from minicpm_megatron.windtunnel.decays.findings import compare, token_costs
+from minicpm_megatron.windtunnel.decays.findings import compare
 from minicpm_megatron.windtunnel.noise import noise_of
 from tests.windtunnel.pretended import base, pretend
 
@@ -19,9 +20,9 @@ SETTINGS = DecaySettings(
 
 def test_one_trunk_costs_what_the_closed_form_says(tmp_path) -> None:
     settings = DecaySettings(ends=(0.25, 0.5, 1), shares=(0.1,), shapes=("linear",), periods=(1,), seeds=(1,))
-    found = token_costs(plan_decays(base(tmp_path), settings, tmp_path))
+    costs = shared_costs(plan_decays(base(tmp_path), settings, tmp_path).cells)
     shared, separate = trunk_tokens([100, 200, 400], decay_share=0.1)
-    assert found == (round(shared) * 128, round(separate) * 128)
+    assert (costs.tokens, costs.separate_tokens) == (round(shared) * 128, round(separate) * 128)
 
 
 @pytest.mark.parametrize("unit", ["steps", "tokens"])

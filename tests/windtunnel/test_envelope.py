@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from minicpm_megatron.methods.economics import trunk_tokens
-from minicpm_megatron.windtunnel.branching import DECAY_SHARE, shared_costs
+from minicpm_megatron.methods.economics import DECAY_SHARE, trunk_tokens
+from minicpm_megatron.windtunnel.branching import shared_costs
 from minicpm_megatron.windtunnel.envelope import findings
 from minicpm_megatron.windtunnel.envelope.findings import fit_forms, read_ends, trades
 from minicpm_megatron.windtunnel.envelope.picture import PICTURE

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from minicpm_megatron.methods.economics import trunk_tokens
+from minicpm_megatron.methods.economics import DECAY_SHARE, trunk_tokens
 from minicpm_megatron.methods.scaling_law import PUBLISHED, fit_scaling_law
 from minicpm_megatron.training.metrics import METRICS
-from minicpm_megatron.windtunnel.branching import DECAY_SHARE, shared_costs
+from minicpm_megatron.windtunnel.branching import shared_costs
 from minicpm_megatron.windtunnel.experiment import format_plan
 from minicpm_megatron.windtunnel.law.losses_csv import read_losses
 from minicpm_megatron.windtunnel.law.runs import ScalingSettings, plan_scaling

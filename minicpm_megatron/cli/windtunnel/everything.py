@@ -16,15 +16,14 @@ from minicpm_megatron.cli.windtunnel.options import (
 )
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.recipe import yaml_text
-from minicpm_megatron.storage.atomic import write_bytes
 from minicpm_megatron.training.metrics import human
 from minicpm_megatron.windtunnel.experiment import Ended, Experiment
 from minicpm_megatron.windtunnel.report.facts import find_results
-from minicpm_megatron.windtunnel.report.html_page import format_html
-from minicpm_megatron.windtunnel.report.markdown import format_markdown
+from minicpm_megatron.windtunnel.report.page import write_page
+from minicpm_megatron.windtunnel.results import RESULTS
 
 Parse = Callable[[Sequence[str]], argparse.Namespace]
-PAGE = "report"
+PAGES = ("report.html", "report.md")
 DESCRIPTION = """Run the experiments of a plan, one after the other, and write DIR/report.html and DIR/report.md.
 
 The plan is a YAML file: `recipe`, and under `experiments` one entry an experiment, whose name is its folder in DIR:
@@ -89,13 +88,13 @@ def _run_all(options: argparse.Namespace, script: Path, parse: Parse) -> Ended:
 
 
 def _write_report(output: Path, entries: Sequence[Entry]) -> None:
-    with_results = [entry.options.output for entry in entries if (entry.options.output / "results.json").exists()]
+    with_results = [entry.options.output for entry in entries if (entry.options.output / RESULTS).exists()]
     if not with_results:
         return
     found = find_results(with_results)
-    write_bytes(output / f"{PAGE}.html", format_html(found).encode())
-    write_bytes(output / f"{PAGE}.md", format_markdown(found, output).encode())
-    say(f"report: {output / PAGE}.html")
+    for page in PAGES:
+        write_page(found, output / page)
+    say(f"report: {output / PAGES[0]}")
 
 
 def _read_plan(options: argparse.Namespace, parse: Parse) -> list[Entry]:

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TypeAlias, TypeVar
 
 from minicpm_megatron.errors import UserError
+from minicpm_megatron.methods.economics import DECAY_SHARE
 from minicpm_megatron.methods.scaling_law import PUBLISHED_COMPUTE
 from minicpm_megatron.recipe import Recipe, load_recipe
-from minicpm_megatron.windtunnel.branching import DECAY_SHARE
 from minicpm_megatron.windtunnel.experiment import Ended, Experiment, format_plan, run_experiment
 from minicpm_megatron.windtunnel.launch import Launcher
 from minicpm_megatron.windtunnel.law.fits import METHODS

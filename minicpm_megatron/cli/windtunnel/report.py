@@ -6,15 +6,10 @@ import argparse
 from pathlib import Path
 
 from minicpm_megatron.cli.windtunnel.options import Subparsers
-from minicpm_megatron.errors import UserError
-from minicpm_megatron.storage.atomic import write_bytes
 from minicpm_megatron.windtunnel.experiment import Ended
 from minicpm_megatron.windtunnel.report.facts import find_results
-from minicpm_megatron.windtunnel.report.html_page import format_html
-from minicpm_megatron.windtunnel.report.markdown import format_markdown
+from minicpm_megatron.windtunnel.report.page import write_page
 from minicpm_megatron.windtunnel.results import format_results
-
-PAGES = (".html", ".md")
 
 
 def add(commands: Subparsers) -> None:
@@ -38,11 +33,6 @@ def _report(options: argparse.Namespace, script: Path) -> Ended:
     if options.output is None:
         print("\n\n".join(format_results(results, folder) for folder, results in found))
         return "done"
-    if options.output.suffix not in PAGES:
-        raise UserError("not a page that can be written", where=str(options.output), fix="end it in .html or .md")
-    if not options.output.resolve().parent.is_dir() or options.output.is_dir():
-        raise UserError("cannot be written", where=str(options.output), fix="give a file in a folder that exists")
-    page = format_html(found) if options.output.suffix == ".html" else format_markdown(found, options.output.parent)
-    write_bytes(options.output, page.encode())
+    write_page(found, options.output)
     print(f"report: {options.output}")
     return "done"

@@ -22,7 +22,7 @@ from minicpm_megatron.recipe import BatchPlan
 from minicpm_megatron.training.text import number
 from minicpm_megatron.windtunnel import progress
 from minicpm_megatron.windtunnel.batches.picture import CONTOURS, LAW, draw_contours, draw_law
-from minicpm_megatron.windtunnel.cells import Cell
+from minicpm_megatron.windtunnel.cells import Cell, size_name
 from minicpm_megatron.windtunnel.experiment import Experiment, Findings
 from minicpm_megatron.windtunnel.results import Finding, Picture, Table, Verdict
 from minicpm_megatron.windtunnel.verdicts import above
@@ -83,7 +83,7 @@ class Measured:
 def read_runs(experiment: Experiment, reading: Reading) -> Measured:
     """The curves of all runs that are done and did not diverge, their contours and the law."""
     found = [(cell, curve) for cell in experiment.cells if (curve := _curve(cell)) is not None]
-    names = {float(cell.parameters): f"{cell.labels['width']}x{cell.labels['layers']}" for cell, _ in found}
+    names = {float(cell.parameters): size_name(cell.labels["width"], cell.labels["layers"]) for cell, _ in found}
     runs = tuple(curve for _, curve in found)
     contours = _contours(runs, reading)
     try:
@@ -93,7 +93,7 @@ def read_runs(experiment: Experiment, reading: Reading) -> Measured:
 
 
 def _curve(cell: Cell) -> BatchRun | None:
-    if not progress.is_done(cell) or progress.divergence(cell) is not None:
+    if not progress.is_whole(cell):
         return None
     plan, warmup = BatchPlan(cell.recipe), cell.recipe.schedule.warmup
     points = [(plan.tokens(step), loss) for step, loss in progress.evaluations(cell) if plan.tokens(step) > warmup]
@@ -225,7 +225,7 @@ def _final_table(experiment: Experiment) -> Table:
             by_batch[cell.labels["batch_tokens"]].append(progress.measured(cell).held_out)
         means = (float(np.mean(losses)) for losses in by_batch.values())
         shown = (f"{mean:.4f}" if math.isfinite(mean) else "-" for mean in means)
-        rows.append((f"{width}x{layers}", f"{cells[0].parameters:,}", *shown))
+        rows.append((size_name(width, layers), f"{cells[0].parameters:,}", *shown))
     columns = ("size", "N", *(f"{batch:,}" for batch in sorted(settings["batches"])))
     tokens = experiment.cells[0].tokens()
     seeds = len(settings["seeds"])

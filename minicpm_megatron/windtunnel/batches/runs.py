@@ -19,8 +19,9 @@ from minicpm_megatron.errors import require
 from minicpm_megatron.recipe import Recipe
 from minicpm_megatron.windtunnel.batches.findings import Reading, evaluate_batches
 from minicpm_megatron.windtunnel.branching import Timeline
-from minicpm_megatron.windtunnel.cells import make_cell, model_of_size
+from minicpm_megatron.windtunnel.cells import make_cell, model_of_size, size_name
 from minicpm_megatron.windtunnel.experiment import Experiment
+from minicpm_megatron.windtunnel.settings import check_different
 
 KIND = "batch-size"
 LEAST_BATCHES = 4  # a parabola, and one point that says how well it fits
@@ -46,10 +47,10 @@ class BatchSettings:
     evaluations: int
 
     def __post_init__(self) -> None:
-        require(len(set(self.sizes)) == len(self.sizes) >= 1, "--sizes", "not a list of different sizes")
-        good = len(set(self.batches)) == len(self.batches) >= LEAST_BATCHES and min(self.batches) > 0
-        require(good, "--batches", f"not a list of at least {LEAST_BATCHES} different batch sizes")
-        require(len(set(self.seeds)) == len(self.seeds) >= 1, "--seeds", "not a list of different seeds")
+        check_different("--sizes", self.sizes, "sizes")
+        check_different("--batches", self.batches, "batch sizes", LEAST_BATCHES)
+        require(min(self.batches) > 0, "--batches", f"{min(self.batches)} is no batch size")
+        check_different("--seeds", self.seeds, "seeds")
         require(0 < self.tokens < math.inf, "--tokens", f"{self.tokens:g} is no amount of tokens")
         require(self.evaluations >= LEAST_EVALUATIONS, "--evaluations", f"{self.evaluations} make no curve")
 
@@ -94,8 +95,8 @@ def plan_batches(
             "evaluation.batches": held_out // (batch // length),
         }
         labels = {"width": width, "layers": layers, "batch_tokens": batch, "seed": seed}
-        cells.append(make_cell(base, output, f"{width}x{layers}-batch{batch}-s{seed}", overrides, labels))
-    names = ", ".join(f"{width}x{layers}" for width, layers in settings.sizes)
+        cells.append(make_cell(base, output, f"{size_name(*size)}-batch{batch}-s{seed}", overrides, labels))
+    names = ", ".join(size_name(*each) for each in settings.sizes)
     title = f"Batch size over loss of {names} (section 3.2 of arXiv 2404.06395)"
     notes = (
         f"every run: {total:,} tokens at a constant rate, {evaluations} evaluations on {held_out:,} samples a set,"

@@ -25,13 +25,14 @@ from minicpm_megatron.recipe import Recipe
 from minicpm_megatron.storage import lock
 from minicpm_megatron.storage.atomic import write_json
 from minicpm_megatron.windtunnel import progress
-from minicpm_megatron.windtunnel.cells import Cell, make_cell, model_of_size, standard_parametrization
+from minicpm_megatron.windtunnel.cells import Cell, make_cell, model_of_size, size_name, standard_parametrization
 from minicpm_megatron.windtunnel.coordinates.measure import QUANTITIES, Coordinates, measure
 from minicpm_megatron.windtunnel.coordinates.picture import PICTURE, draw_coordinates
 from minicpm_megatron.windtunnel.experiment import Experiment, Findings
 from minicpm_megatron.windtunnel.queue import Outcome
 from minicpm_megatron.windtunnel.rates.sweep import NAMES, PARAMETRIZATIONS
 from minicpm_megatron.windtunnel.results import Finding, Picture, Table, Verdict
+from minicpm_megatron.windtunnel.settings import check_different
 
 KIND = "coord-check"
 COORDINATES = "coordinates.json"
@@ -64,7 +65,7 @@ class CoordinateSettings:
             require(not sizes or len(set(sizes)) == len(sizes) >= 2, option, "not two or more different sizes")
             require(min(sizes, default=1) > 0, option, "not all above 0")
         require(bool(self.widths or self.depths), "--widths", "nothing to compare: neither --widths nor --depths")
-        require(len(set(self.seeds)) == len(self.seeds), "--seeds", "not a list of different seeds")
+        check_different("--seeds", self.seeds, "seeds")
         for option, count in (("--layers", self.layers), ("--width", self.width), ("--steps", self.steps)):
             require(count > 0, option, f"{count} is not above 0")
 
@@ -104,7 +105,9 @@ def plan_coordinates(base: Recipe, settings: CoordinateSettings, output: Path) -
         if parametrization == "standard":
             overrides |= standard_parametrization(layers)
         labels = {"parametrization": parametrization, "over": over, "width": width, "layers": layers, "seed": seed}
-        cells.append(make_cell(base, output, f"{parametrization}-{over}-{width}x{layers}-s{seed}", overrides, labels))
+        cells.append(
+            make_cell(base, output, f"{parametrization}-{over}-{size_name(width, layers)}-s{seed}", overrides, labels)
+        )
     title = f"Coordinate check after {settings.steps} steps (Table 7 of arXiv 2404.06395)"
     return Experiment(KIND, title, asdict(settings), base, tuple(cells), output, evaluate_coordinates)
 

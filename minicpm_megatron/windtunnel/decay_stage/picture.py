@@ -23,7 +23,7 @@ UPDATES, GRADIENTS = "updates.png", "gradients.png"
 BLUE, GREY = "#1f4e8c", "#8a8a8a"
 # figure 7's two: ours hold query, key and value, and gate and up in one matrix each
 SHOWN = {"linear_fc1": "#c1440e", "linear_qkv": BLUE}
-WINDOWS = {BEFORE: ("-", "before and in the decay"), DECAY: ("-", None), CONTROL: (":", "without decay")}
+LINES = {BEFORE: "-", DECAY: "-", CONTROL: ":"}
 
 
 def draw_updates(experiment: Experiment, runs: Sequence[Around], updates: Sequence[MatrixUpdate], path: Path) -> Path:
@@ -39,7 +39,7 @@ def draw_updates(experiment: Experiment, runs: Sequence[Around], updates: Sequen
     labelled: set[str] = set()
     for matrix, points in _curves(mine).items():
         colour = next((SHOWN[kind] for kind in SHOWN if kind in matrix and _layer(matrix) == chosen), None)
-        for window, (line, _) in WINDOWS.items():
+        for window, line in LINES.items():
             name = ".".join(matrix.split(".")[-2:-1]) + f", layer {chosen + 1}"
             label = name if colour and window == DECAY else None
             if colour is None and window == DECAY and "others" not in labelled:

@@ -17,6 +17,7 @@ from minicpm_megatron.methods.intervals import Interval, mean_interval
 from minicpm_megatron.training.metrics import GRADIENTS, METRICS, read_metrics
 from minicpm_megatron.windtunnel.cells import Cell
 from minicpm_megatron.windtunnel.experiment import Experiment
+from minicpm_megatron.windtunnel.progress import is_whole
 
 BLOCKS = 8  # with fewer Student's t grows fast, with more they are short
 ENOUGH_SEEDS = 3
@@ -69,7 +70,7 @@ def finished_pairs(experiment: Experiment) -> list[tuple[Cell, Cell]]:
     """(trunk, decay) of every seed whose two runs have come to their ends."""
     by_name = {cell.name: cell for cell in experiment.cells}
     pairs = [(by_name[cell.trunk], cell) for cell in experiment.cells if cell.trunk is not None]
-    return [pair for pair in pairs if all(experiment.state(cell) == "done" for cell in pair)]
+    return [pair for pair in pairs if all(map(is_whole, pair))]
 
 
 _NAMES = (

@@ -20,6 +20,7 @@ from minicpm_megatron.windtunnel.cells import Cell
 from minicpm_megatron.windtunnel.decay_stage.findings import evaluate_study
 from minicpm_megatron.windtunnel.decay_stage.series import BLOCKS
 from minicpm_megatron.windtunnel.experiment import Experiment
+from minicpm_megatron.windtunnel.settings import check_different
 
 KIND = "decay-study"
 DECAY_SHARE = 0.2
@@ -52,7 +53,7 @@ class StudySettings:
             self.checkpoints >= 2, "--checkpoints", f"{self.checkpoints} are too few to see a change, give 2 or more"
         )
         require(self.interval >= 1, "--interval", f"{self.interval} is no number of steps")
-        require(len(set(self.seeds)) == len(self.seeds), "--seeds", "not different seeds")
+        check_different("--seeds", self.seeds, "seeds")
 
 
 def plan_study(base: Recipe, settings: StudySettings, output: Path) -> Experiment:

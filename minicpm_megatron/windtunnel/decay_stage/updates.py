@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, fields
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -60,32 +61,33 @@ def read_updates(experiment: Experiment) -> list[MatrixUpdate]:
     found = []
     for trunk, decay in finished_pairs(experiment):
         steps, leaves = list(decay.labels["saved"]), decay.first_step
-        folders = {step: step_folder(trunk.folder / CHECKPOINTS, step) for step in steps}
-        for first, last in zip(steps[:-1], steps[1:], strict=True):
-            window = BEFORE if last <= leaves else CONTROL
-            found += _between(trunk, window, first, last, folders[first], folders[last])
-        folders |= {step: step_folder(decay.folder / CHECKPOINTS, step) for step in steps if step > leaves}
-        for first, last in zip(steps[:-1], steps[1:], strict=True):
-            if first >= leaves:
-                found += _between(decay, DECAY, first, last, folders[first], folders[last])
+        own = {step: _open(trunk, step) for step in steps}
+        past, control = [step for step in steps if step <= leaves], [step for step in steps if step >= leaves]
+        found += _updates(trunk, BEFORE, {step: own[step] for step in past})
+        found += _updates(trunk, CONTROL, {step: own[step] for step in control})
+        found += _updates(decay, DECAY, {step: own[step] if step == leaves else _open(decay, step) for step in control})
     return found
 
 
-def _between(cell: Cell, window: str, first: int, last: int, before: Path, after: Path) -> list[MatrixUpdate]:
-    for folder in (before, after):
-        damage = problems(folder)
-        if damage:
-            raise UserError(f"the checkpoint is damaged: {damage[0]}", where=str(folder))
-    records = read_metrics(cell.folder / METRICS)
-    rate = float(np.mean([record["lr"] for record in records if first < record["step"] <= last]))
-    one, other = CheckpointReader(before), CheckpointReader(after)
-    return [
-        MatrixUpdate(
-            cell.labels["seed"], window, first, last, rate, name, largest_update(one.read(name), other.read(name))
-        )
-        for name in sorted(one.names())
-        if len(one.shape(name)) == 2
-    ]
+def _open(cell: Cell, step: int) -> CheckpointReader:
+    folder = step_folder(cell.folder / CHECKPOINTS, step)
+    damage = problems(folder)
+    if damage:
+        raise UserError(f"the checkpoint is damaged: {damage[0]}", where=str(folder))
+    return CheckpointReader(folder)
+
+
+def _updates(cell: Cell, window: str, checkpoints: Mapping[int, CheckpointReader]) -> list[MatrixUpdate]:
+    """From each of the checkpoints, by rising step, to the next."""
+    rates = {record["step"]: record["lr"] for record in read_metrics(cell.folder / METRICS)}
+    seed, found = cell.labels["seed"], []
+    for (first, one), (last, other) in pairwise(checkpoints.items()):
+        rate = float(np.mean([rate for step, rate in rates.items() if first < step <= last]))
+        for name in sorted(one.names()):
+            if len(one.shape(name)) == 2:
+                largest = largest_update(one.read(name), other.read(name))
+                found.append(MatrixUpdate(seed, window, first, last, rate, name, largest))
+    return found
 
 
 def write_updates(updates: Sequence[MatrixUpdate], path: Path) -> None:

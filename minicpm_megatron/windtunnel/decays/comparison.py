@@ -22,6 +22,7 @@ from minicpm_megatron.windtunnel.branching import Timeline, make_branch, make_tr
 from minicpm_megatron.windtunnel.cells import Cell, make_cell
 from minicpm_megatron.windtunnel.decays.findings import evaluate_decays
 from minicpm_megatron.windtunnel.experiment import Experiment
+from minicpm_megatron.windtunnel.settings import check_different
 
 KIND = "wsd"
 SHARES = (0.025, 0.05, 0.1, 0.2)  # section 4.3 names the first and the third
@@ -51,7 +52,7 @@ class DecaySettings:
         require(_different(self.shares) and max(self.shares) < 1, "--shares", "not different shares below 1")
         require(len(set(self.shapes)) == len(self.shapes), "--shapes", "not different shapes")
         require(_different(self.periods), "--periods", "not different positive shares")
-        require(len(set(self.seeds)) == len(self.seeds), "--seeds", "not different seeds")
+        check_different("--seeds", self.seeds, "seeds")
 
     def all_periods(self) -> tuple[float, ...]:
         """T of every cosine, rising."""

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from minicpm_megatron.methods.economics import DECAY_SHARE
 from minicpm_megatron.methods.intervals import Interval
 from minicpm_megatron.windtunnel import progress
 from minicpm_megatron.windtunnel.branching import shared_costs
@@ -19,7 +20,7 @@ from minicpm_megatron.windtunnel.noise import Noise, noise_of
 from minicpm_megatron.windtunnel.results import Finding, Picture, Table, Verdict
 from minicpm_megatron.windtunnel.verdicts import EQUAL, above, all_of, at_most
 
-ENOUGH, TOO_SHORT = 0.1, 0.025  # shares that section 4.3 names
+TOO_SHORT = 0.025  # the share that section 4.3 finds too little
 
 Arm = tuple[str, float, str]
 """("wsd", share, shape) or ("cosine" or "cosine_loop", T as a share of S, "")."""
@@ -99,8 +100,8 @@ def evaluate_decays(experiment: Experiment) -> Findings:
 
 
 def _reaches_cosine(comparisons: Sequence[Comparison], shape: str) -> Finding:
-    claim = f"WSD with {ENOUGH:.0%} of decay ({shape}) ends at Cosine(T = S) or below (section 4.3, figure 5)"
-    found = [(each, each.difference(("wsd", ENOUGH, shape), ("cosine", each.end, ""))) for each in comparisons]
+    claim = f"WSD with {DECAY_SHARE:.0%} of decay ({shape}) ends at Cosine(T = S) or below (section 4.3, figure 5)"
+    found = [(each, each.difference(("wsd", DECAY_SHARE, shape), ("cosine", each.end, ""))) for each in comparisons]
     verdicts = [None if limits is None else at_most(limits, _margin(each)) for each, limits in found]
     return Finding(claim, "equal or lower", _differences(found), all_of(verdicts))
 
@@ -122,41 +123,40 @@ def _best_period(comparisons: Sequence[Comparison]) -> Finding:
 def _shares_enough(comparisons: Sequence[Comparison], shape: str) -> list[Finding]:
     shares = sorted({arm[1] for each in comparisons for arm in each.losses if arm[0] == "wsd"})
     findings = []
-    if ENOUGH in shares and shares[-1] > ENOUGH:
-        found = [(each, each.difference(("wsd", ENOUGH, shape), ("wsd", shares[-1], shape))) for each in comparisons]
+    if DECAY_SHARE in shares and shares[-1] > DECAY_SHARE:
+        found = [
+            (each, each.difference(("wsd", DECAY_SHARE, shape), ("wsd", shares[-1], shape))) for each in comparisons
+        ]
         verdicts = [None if limits is None else at_most(limits, _margin(each)) for each, limits in found]
-        claim = f"A decay of {ENOUGH:.0%} is enough: as good as one of {100 * shares[-1]:.3g} % (section 4.3)"
+        claim = f"A decay of {DECAY_SHARE:.0%} is enough: as good as one of {100 * shares[-1]:.3g} % (section 4.3)"
         findings.append(Finding(claim, "sufficient", _differences(found), all_of(verdicts)))
-    if ENOUGH in shares and TOO_SHORT in shares:
-        found = [(each, each.difference(("wsd", TOO_SHORT, shape), ("wsd", ENOUGH, shape))) for each in comparisons]
+    if DECAY_SHARE in shares and TOO_SHORT in shares:
+        found = [
+            (each, each.difference(("wsd", TOO_SHORT, shape), ("wsd", DECAY_SHARE, shape))) for each in comparisons
+        ]
         longer = [None if limits is None else above(limits) for _, limits in found]
-        claim = f"A decay of {TOO_SHORT:.1%} falls short of one of {ENOUGH:.0%} (section 4.3)"
+        claim = f"A decay of {TOO_SHORT:.1%} falls short of one of {DECAY_SHARE:.0%} (section 4.3)"
         findings.append(Finding(claim, "falls short", _differences(found), all_of(longer)))
     return findings
 
 
-def token_costs(experiment: Experiment) -> tuple[int, int]:
-    """(trained, separate): tokens of trunks and branches, and of runs of their own that end as the branches do."""
-    costs = shared_costs(experiment.cells)
-    return costs.tokens, costs.separate_tokens
-
-
 def _one_trunk(experiment: Experiment) -> Finding:
-    trained, separate = token_costs(experiment)
+    costs = shared_costs(experiment.cells)
+    trained, separate = costs.tokens, costs.separate_tokens
     claim = "One trunk serves decays at every length, where a cosine needs a run of its own for each (section 4.2)"
     ours = f"{trained:,} tokens trained for what separate runs would have taken {separate:,}: {trained / separate:.0%}"
     return Finding(claim, "the stable stage is reused", ours, trained < separate)
 
 
 def _costs(experiment: Experiment) -> Table:
-    trained, separate = token_costs(experiment)
+    costs = shared_costs(experiment.cells)
     rows = []
     for role in ("trunk", "wsd", "cosine", "cosine_loop"):
         cells = [cell for cell in experiment.cells if cell.labels["role"] == role]
         tokens, flops = sum(cell.tokens() for cell in cells), sum(cell.flops() for cell in cells)
         rows.append((role, str(len(cells)), f"{tokens:,}", f"{flops:.3g}"))
-    rows.append(("trunk and wsd", "", f"{trained:,}", ""))
-    rows.append(("wsd as separate runs", "", f"{separate:,}", ""))
+    rows.append(("trunk and wsd", "", f"{costs.tokens:,}", ""))
+    rows.append(("wsd as separate runs", "", f"{costs.separate_tokens:,}", ""))
     return Table("What was trained", ("", "runs", "tokens", "FLOPs"), tuple(rows))
 
 

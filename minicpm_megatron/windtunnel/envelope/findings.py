@@ -10,13 +10,13 @@ import numpy as np
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.methods.batch_size_law import tokens_to_loss
 from minicpm_megatron.methods.economics import break_even_tokens, training_flops
-from minicpm_megatron.methods.intervals import Interval, t_quantile
+from minicpm_megatron.methods.intervals import Interval, mean_interval
 from minicpm_megatron.methods.loss_envelope import Array, Envelope, compare_envelopes, optimal_points
 from minicpm_megatron.methods.scaling_law import COMPUTE_UNIT
 from minicpm_megatron.recipe.flops import flops_per_token
 from minicpm_megatron.training.text import number
 from minicpm_megatron.windtunnel import progress
-from minicpm_megatron.windtunnel.cells import Cell
+from minicpm_megatron.windtunnel.cells import Cell, size_name
 from minicpm_megatron.windtunnel.envelope.picture import PICTURE, draw_envelope
 from minicpm_megatron.windtunnel.experiment import Experiment, Findings
 from minicpm_megatron.windtunnel.noise import noise_of
@@ -98,7 +98,7 @@ def read_ends(experiment: Experiment) -> list[Ends]:
                 by_tokens.setdefault(cell.labels["end_tokens"], []).append(cell)
         cells = [sorted(by_tokens[at], key=lambda cell: seeds.index(cell.labels["seed"])) for at in sorted(by_tokens)]
         losses = np.array([[progress.measured(cell).held_out for cell in row] for row in cells])
-        found.append(Ends(f"{width}x{layers}", cells, np.array(sorted(by_tokens), dtype=np.float64), losses))
+        found.append(Ends(size_name(width, layers), cells, np.array(sorted(by_tokens), dtype=np.float64), losses))
     return found
 
 
@@ -139,7 +139,8 @@ def _limits_over_seeds(estimate: float, seeds: Array) -> Interval:
     """Student's t of the logs."""
     if len(seeds) < 2 or not np.isfinite(seeds).all() or not math.isfinite(estimate):
         return Interval(0.0, estimate, math.inf)
-    reach = t_quantile(0.95, len(seeds) - 1) * float(np.log(seeds).std(ddof=1)) / math.sqrt(len(seeds))
+    logs = mean_interval(list(np.log(seeds)))
+    reach = logs.high - logs.estimate
     with np.errstate(over="ignore"):
         return Interval(float(estimate * np.exp(-reach)), estimate, float(estimate * np.exp(reach)))
 

@@ -22,11 +22,11 @@ from minicpm_megatron.windtunnel.branching import (
     format_savings,
     make_series,
     shared_costs,
-    size_name,
 )
-from minicpm_megatron.windtunnel.cells import Cell
+from minicpm_megatron.windtunnel.cells import Cell, size_name
 from minicpm_megatron.windtunnel.envelope.findings import evaluate_envelope
 from minicpm_megatron.windtunnel.experiment import Experiment
+from minicpm_megatron.windtunnel.settings import check_different, check_range, check_share
 
 KIND = "envelope"
 TOKENS_PER_PARAMETER, POINTS = (10.0, 320.0), 8  # ours: the paper gives no numbers, its figure 6 is a picture
@@ -62,14 +62,12 @@ class EnvelopeSettings:
         require(len(self.sizes) in (1, 2) and len(set(self.sizes)) == len(self.sizes), "--sizes", told)
         told = f"{self.points} decays are too few to choose between the forms"
         require(self.points >= LEAST_POINTS, "--points", told, f"give {LEAST_POINTS} or more")
-        given = self.tokens_per_parameter
-        rising = len(given) == 2 and 0 < given[0] < given[1] < math.inf
-        require(rising, "--tokens-per-parameter", "not two positive numbers of which the second is larger")
+        check_range("--tokens-per-parameter", self.tokens_per_parameter)
         large = self.large_tokens_per_parameter
         good = len(set(large)) == len(large) >= 1 and all(0 < each < math.inf for each in large)
         require(good, "--large-tokens-per-parameter", "not different positive numbers")
-        require(0 < self.decay_share < 1, "--decay-share", f"{self.decay_share:g} is no share between 0 and 1")
-        require(len(set(self.seeds)) == len(self.seeds) >= 1, "--seeds", "not a list of different seeds")
+        check_share("--decay-share", self.decay_share)
+        check_different("--seeds", self.seeds, "seeds")
 
     def lengths(self) -> tuple[float, ...]:
         """D / N of every decay's end of the small model, rising."""
@@ -96,7 +94,7 @@ def plan_envelope(base: Recipe, settings: EnvelopeSettings, output: Path) -> Exp
             cells += make_series(timeline, output, series)
     by_size = {(cell.labels["width"], cell.labels["layers"]): cell.parameters for cell in cells}
     counts = [by_size[size] for size in settings.sizes]
-    names = [size_name(size) for size in settings.sizes]
+    names = [size_name(*size) for size in settings.sizes]
     if len(names) == 2:
         told = f"{names[1]} has {counts[1]:,} parameters and {names[0]} {counts[0]:,}: the large one is not larger"
         require(counts[0] < counts[1], "--sizes", told, "give the small one first")

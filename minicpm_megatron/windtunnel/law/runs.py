@@ -7,7 +7,6 @@ trained in proportion; decays are a share of the tokens at their end.
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -22,11 +21,11 @@ from minicpm_megatron.windtunnel.branching import (
     format_savings,
     make_series,
     shared_costs,
-    size_name,
 )
-from minicpm_megatron.windtunnel.cells import Cell
+from minicpm_megatron.windtunnel.cells import Cell, size_name
 from minicpm_megatron.windtunnel.experiment import Experiment
 from minicpm_megatron.windtunnel.law.runs_findings import evaluate_scaling
+from minicpm_megatron.windtunnel.settings import check_different, check_range, check_share
 
 KIND = "scaling-law"
 POINTS, TOKENS_PER_PARAMETER = 6, (10.0, 60.0)  # section 4.5: 10 N to 60 N
@@ -56,15 +55,12 @@ class ScalingSettings:
     compute: float
 
     def __post_init__(self) -> None:
-        different = len(set(self.sizes)) == len(self.sizes) >= LEAST_SIZES
-        require(different, "--sizes", f"not a list of at least {LEAST_SIZES} different sizes")
+        check_different("--sizes", self.sizes, "sizes", LEAST_SIZES)
         enough = self.points >= 2 and self.points * len(self.sizes) > PARAMETERS
         told = f"{self.points} of {len(self.sizes)} sizes are too few points for {PARAMETERS} coefficients"
         require(enough, "--points", told)
-        given = self.tokens_per_parameter
-        rising = len(given) == 2 and 0 < given[0] < given[1] < math.inf
-        require(rising, "--tokens-per-parameter", "not two positive numbers of which the second is larger")
-        require(0 < self.decay_share < 1, "--decay-share", f"{self.decay_share:g} is no share between 0 and 1")
+        check_range("--tokens-per-parameter", self.tokens_per_parameter)
+        check_share("--decay-share", self.decay_share)
 
     def lengths(self) -> list[float]:
         """D / N of every decay's end, rising."""
@@ -81,7 +77,7 @@ def plan_scaling(base: Recipe, settings: ScalingSettings, output: Path) -> Exper
     """
     timeline = Timeline(base)
     cells = [cell for size in settings.sizes for cell in _of_size(timeline, output, settings, size)]
-    names = ", ".join(size_name(size) for size in settings.sizes)
+    names = ", ".join(size_name(*size) for size in settings.sizes)
     title = f"Scaling law of {names} with {settings.points} decays each (section 4.5 of arXiv 2404.06395)"
     notes = (format_savings(shared_costs(cells)),)
     return Experiment(KIND, title, asdict(settings), base, tuple(cells), output, evaluate_scaling, notes)

@@ -6,7 +6,7 @@ from minicpm_megatron.errors import UserError
 from minicpm_megatron.training.text import number
 from minicpm_megatron.windtunnel import progress
 from minicpm_megatron.windtunnel.branching import shared_costs
-from minicpm_megatron.windtunnel.cells import Cell
+from minicpm_megatron.windtunnel.cells import Cell, size_name
 from minicpm_megatron.windtunnel.experiment import Experiment, Findings
 from minicpm_megatron.windtunnel.law.findings import law_findings, law_tables
 from minicpm_megatron.windtunnel.law.fits import fit_sets
@@ -62,7 +62,7 @@ def _losses(experiment: Experiment) -> Table:
     rows = []
     for cell in _decayed(experiment):
         labels, losses = cell.labels, progress.per_byte(cell)
-        size = f"{labels['width']}x{labels['layers']}"
+        size = size_name(labels["width"], labels["layers"])
         tokens = labels["end_tokens"]
         head = (size, f"{cell.parameters:,}", f"{tokens:,}", number(tokens / cell.parameters))
         rows.append((*head, *(f"{losses[name]:.4f}" if name in losses else "-" for name in names)))

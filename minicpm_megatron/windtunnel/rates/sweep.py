@@ -27,11 +27,13 @@ from minicpm_megatron.windtunnel.cells import (
     make_cell,
     model_of_size,
     schedule_of_length,
+    size_name,
     standard_parametrization,
 )
 from minicpm_megatron.windtunnel.experiment import Experiment, Findings
 from minicpm_megatron.windtunnel.rates.picture import PICTURE, draw_rates
 from minicpm_megatron.windtunnel.results import Finding, Picture, Table, Verdict
+from minicpm_megatron.windtunnel.settings import check_different
 
 KIND = "lr"
 Parametrization = Literal["mup", "standard"]
@@ -66,11 +68,11 @@ class RateSettings:
     tokens_per_parameter: float | None = None
 
     def __post_init__(self) -> None:
-        require(len(set(self.sizes)) == len(self.sizes) >= 1, "--sizes", "not a list of different sizes")
+        check_different("--sizes", self.sizes, "sizes")
         for option, rates in (("--rates", self.rates), ("--standard-rates", self.standard_rates)):
             good = len(set(rates)) == len(rates) >= 3 and all(rate > 0 and math.isfinite(rate) for rate in rates)
             require(good, option, "not a list of at least three different positive rates")
-        require(len(set(self.seeds)) == len(self.seeds) >= 1, "--seeds", "not a list of different seeds")
+        check_different("--seeds", self.seeds, "seeds")
         require(len(set(self.parametrizations)) == len(self.parametrizations) >= 1, "--parametrizations", "given twice")
         per = self.tokens_per_parameter
         require(per is None or (per > 0 and math.isfinite(per)), "--tokens-per-parameter", f"{per} is not positive")
@@ -103,7 +105,7 @@ class Sweep:
     @property
     def size(self) -> str:
         """As the user writes it."""
-        return f"{self.width}x{self.layers}"
+        return size_name(self.width, self.layers)
 
 
 def plan_rates(base: Recipe, settings: RateSettings, output: Path) -> Experiment:
@@ -118,7 +120,7 @@ def plan_rates(base: Recipe, settings: RateSettings, output: Path) -> Experiment
         for parametrization in settings.parametrizations
         for rate, seed in itertools.product(settings.rates_of(parametrization), settings.seeds)
     ]
-    sizes = ", ".join(f"{width}x{layers}" for width, layers in settings.sizes)
+    sizes = ", ".join(size_name(*size) for size in settings.sizes)
     title = f"Learning-rate sweep over {sizes} (section 3.3 of arXiv 2404.06395)"
     return Experiment(KIND, title, asdict(settings), base, tuple(cells), output, evaluate_rates)
 
@@ -140,7 +142,7 @@ def _cell(
     else:
         overrides |= {"model.parametrization": "mup"}
     labels = {"parametrization": parametrization, "width": width, "layers": layers, "rate": rate, "seed": seed}
-    name = f"{parametrization}-{width}x{layers}-lr{rate:g}-s{seed}"
+    name = f"{parametrization}-{size_name(width, layers)}-lr{rate:g}-s{seed}"
     cell = make_cell(base, output, name, overrides, labels)
     if settings.tokens_per_parameter is None:
         return cell

@@ -28,6 +28,7 @@ from minicpm_megatron.windtunnel.search.losses import loss_of, rival
 from minicpm_megatron.windtunnel.search.propose import propose, seed_of
 from minicpm_megatron.windtunnel.search.space import AXES, PAPER, Range, Values
 from minicpm_megatron.windtunnel.search.trials import Decided, Trial, read_trials, write_trials
+from minicpm_megatron.windtunnel.settings import check_range
 
 KIND = "search"
 TRIALS, REPEATS = 40, 3
@@ -57,9 +58,7 @@ class SearchSettings:
     def __post_init__(self) -> None:
         for axis in AXES:
             option, given = axis.option, self.ranges[axis.name]
-            require(
-                0 < given[0] < given[1] < math.inf, option, "not two positive numbers of which the second is larger"
-            )
+            check_range(option, given)
             what = f"{given[0]:g} to {given[1]:g} leaves the paper's {axis.paper:g} out, which is the first trial"
             require(given[0] <= axis.paper <= given[1], option, what)
         require(self.trials >= 1, "--trials", f"{self.trials} is no number of trials")

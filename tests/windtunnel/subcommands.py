@@ -1,0 +1,3 @@
+"""Subcommands of tools/windtunnel.py."""
+
+EXPERIMENTS = {"coord-check", "lr", "wsd", "decay-study", "scaling-law", "batch-size", "envelope", "search"}
