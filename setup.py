@@ -22,7 +22,14 @@ setup(
     extras_require={
         # optional accelerators on CUDA; NVIDIA's apex, if wanted, is built from its own repository
         "gpu": ["flash-attn>=2.7"],
-        "dev": ["pytest==9.2.0", "pytest-timeout==2.4.0", "ruff==0.17.5", "mypy==2.4.1", "types-PyYAML"],
+        "dev": [
+            "pytest==9.2.0",
+            "pytest-timeout==2.4.0",
+            "pytest-xdist==3.8.0",
+            "ruff==0.17.5",
+            "mypy==2.4.1",
+            "types-PyYAML",
+        ],
         "eval": ["lm-eval==0.4.13"],
     },
     entry_points={

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 
 import pytest
 
 from minicpm_megatron.data.records import REASONS
+from tests.cli.commands import command
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -19,10 +20,9 @@ SCRIPTS = [*sorted((ROOT / "tools").glob("*.py")), ROOT / "examples" / "train.py
 
 @cache
 def help_of(script: str, *subcommand: str) -> str:
-    words = [sys.executable, script, *subcommand, "--help"]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        assert command(Path(script).name, *subcommand, "--help") == 0
+    return said.getvalue()
 
 
 def help_for(script: str, rest: str) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 
 from minicpm_megatron.methods.scaling_law import COMPUTE_UNIT, Method
 from minicpm_megatron.storage.picture import offscreen_pyplot, save_picture
+from minicpm_megatron.training.metrics import human
 from minicpm_megatron.windtunnel.law.fits import METHODS, SetFits
 from minicpm_megatron.windtunnel.law.losses import BILLION
 from minicpm_megatron.windtunnel.results import Picture
@@ -18,6 +19,7 @@ CONTOUR, SIZES, FITTED = "contour.png", "sizes.png", "fitted.png"
 _MARGIN = 1.6  # of the axes around the points, a factor
 _LEVELS = 14
 _MOST_COLUMNS = 3
+_MOST_NAMED = 7  # sizes that have room for their names below an axis
 
 
 def draw_law(found: Sequence[SetFits], method: Method, compute: float, output: Path) -> tuple[Picture, ...]:
@@ -54,6 +56,10 @@ def draw_contour(found: Sequence[SetFits], method: Method, compute: float, path:
             label = f"{compute:.3g} FLOPs"
             axis.plot(best[0] * BILLION, best[1] * BILLION, "*", color="#d62828", markersize=11, label=label)
         axis.set(xscale="log", yscale="log", xlabel="N, parameters without embeddings", ylabel="D, tokens")
+        axis.xaxis.set_minor_formatter("")  # in a range of less than two decades they would write over one another
+        if len(losses.sizes) <= _MOST_NAMED:
+            axis.set_xticks([size * BILLION for size in losses.sizes], minor=False)
+            axis.xaxis.set_major_formatter(lambda value, _: human(value).strip())
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=8, loc="lower right")
         figure.colorbar(drawn, ax=axis, label="loss")
