@@ -18,6 +18,7 @@ from typing import Any, Literal
 import numpy as np
 
 from minicpm_megatron.errors import UserError, require
+from minicpm_megatron.methods.intervals import Interval
 from minicpm_megatron.methods.rate_law import RateOptimum, RateShift, optimal_rate, rate_shift
 from minicpm_megatron.recipe import OptimizerRecipe, Recipe
 from minicpm_megatron.training.text import number
@@ -247,14 +248,24 @@ def _shift_text(shift: RateShift | None) -> str:
     if shift is None:
         return "not known: fewer than two sizes have an optimum inside their grid"
     limits = shift.slope_interval()
-    known = f" ({number(limits.low)} to {number(limits.high)})" if math.isfinite(limits.high - limits.low) else ""
+    known = f" ({_limits(limits)})" if _is_known(limits) else ""
     return f"slope {shift.slope:+.3f}{known} octaves of the rate an octave of N, spread {shift.spread:.2f} octaves"
 
 
 def _optimum_text(sweep: Sweep) -> str:
     if sweep.optimum is None:
         return f"not known ({sweep.why})"
-    return f"{sweep.optimum.rate:.3g}, give or take {number(sweep.optimum.octaves_error, 2)} octaves"
+    error = sweep.optimum.octaves_error
+    known = f", give or take {number(error, 2)} octaves" if math.isfinite(error) else " (limits not known)"
+    return f"{sweep.optimum.rate:.3g}{known}"
+
+
+def _is_known(limits: Interval) -> bool:
+    return math.isfinite(limits.high - limits.low)
+
+
+def _limits(limits: Interval) -> str:
+    return f"{number(limits.low)} to {number(limits.high)}" if _is_known(limits) else "-"
 
 
 def _tables(sweeps: Sequence[Sweep], shifts: Mapping[str, RateShift | None]) -> tuple[Table, ...]:
@@ -266,7 +277,8 @@ def _tables(sweeps: Sequence[Sweep], shifts: Mapping[str, RateShift | None]) -> 
         columns = ("size", "N", *(f"{rate:g}" for rate in group[0].rates), "best rate", "95 %", "loss there")
         rows = tuple(_row(sweep) for sweep in group)
         seeds = len(group[0].losses)
-        title = f"{NAMES[name]}: held-out loss (nats per token, mean of {seeds} seeds) at each base rate"
+        told = f"mean of {seeds} seeds" if seeds > 1 else "one seed"
+        title = f"{NAMES[name]}: held-out loss (nats per token, {told}) at each base rate"
         tables.append(Table(title, columns, rows))
     rows = tuple(
         (NAMES[name], *(_shift_row(shift)))
@@ -282,17 +294,10 @@ def _row(sweep: Sweep) -> tuple[str, ...]:
     head = (sweep.size, f"{sweep.parameters:,}", *means)
     if sweep.optimum is None:
         return (*head, "-", sweep.why, "-")
-    limits = sweep.optimum.interval()
-    return (
-        *head,
-        f"{sweep.optimum.rate:.3g}",
-        f"{number(limits.low)} to {number(limits.high)}",
-        f"{sweep.optimum.loss:.4f}",
-    )
+    return (*head, f"{sweep.optimum.rate:.3g}", _limits(sweep.optimum.interval()), f"{sweep.optimum.loss:.4f}")
 
 
 def _shift_row(shift: RateShift | None) -> tuple[str, str, str]:
     if shift is None:
         return ("-", "-", "-")
-    limits = shift.slope_interval()
-    return (f"{shift.slope:+.3f}", f"{number(limits.low)} to {number(limits.high)}", f"{shift.spread:.2f}")
+    return (f"{shift.slope:+.3f}", _limits(shift.slope_interval()), f"{shift.spread:.2f}")
