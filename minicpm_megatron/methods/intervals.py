@@ -27,6 +27,11 @@ class Interval:
     def __contains__(self, value: float) -> bool:
         return self.low <= value <= self.high
 
+    @property
+    def is_bounded(self) -> bool:
+        """Whether both limits are known, that is finite."""
+        return math.isfinite(self.low) and math.isfinite(self.high)
+
 
 def check_level(level: float) -> None:
     """Raises UserError: `level` is not a probability between 0 and 1."""

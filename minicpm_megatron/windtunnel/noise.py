@@ -42,6 +42,11 @@ class Noise:
         return Interval(found - reach, found, found + reach)
 
 
+def seeds_text(seeds: int) -> str:
+    """What a mean over so many is called: "one seed", "mean of 3 seeds"."""
+    return f"mean of {seeds} seeds" if seeds > 1 else "one seed"
+
+
 def noise_of(losses: NDArray[np.float64]) -> Noise:
     """From losses [arms, seeds]; arms with a loss that is not finite are left out.
 

@@ -14,6 +14,11 @@ def check_different(option: str, values: Collection[object], what: str, least: i
     require(len(set(values)) == len(values) >= least, option, f"not a list of {many}different {what}")
 
 
+def are_different_and_positive(values: Collection[float], least: int = 1) -> bool:
+    """Whether all are finite, above 0 and given once, and there are `least` or more."""
+    return len(set(values)) == len(values) >= least and all(0 < value < math.inf for value in values)
+
+
 def check_range(option: str, values: Sequence[float]) -> None:
     """Raises UserError: not two positive, finite numbers of which the second is larger."""
     rising = len(values) == 2 and 0 < values[0] < values[1] < math.inf

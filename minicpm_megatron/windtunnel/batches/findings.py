@@ -24,6 +24,7 @@ from minicpm_megatron.windtunnel import progress
 from minicpm_megatron.windtunnel.batches.picture import CONTOURS, LAW, draw_contours, draw_law
 from minicpm_megatron.windtunnel.cells import Cell, size_name
 from minicpm_megatron.windtunnel.experiment import Experiment, Findings
+from minicpm_megatron.windtunnel.noise import seeds_text
 from minicpm_megatron.windtunnel.results import Finding, Picture, Table, Verdict
 from minicpm_megatron.windtunnel.verdicts import above
 
@@ -228,8 +229,7 @@ def _final_table(experiment: Experiment) -> Table:
         rows.append((size_name(width, layers), f"{cells[0].parameters:,}", *shown))
     columns = ("size", "N", *(f"{batch:,}" for batch in sorted(settings["batches"])))
     tokens = experiment.cells[0].tokens()
-    seeds = len(settings["seeds"])
-    told = f"mean of {seeds} seeds" if seeds > 1 else "one seed"
+    told = seeds_text(len(settings["seeds"]))
     title = f"Held-out loss (nats per token, {told}) after {tokens:,} tokens at each batch size"
     return Table(title, columns, tuple(rows))
 

@@ -260,8 +260,7 @@ def _slopes_text(found: Sequence[Interval | None]) -> str:
 
 
 def _limits(slope: Interval) -> str:
-    known = math.isfinite(slope.low) and math.isfinite(slope.high)
-    return f"{slope.estimate:+.2f}" + (f" ({slope.low:+.2f} to {slope.high:+.2f})" if known else "")
+    return f"{slope.estimate:+.2f}" + (f" ({slope.low:+.2f} to {slope.high:+.2f})" if slope.is_bounded else "")
 
 
 def _depth(slopes: Slopes) -> Finding:

@@ -205,14 +205,14 @@ def _times(log_ratio: float) -> str:
 
 
 def _limits(limits: Interval, form: str = "") -> str:
-    if not math.isfinite(limits.low):
+    if not limits.is_bounded:
         return " (limits not known)"
     low, high = ((f"{each:{form}}" if form else _times(each)) for each in (limits.low, limits.high))
     return f" ({low} to {high})"
 
 
 def _percent(limits: Interval) -> str:
-    if not math.isfinite(limits.low):
+    if not limits.is_bounded:
         return f"{limits.estimate:.0%}"
     return f"{limits.estimate:.0%} ({max(0.0, limits.low):.0%} to {min(1.0, limits.high):.0%})"
 

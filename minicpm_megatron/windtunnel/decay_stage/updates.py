@@ -82,11 +82,11 @@ def _updates(cell: Cell, window: str, checkpoints: Mapping[int, CheckpointReader
     rates = {record["step"]: record["lr"] for record in read_metrics(cell.folder / METRICS)}
     seed, found = cell.labels["seed"], []
     for (first, one), (last, other) in pairwise(checkpoints.items()):
-        rate = float(np.mean([rate for step, rate in rates.items() if first < step <= last]))
+        mean_rate = float(np.mean([rate for step, rate in rates.items() if first < step <= last]))
         for name in sorted(one.names()):
             if len(one.shape(name)) == 2:
                 largest = largest_update(one.read(name), other.read(name))
-                found.append(MatrixUpdate(seed, window, first, last, rate, name, largest))
+                found.append(MatrixUpdate(seed, window, first, last, mean_rate, name, largest))
     return found
 
 

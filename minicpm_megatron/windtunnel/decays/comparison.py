@@ -22,7 +22,7 @@ from minicpm_megatron.windtunnel.branching import Timeline, make_branch, make_tr
 from minicpm_megatron.windtunnel.cells import Cell, make_cell
 from minicpm_megatron.windtunnel.decays.findings import evaluate_decays
 from minicpm_megatron.windtunnel.experiment import Experiment
-from minicpm_megatron.windtunnel.settings import check_different
+from minicpm_megatron.windtunnel.settings import are_different_and_positive, check_different
 
 KIND = "wsd"
 SHARES = (0.025, 0.05, 0.1, 0.2)  # section 4.3 names the first and the third
@@ -48,10 +48,16 @@ class DecaySettings:
     seeds: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        require(_different(self.ends) and max(self.ends) == 1, "--ends", "not different shares of which 1 is largest")
-        require(_different(self.shares) and max(self.shares) < 1, "--shares", "not different shares below 1")
+        require(
+            are_different_and_positive(self.ends) and max(self.ends) == 1,
+            "--ends",
+            "not different shares of which 1 is largest",
+        )
+        require(
+            are_different_and_positive(self.shares) and max(self.shares) < 1, "--shares", "not different shares below 1"
+        )
         require(len(set(self.shapes)) == len(self.shapes), "--shapes", "not different shapes")
-        require(_different(self.periods), "--periods", "not different positive shares")
+        require(are_different_and_positive(self.periods), "--periods", "not different positive shares")
         check_different("--seeds", self.seeds, "seeds")
 
     def all_periods(self) -> tuple[float, ...]:
@@ -165,7 +171,3 @@ def _cosine(output: Path, lengths: Lengths, shape: str, period: float, seed: int
 
 def _common(lengths: Lengths, seed: int) -> dict[str, Any]:
     return {"training.seed": seed, "evaluation.interval": lengths.interval}
-
-
-def _different(values: Sequence[float]) -> bool:
-    return len(set(values)) == len(values) >= 1 and all(value > 0 and math.isfinite(value) for value in values)

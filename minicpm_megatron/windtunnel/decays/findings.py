@@ -123,17 +123,17 @@ def _best_period(comparisons: Sequence[Comparison]) -> Finding:
 def _shares_enough(comparisons: Sequence[Comparison], shape: str) -> list[Finding]:
     shares = sorted({arm[1] for each in comparisons for arm in each.losses if arm[0] == "wsd"})
     findings = []
+
+    def less(share: float, other: float) -> list[tuple[Comparison, Interval | None]]:
+        return [(each, each.difference(("wsd", share, shape), ("wsd", other, shape))) for each in comparisons]
+
     if DECAY_SHARE in shares and shares[-1] > DECAY_SHARE:
-        found = [
-            (each, each.difference(("wsd", DECAY_SHARE, shape), ("wsd", shares[-1], shape))) for each in comparisons
-        ]
+        found = less(DECAY_SHARE, shares[-1])
         verdicts = [None if limits is None else at_most(limits, _margin(each)) for each, limits in found]
         claim = f"A decay of {DECAY_SHARE:.0%} is enough: as good as one of {100 * shares[-1]:.3g} % (section 4.3)"
         findings.append(Finding(claim, "sufficient", _differences(found), all_of(verdicts)))
     if DECAY_SHARE in shares and TOO_SHORT in shares:
-        found = [
-            (each, each.difference(("wsd", TOO_SHORT, shape), ("wsd", DECAY_SHARE, shape))) for each in comparisons
-        ]
+        found = less(TOO_SHORT, DECAY_SHARE)
         longer = [None if limits is None else above(limits) for _, limits in found]
         claim = f"A decay of {TOO_SHORT:.1%} falls short of one of {DECAY_SHARE:.0%} (section 4.3)"
         findings.append(Finding(claim, "falls short", _differences(found), all_of(longer)))
@@ -169,7 +169,6 @@ def _table(comparison: Comparison) -> Table:
         reference: Arm = ("cosine", comparison.end, "")
         limits = None if arm == reference else comparison.difference(arm, reference)
         spread = f"{float(np.ptp(row)):.4f}" if len(row) > 1 else "-"
-        known = limits is not None and math.isfinite(limits.low)
         rows.append(
             (
                 _name(arm, comparison.end),
@@ -177,7 +176,7 @@ def _table(comparison: Comparison) -> Table:
                 _loss(float(row.mean())),
                 spread,
                 "-" if limits is None else f"{limits.estimate:+.4f}",
-                f"{limits.low:+.4f} to {limits.high:+.4f}" if limits is not None and known else "-",
+                f"{limits.low:+.4f} to {limits.high:+.4f}" if limits is not None and limits.is_bounded else "-",
             )
         )
     noise = comparison.noise
@@ -204,7 +203,7 @@ def _differences(found: Sequence[tuple[Comparison, Interval | None]]) -> str:
 
 
 def _limits(limits: Interval) -> str:
-    if not math.isfinite(limits.low):
+    if not limits.is_bounded:
         return f"{limits.estimate:+.4f} (one seed: limits not known)"
     return f"{limits.estimate:+.4f} ({limits.low:+.4f} to {limits.high:+.4f})"
 

@@ -198,7 +198,7 @@ def _still_falls(small: Ends) -> Finding:
         return Finding(claim, paper, "not measured", "undecided")
     before, last = there[-2:]
     fall = noise_of(small.losses).difference(float(small.mean[before]), float(small.mean[last]))
-    known = f" ({fall.low:.4f} to {fall.high:.4f})" if math.isfinite(fall.low) else " (one seed: limits not known)"
+    known = f" ({fall.low:.4f} to {fall.high:.4f})" if fall.is_bounded else " (one seed: limits not known)"
     per = [f"{tokens / small.parameters:.3g} N" for tokens in small.tokens[[before, last]]]
     ours = f"from {per[0]} to {per[1]} tokens the loss falls by {fall.estimate:.4f}{known}"
     return Finding(claim, paper, ours, above(fall))
@@ -237,7 +237,7 @@ def _beyond(trade: Trade) -> str:
 
 
 def _ratio(ratio: Interval) -> str:
-    known = f" ({ratio.low:.2g} to {ratio.high:.2g})" if math.isfinite(ratio.high) else " (limits not known)"
+    known = f" ({ratio.low:.2g} to {ratio.high:.2g})" if ratio.is_bounded else " (limits not known)"
     return f"{ratio.estimate:.3g} times{known}"
 
 

@@ -7,7 +7,6 @@ its decays at fewer tokens a parameter; the paper's is trained on 40 N. Each see
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -26,7 +25,7 @@ from minicpm_megatron.windtunnel.branching import (
 from minicpm_megatron.windtunnel.cells import Cell, size_name
 from minicpm_megatron.windtunnel.envelope.findings import evaluate_envelope
 from minicpm_megatron.windtunnel.experiment import Experiment
-from minicpm_megatron.windtunnel.settings import check_different, check_range, check_share
+from minicpm_megatron.windtunnel.settings import are_different_and_positive, check_different, check_range, check_share
 
 KIND = "envelope"
 TOKENS_PER_PARAMETER, POINTS = (10.0, 320.0), 8  # ours: the paper gives no numbers, its figure 6 is a picture
@@ -63,8 +62,7 @@ class EnvelopeSettings:
         told = f"{self.points} decays are too few to choose between the forms"
         require(self.points >= LEAST_POINTS, "--points", told, f"give {LEAST_POINTS} or more")
         check_range("--tokens-per-parameter", self.tokens_per_parameter)
-        large = self.large_tokens_per_parameter
-        good = len(set(large)) == len(large) >= 1 and all(0 < each < math.inf for each in large)
+        good = are_different_and_positive(self.large_tokens_per_parameter)
         require(good, "--large-tokens-per-parameter", "not different positive numbers")
         check_share("--decay-share", self.decay_share)
         check_different("--seeds", self.seeds, "seeds")

@@ -58,7 +58,7 @@ def draw_contour(found: Sequence[SetFits], method: Method, compute: float, path:
         axis.set(xscale="log", yscale="log", xlabel="N, parameters without embeddings", ylabel="D, tokens")
         axis.xaxis.set_minor_formatter("")  # in a range of less than two decades they would write over one another
         if len(losses.sizes) <= _MOST_NAMED:
-            axis.set_xticks([size * BILLION for size in losses.sizes], minor=False)
+            axis.set_xticks([size * BILLION for size in losses.sizes])
             axis.xaxis.set_major_formatter(lambda value, _: human(value).strip())
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=8, loc="lower right")

@@ -32,9 +32,10 @@ from minicpm_megatron.windtunnel.cells import (
     standard_parametrization,
 )
 from minicpm_megatron.windtunnel.experiment import Experiment, Findings
+from minicpm_megatron.windtunnel.noise import seeds_text
 from minicpm_megatron.windtunnel.rates.picture import PICTURE, draw_rates
 from minicpm_megatron.windtunnel.results import Finding, Picture, Table, Verdict
-from minicpm_megatron.windtunnel.settings import check_different
+from minicpm_megatron.windtunnel.settings import are_different_and_positive, check_different
 
 KIND = "lr"
 Parametrization = Literal["mup", "standard"]
@@ -71,7 +72,7 @@ class RateSettings:
     def __post_init__(self) -> None:
         check_different("--sizes", self.sizes, "sizes")
         for option, rates in (("--rates", self.rates), ("--standard-rates", self.standard_rates)):
-            good = len(set(rates)) == len(rates) >= 3 and all(rate > 0 and math.isfinite(rate) for rate in rates)
+            good = are_different_and_positive(rates, least=3)
             require(good, option, "not a list of at least three different positive rates")
         check_different("--seeds", self.seeds, "seeds")
         require(len(set(self.parametrizations)) == len(self.parametrizations) >= 1, "--parametrizations", "given twice")
@@ -248,7 +249,7 @@ def _shift_text(shift: RateShift | None) -> str:
     if shift is None:
         return "not known: fewer than two sizes have an optimum inside their grid"
     limits = shift.slope_interval()
-    known = f" ({_limits(limits)})" if _is_known(limits) else ""
+    known = f" ({_limits(limits)})" if limits.is_bounded else ""
     return f"slope {shift.slope:+.3f}{known} octaves of the rate an octave of N, spread {shift.spread:.2f} octaves"
 
 
@@ -260,12 +261,8 @@ def _optimum_text(sweep: Sweep) -> str:
     return f"{sweep.optimum.rate:.3g}{known}"
 
 
-def _is_known(limits: Interval) -> bool:
-    return math.isfinite(limits.high - limits.low)
-
-
 def _limits(limits: Interval) -> str:
-    return f"{number(limits.low)} to {number(limits.high)}" if _is_known(limits) else "-"
+    return f"{number(limits.low)} to {number(limits.high)}" if limits.is_bounded else "-"
 
 
 def _tables(sweeps: Sequence[Sweep], shifts: Mapping[str, RateShift | None]) -> tuple[Table, ...]:
@@ -276,8 +273,7 @@ def _tables(sweeps: Sequence[Sweep], shifts: Mapping[str, RateShift | None]) -> 
             continue
         columns = ("size", "N", *(f"{rate:g}" for rate in group[0].rates), "best rate", "95 %", "loss there")
         rows = tuple(_row(sweep) for sweep in group)
-        seeds = len(group[0].losses)
-        told = f"mean of {seeds} seeds" if seeds > 1 else "one seed"
+        told = seeds_text(len(group[0].losses))
         title = f"{NAMES[name]}: held-out loss (nats per token, {told}) at each base rate"
         tables.append(Table(title, columns, rows))
     rows = tuple(

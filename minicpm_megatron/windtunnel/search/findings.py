@@ -131,7 +131,7 @@ def _limits(searched: Searched) -> str:
     if limits is None:
         return "paper's less best's not known without repeats of both"
     told = f"paper's less best's over other seeds {limits.estimate:+.4f}"
-    return f"{told} ({limits.low:+.4f} to {limits.high:+.4f})" if math.isfinite(limits.low) else f"{told} (one seed)"
+    return f"{told} ({limits.low:+.4f} to {limits.high:+.4f})" if limits.is_bounded else f"{told} (one seed)"
 
 
 def _best(searched: Searched) -> Table:
