@@ -1,9 +1,19 @@
 # Two commands set up everything on a fresh machine:
 #   make quickstart   environment, corpus, tokens, a distributed run, export, generated text
 #   make test         the whole test suite
-# PYTHON chooses the interpreter the environment is made with.
+# PYTHON names the interpreter that the environment is made with; without it the first Python 3.12 that runs is taken.
+# TORCH_INDEX names a package index for torch alone, for its CPU build:
+#   make quickstart TORCH_INDEX=https://download.pytorch.org/whl/cpu
 
-PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
+# The python3.12 on PATH can be a version manager's shim that only prints an error, so that its own installs are tried, too.
+PYTHON ?=
+PYTHONS := $(or $(PYTHON),python3.12 \
+  $(wildcard $(HOME)/.pyenv/versions/3.12*/bin/python3.12) \
+  $(wildcard $(HOME)/.asdf/installs/python/3.12*/bin/python3.12) \
+  $(wildcard $(HOME)/.local/share/mise/installs/python/3.12*/bin/python3.12) \
+  $(wildcard $(HOME)/.local/share/uv/python/cpython-3.12*/bin/python3.12) \
+  python3 python)
+IS_312 := import sys; sys.exit(sys.version_info[:2] != (3, 12))
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -26,14 +36,21 @@ lint: $(STAMP)
 
 environment: $(STAMP)
 
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
 $(STAMP): requirements.txt setup.py
-	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' \
-	  || { echo "error: $(PYTHON) is not Python 3.11 or 3.12; install one of them, or name it: make PYTHON=/path/to/python3.11" >&2; exit 2; }
-	@echo "== making the environment in $(VENV) with $(PYTHON) (a few minutes, several hundred MB)"
-	@test -x $(BIN)/python || "$(PYTHON)" -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==$$(sed -n 's/^torch==//p' requirements.txt)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -e '.[dev]'
+	@for python in $(PYTHONS); do \
+	  if "$$python" -c '$(IS_312)' 2>/dev/null; then found=$$python; break; fi; \
+	done; \
+	if [ -z "$$found" ]; then \
+	  echo "error: no Python 3.12 runs here (tried: $(PYTHONS)); install it, or name it: make PYTHON=/path/to/python3.12" >&2; \
+	  exit 2; \
+	fi; \
+	echo "== making the environment in $(VENV) with $$found (about three minutes and 5.6 GB with torch's CUDA build)"; \
+	$(BIN)/python -c '$(IS_312)' 2>/dev/null || "$$found" -m venv --clear $(VENV)
+	@$(PIP_INSTALL) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==$$(sed -n 's/^torch==//p' requirements.txt)
+	@$(PIP_INSTALL) -r requirements.txt
+	@$(PIP_INSTALL) --no-build-isolation -e '.[dev]'
 	@touch $(STAMP)
 
 clean:

@@ -17,7 +17,7 @@ setup(
     license="Apache-2.0",
     packages=find_packages(include=["minicpm_megatron", "minicpm_megatron.*"]),
     package_data={"minicpm_megatron.data": ["sample_texts/*"], "minicpm_megatron.windtunnel.report": ["*.j2"]},
-    python_requires=">=3.11,<3.13",
+    python_requires=">=3.12,<3.13",
     install_requires=REQUIREMENTS,
     extras_require={
         # optional accelerators on CUDA; NVIDIA's apex, if wanted, is built from its own repository

@@ -41,7 +41,7 @@ class MiniCPMConfig(TransformerConfig):
     is all zero, gets no probability and never leaves the model, so that results do not depend on it."""
 
     def __post_init__(self) -> None:
-        if getattr(self, "use_mup", False):
+        if self.use_mup:
             raise UserError(
                 "Megatron-Core's own use_mup is on, which would scale widths twice",
                 where="MiniCPMConfig.use_mup",

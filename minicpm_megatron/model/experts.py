@@ -63,7 +63,7 @@ class MiniCPMRouter(TopKRouter):
         if self.config.sequence_parallel:
             # each tensor-parallel rank routes its own tokens: backward sums what they say of the one weight
             weight = copy_to_tensor_model_parallel_region(weight)
-        # Megatron-Core 0.16's own asks for Transformer Engine, and for the weight to be on a CUDA device
+        # Megatron-Core 0.19's own copies the weight to a CUDA device where it is not on one
         return F.linear(input.float(), weight.float())
 
     def routing(self, logits: Tensor, *arguments: Any, **keywords: Any) -> tuple[Tensor, Tensor]:

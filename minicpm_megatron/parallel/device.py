@@ -1,6 +1,6 @@
 """Everything that lets Megatron-Core run without CUDA, and nothing else that knows about devices.
 
-Written for megatron-core 0.16 to 0.19. Megatron-Core asks `torch.cuda.current_device()` where it allocates buffers
+Written for megatron-core 0.19. Megatron-Core asks `torch.cuda.current_device()` where it allocates buffers
 and keeps CUDA generators for dropout. Without CUDA the first must answer the CPU, and the second must do nothing:
 MiniCPM has no dropout, so no generator is ever drawn from.
 """

@@ -208,7 +208,10 @@ def test_zigzag_is_megatrons_order(ranks, monkeypatch):
     for rank in range(ranks):
         group = SimpleNamespace(size=lambda: ranks, rank=lambda rank=rank: rank)
         assert torch.equal(zigzag(places, ranks, rank, 0), get_pos_emb_on_this_cp_rank(places, 0, group))
-        batch = utils.get_batch_on_this_cp_rank({"tokens": tokens.clone()}, group)
+        # the group's own size and rank: without a job torch.distributed has none to ask for
+        monkeypatch.setattr(torch.distributed, "get_world_size", lambda of: of.size())
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda of: of.rank())
+        batch = utils.get_batch_on_this_cp_rank({"tokens": tokens.clone()}, False, group)
         assert torch.equal(zigzag(tokens, ranks, rank, 1), batch["tokens"])
 
 

@@ -136,8 +136,5 @@ def test_megatrons_own_mup_is_refused():
     from minicpm_megatron import MiniCPMConfig
     from minicpm_megatron.errors import UserError
 
-    class WithOwnMup(MiniCPMConfig):
-        use_mup = True
-
     with pytest.raises(UserError, match="would scale widths twice"):
-        WithOwnMup.from_recipe(small_model())
+        MiniCPMConfig.from_recipe(small_model(), use_mup=True)
