@@ -22,6 +22,8 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor
 
+from minicpm_megatron.parallel import device
+
 
 @dataclass
 class RouterLoad:
@@ -47,6 +49,9 @@ class MiniCPMRouter(TopKRouter):
 
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
         super().__init__(*arguments, **keywords)
+        if not self.config.use_cpu_initialization:
+            # Megatron-Core 0.19 leaves the weight on the CPU: its trainer moves whole models to CUDA, and we move none
+            self.to(device.device())
         self._load = self._no_load()
 
     def _no_load(self) -> RouterLoad:
@@ -160,9 +165,9 @@ def side_by_side(weights: Sequence[Tensor]) -> Tensor:
     return torch.stack([weight.detach() for weight in weights])
 
 
-def set_auxiliary_loss_scale(scale: float, device: torch.device) -> None:
+def set_auxiliary_loss_scale(scale: float, place: torch.device) -> None:
     """Factor by which backward multiplies the gradients of all load-balancing and z-losses."""
-    MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(scale, device=device))
+    MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(scale, device=place))
 
 
 def get_experts_spec(backend: BackendSpecProvider) -> ModuleSpec:
