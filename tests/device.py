@@ -8,12 +8,10 @@ may stay on the CPU, to which `.cpu()` brings what they are compared with.
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
-
-    Value = TypeVar("Value", bound=torch.Tensor | torch.nn.Module)
 
 VARIABLE = "MINICPM_TEST_DEVICE"
 VISIBLE = "CUDA_VISIBLE_DEVICES"
@@ -33,8 +31,8 @@ def device() -> torch.device:
     return torch.device("cuda", 0) if on_cuda() else torch.device("cpu")
 
 
-def put(value: Value) -> Value:
-    """A tensor or a module on `device`. Tensors are drawn on the CPU first, so that both devices see the same numbers."""
+def put[Value: torch.Tensor | torch.nn.Module](value: Value) -> Value:
+    """A tensor or a module on `device`. Tests draw on the CPU, so that both devices see the same numbers."""
     return value.to(device())
 
 
