@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from minicpm_megatron.checkpoint.find import find_source
@@ -76,8 +77,7 @@ def main() -> int:
         model=_model(options),
         progress=sys.stderr.isatty(),
     )
-    for note in done.notes:
-        print(f"note: {note}", file=sys.stderr)
+    _print_notes(done.notes)
     print(f"{done.source_format} -> {done.target_format}: {done.parameters:,} parameters in {done.output}")
     return 0
 
@@ -88,6 +88,11 @@ def _model(options: argparse.Namespace) -> ModelRecipe | None:
     if options.recipe:
         return load_recipe(options.recipe).model
     return get_preset(options.preset) if options.preset else None
+
+
+def _print_notes(notes: Iterable[str]) -> None:
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
 
 
 def _untie(options: argparse.Namespace) -> int:
@@ -105,6 +110,7 @@ def _untie(options: argparse.Namespace) -> int:
         model=_model(options),
         progress=sys.stderr.isatty(),
     )
+    _print_notes(done.notes)
     parameters = count_parameters(done.model).total
     print(f"{options.input} -> {done.run}, step {done.step}: a head of its own; {parameters:,} parameters")
     print(done.how_to_go_on())

@@ -44,17 +44,13 @@ class ChunkReader:
         # a chunk that spans layers or experts is asked for once for each of them
         self._last: tuple[Chunk, Tensor] | None = None
 
-    def stored(self, key: str) -> StoredTensor:
-        """A tensor's type, shape and chunks."""
-        return self._contents.tensors[key]
-
     def check(self, region: Region) -> None:
         """Refuse a region that cannot be read, by the table of contents and the files' sizes.
 
         Raises:
             UserError: chunks overlap or leave a gap, or a file is missing or too short.
         """
-        stored, parts = self.stored(region.key), self._parts(region)
+        stored, parts = self._contents.tensors[region.key], self._parts(region)
         shape = stored.shape[len(region.at) :]
         boxes = [_inner(chunk, region) for chunk in parts]
         whole = sum(math.prod(sizes) for _, sizes in boxes) == math.prod(shape)
@@ -71,7 +67,7 @@ class ChunkReader:
         Raises:
             UserError: a chunk is damaged, or is not what the table of contents says.
         """
-        stored = self.stored(region.key)
+        stored = self._contents.tensors[region.key]
         shape = stored.shape[len(region.at) :]
         whole: Tensor | None = None
         for chunk in self._parts(region):
@@ -94,7 +90,7 @@ class ChunkReader:
     def _parts(self, region: Region) -> list[Chunk]:
         return [
             chunk
-            for chunk in self.stored(region.key).chunks
+            for chunk in self._contents.tensors[region.key].chunks
             if all(o <= place < o + s for place, o, s in zip(region.at, chunk.offsets, chunk.sizes, strict=False))
         ]
 

@@ -24,7 +24,7 @@ _NAMES = {
     "collections.OrderedDict",
     "pathlib.Path",
     "pathlib.PosixPath",
-    # stand-ins that Megatron-Core keeps for what its releases before 0.16 saved
+    # classes of earlier releases' checkpoints, of which Megatron-Core 0.19 keeps empty ones
     "megatron.core.dist_checkpointing.strategies.torch.MCoreMetadata",
     "megatron.core.dist_checkpointing.strategies.torch.MCoreSavePlan",
 }
