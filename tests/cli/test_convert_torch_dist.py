@@ -301,6 +301,12 @@ def test_one_line_and_the_disk_as_it_was(name: str, here: Path, capfd: pytest.Ca
     assert not (here / "made").exists()
 
 
+def test_state_that_makes_no_sense_is_left_out(here: Path) -> None:
+    for iteration in (10**400, -1, 0.5, "seven", None, [7]):
+        point_to(here, COMMON, saved([{"iteration": iteration, "args": 3, "optimizer": {"state": 1}}]))
+        assert open_source(here / "megatron", MODEL).origin["iteration"] is None
+
+
 def test_the_bomb_is_one(here: Path) -> None:
     pickle.loads(pickle.dumps(Bomb()))
     assert (here / "made").exists()

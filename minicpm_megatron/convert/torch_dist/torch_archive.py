@@ -43,9 +43,9 @@ class TorchArchive:
 
     def number(self, value: Any) -> float | None:
         """A plain number, or the one in a tensor of one element; None where it is something else."""
-        if isinstance(value, int | float):
-            return float(value)
         try:
+            if isinstance(value, int | float):
+                return float(value)
             # torch._utils._rebuild_tensor_v2(storage, offset, size, stride, ...); the storage is outside of the pickle
             if not value.made_by.startswith("torch._utils._rebuild_tensor") or value.arguments[1] != 0:
                 return None
