@@ -25,8 +25,8 @@ first used."""
 def make_deterministic() -> None:
     """Choose deterministic kernels for this process; call it before the first matrix product and collective.
 
-    torch then raises where an operation has no deterministic kernel, and the attention of this package asks flash-attn for
-    its deterministic backward.
+    torch then raises where an operation has no deterministic kernel, and the attention of this package asks flash-attn
+    for its deterministic backward.
 
     Raises:
         UserError: the environment says otherwise.
@@ -41,4 +41,4 @@ def make_deterministic() -> None:
             )
     torch.use_deterministic_algorithms(True)
     # torch would also fill what `empty` returns, so that reads of unwritten memory repeat; nothing here reads it
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

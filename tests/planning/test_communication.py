@@ -117,8 +117,8 @@ def test_experts_are_reduced_over_fewer_ranks() -> None:
 
 @pytest.mark.parametrize(
     ("stage", "gradients", "weights"),
-    # (each micro-batch, once a step) in units of the parameters' bf16 bytes that are elsewhere, of which an fp32 gradient
-    # has two; at ZeRO 3 all parameters here are smaller than what is divided
+    # (each micro-batch, once a step) in units of the parameters' bf16 bytes that are elsewhere, of which an fp32
+    # gradient has two; at ZeRO 3 all parameters here are smaller than what is divided
     [(0, (0, 4), (0, 0)), (1, (0, 4), (0, 1)), (2, (4, 0), (0, 1)), (3, (2, 0), (0, 1))],
 )
 def test_what_each_zero_stage_reduces_and_gathers(
