@@ -57,7 +57,7 @@ def test_a_users_file_is_laid_over_ours(tmp_path):
     ("theirs", "message"),
     [
         ({"train_batch_size": 32}, "train_batch_size is 32, but training.global_batch_size of the recipe makes it 16"),
-        ({"communication_data_type": "bf16"}, "communication_data_type is 'bf16', but training.precision of the recipe"),
+        ({"communication_data_type": "bf16"}, "communication_data_type is 'bf16', but training.precision"),
         ({"gradient_clipping": 0.5}, "gradient_clipping is 0.5, but training.gradient_clipping"),
         ({"zero_optimization": {"stage": 3}}, "zero_optimization.stage is 3, but deepspeed.zero_stage"),
         ({"fp16": {"enabled": True}}, "fp16.enabled is True, but training.precision"),
