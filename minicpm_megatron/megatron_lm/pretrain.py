@@ -154,14 +154,21 @@ def forward_step(data: Iterator[dict[str, Tensor]] | None, model: torch.nn.Modul
     return output, functools.partial(sum_of_losses, batch["loss_mask"])
 
 
-def main() -> None:
-    """Train as the command line says."""
+def main(datasets: Callable[..., tuple[Any, Any, Any]] = build_datasets) -> None:
+    """Train as the command line says.
+
+    Args:
+        datasets: provider of the training, validation and test set.
+
+    Raises:
+        UserError: arguments that MiniCPM cannot follow.
+    """
     args = parse_and_validate_args(extra_args_provider=add_minicpm_args)
     use_minicpm_training()
     model_config = minicpm_model_config_from_args(args)
     pretrain(
         pretrain_cfg_container_from_args(args, model_config),
-        build_datasets,
+        datasets,
         ModelType.encoder_or_decoder,
         forward_step,
     )

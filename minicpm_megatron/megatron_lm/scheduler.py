@@ -14,7 +14,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.training.global_vars import get_args
 
 from minicpm_megatron.errors import UserError
-from minicpm_megatron.methods.mup import mup_table
+from minicpm_megatron.megatron_lm.optimizer import group_multipliers
 from minicpm_megatron.methods.schedules import WSD
 
 # what methods.schedules calls the lengths, and Megatron-LM's command line
@@ -27,29 +27,31 @@ OPTIONS = {
 }
 
 
+def position_of(args: argparse.Namespace, samples: float) -> float:
+    """Samples, which Megatron-LM's trainer counts, in the schedule's unit: tokens with --train-samples, else steps."""
+    position = samples * args.seq_length if args.train_samples else samples / args.global_batch_size
+    return int(position) if position == int(position) else position
+
+
 def wsd_from_args(args: argparse.Namespace, *, total: float, warmup: float, decay: float) -> WSD:
     """The schedule that Megatron-LM's arguments describe.
 
     Args:
-        total, warmup, decay: in samples, as Megatron-LM's trainer counts them.
-
-    Returns:
-        In steps for training by --train-iters, in tokens for training by --train-samples.
+        total, warmup, decay: in samples.
 
     Raises:
         UserError: lengths that do not fit, or an unknown curve.
     """
-    by_iterations = bool(args.train_iters)
-    unit = 1 / args.global_batch_size if by_iterations else args.seq_length
-    half_life = args.wsd_half_life_iters if by_iterations else args.wsd_half_life_samples
-    if not by_iterations and half_life is not None:
-        half_life *= args.seq_length
+    if args.train_samples:
+        half_life = args.wsd_half_life_samples and position_of(args, args.wsd_half_life_samples)
+    else:
+        half_life = args.wsd_half_life_iters
     try:
         return WSD(
-            total=total * unit,
-            warmup=warmup * unit,
-            decay=decay * unit,
-            unit="steps" if by_iterations else "tokens",
+            total=position_of(args, total),
+            warmup=position_of(args, warmup),
+            decay=position_of(args, decay),
+            unit="tokens" if args.train_samples else "steps",
             decay_shape=args.wsd_decay_shape,
             half_life=half_life,
             min_lr_ratio=args.min_lr / args.lr,
@@ -67,14 +69,12 @@ class MiniCPMParamScheduler(OptimizerParamScheduler):
         optimizer, keywords: as OptimizerParamScheduler's, which Megatron-LM's trainer fills in from its arguments.
 
     Raises:
-        UserError: a group of the optimizer is no role of the muP table, or the schedule does not fit.
+        UserError: a group of the optimizer is none of `mup_config_overrides`, or the schedule does not fit.
     """
 
     def __init__(self, optimizer: Any, **keywords: Any) -> None:
-        args = get_args()
-        self._multipliers = {role: rule.lr_multiplier for role, rule in mup_table(args).items()}
-        self._global_batch_size = args.global_batch_size
-        self._position_unit = 1 / args.global_batch_size if args.train_iters else args.seq_length
+        self._args = args = get_args()
+        self._multipliers = group_multipliers(args)
         self.schedule: WSD | None = None
         if keywords["lr_decay_style"] == "WSD":
             total, warmup, decay = (keywords[name] for name in ("lr_decay_steps", "lr_warmup_steps", "wsd_decay_steps"))
@@ -84,17 +84,16 @@ class MiniCPMParamScheduler(OptimizerParamScheduler):
     def get_lr(self, param_group: dict[str, Any]) -> float:
         """The learning rate of a group for the update to come.
 
-        It follows from the role and the base learning rate of this run, whatever a loaded checkpoint has put into the
-        group.
+        It follows from the group's roles and this run's base learning rate, whatever a checkpoint put into the group.
         """
-        role = param_group.get("name")
-        if role not in self._multipliers:
+        name = param_group.get("name")
+        if name not in self._multipliers:
             raise UserError(
-                f"an optimizer group is called {role!r}, which no role of muP is",
+                f"an optimizer group is called {name!r}, which no group of muP is",
                 where="Megatron-LM's optimizer",
                 fix="call use_minicpm_training() before pretrain()",
             )
-        multiplier = self._multipliers[role]
+        multiplier = self._multipliers[name]
         param_group["lr_mult"] = multiplier
         param_group["max_lr"], param_group["min_lr"] = self.max_lr * multiplier, self.min_lr * multiplier
         if self.schedule is None:
@@ -105,7 +104,7 @@ class MiniCPMParamScheduler(OptimizerParamScheduler):
     def factor(self) -> float:
         """The schedule's factor of the update to come, which ends one global batch after the samples consumed."""
         assert self.schedule is not None
-        return self.schedule.factor((self.num_steps + self._global_batch_size) * self._position_unit)
+        return self.schedule.factor(position_of(self._args, self.num_steps + self._args.global_batch_size))
 
     def state_dict(self) -> dict[str, Any]:
         """Megatron-Core's, and the curve in words."""

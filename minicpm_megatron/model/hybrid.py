@@ -28,11 +28,17 @@ from minicpm_megatron.model.layer import MiniCPMTransformerLayer
 from minicpm_megatron.model.layer_spec import MiniCPMSpecProvider, attention_submodules, mlp_submodules
 from minicpm_megatron.model.multipliers import transformer_layers
 from minicpm_megatron.model.norm import MiniCPMFinalNorm
+from minicpm_megatron.model.supported import check_unscaled_rope
 
 
 def hybrid_pattern(config: TransformerConfig) -> str:
-    """Megatron-Core's pattern of the model: `*-`, or `*E` with experts, once for each transformer layer."""
-    return (Symbols.ATTENTION + _second(config)) * transformer_layers(config)
+    """Megatron-Core's pattern of the model: `*-`, or `*E` with experts, once for each transformer layer.
+
+    Where as many blocks fit on every pipeline stage, `|` says where stages end.
+    """
+    pattern = (Symbols.ATTENTION + _second(config)) * transformer_layers(config)
+    each, rest = divmod(len(pattern), config.pipeline_model_parallel_size)
+    return pattern if rest else Symbols.PIPE.join(pattern[at : at + each] for at in range(0, len(pattern), each))
 
 
 def _second(config: TransformerConfig) -> str:
@@ -41,6 +47,9 @@ def _second(config: TransformerConfig) -> str:
 
 class MiniCPMHybridStack(HybridStack):
     """A HybridStack with MiniCPM's final norm; Megatron-Core 0.19's builds Transformer Engine's in every stack.
+
+    Args:
+        scales_rope: whether the model around it scales the base of its rotary positions.
 
     Raises:
         UserError: the layers are not MiniCPM's: attention at even places, an MLP (or experts) at odd ones.
@@ -54,8 +63,11 @@ class MiniCPMHybridStack(HybridStack):
         layer_type_list: list[str],
         pp_layer_offset: int = 0,
         post_layer_norm: bool = True,
+        scales_rope: bool = False,
         **keywords: Any,
     ) -> None:
+        if not scales_rope:
+            check_unscaled_rope(config)
         pair = (Symbols.ATTENTION, _second(config))
         if not config.is_hybrid_model or any(
             kind != pair[(pp_layer_offset + place) % 2] for place, kind in enumerate(layer_type_list)
@@ -86,7 +98,7 @@ class HybridStackSpec(ModuleSpec):
         return self
 
 
-def _hybrid_stack_spec() -> HybridStackSpec:
+def _hybrid_stack_spec(**params: Any) -> HybridStackSpec:
     backend = MiniCPMSpecProvider()
 
     def layer(**blocks: Any) -> ModuleSpec:
@@ -94,6 +106,7 @@ def _hybrid_stack_spec() -> HybridStackSpec:
 
     return HybridStackSpec(
         module=MiniCPMHybridStack,
+        params=params,
         submodules=HybridStackSubmodules(
             attention_layer=layer(**attention_submodules(backend)),
             mlp_layer=layer(**mlp_submodules(backend, sparse=False)),
@@ -127,7 +140,7 @@ class MiniCPMHybridModel(MiniCPMEnds, HybridModel):
     def __init__(self, config: MiniCPMConfig, hybrid_layer_pattern: str | None = None, **keywords: Any) -> None:
         super().__init__(
             config=hybrid_config(config),
-            hybrid_stack_spec=get_minicpm_hybrid_stack_spec,
+            hybrid_stack_spec=_hybrid_stack_spec(scales_rope=True),
             vocab_size=config.padded_vocab_size(),
             max_sequence_length=config.max_position_embeddings,
             hybrid_layer_pattern=hybrid_layer_pattern or hybrid_pattern(config),

@@ -29,11 +29,12 @@ from megatron.core.transformer.transformer_layer import TransformerLayerSubmodul
 
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.model.attention import MiniCPMCoreAttention
+from minicpm_megatron.model.config import MiniCPMConfig
 from minicpm_megatron.model.experts import get_experts_spec
 from minicpm_megatron.model.layer import MiniCPMTransformerLayer
 from minicpm_megatron.model.norm import MiniCPMFinalNorm, MiniCPMRMSNorm
 from minicpm_megatron.model.spec_function import spec_function
-from minicpm_megatron.model.supported import check_supported
+from minicpm_megatron.model.supported import check_supported, check_unscaled_rope
 
 
 class MiniCPMSpecProvider(LocalSpecProvider):
@@ -107,7 +108,21 @@ def get_minicpm_layer_spec(config: TransformerConfig, vp_stage: int | None = Non
             `GPTModelConfig` serves as well.
         vp_stage: which virtual pipeline stage the block is.
     """
-    config = getattr(config, "transformer", config)
+    inner = getattr(config, "transformer", config)
+    if inner is not config and isinstance(inner, MiniCPMConfig) and getattr(config, "vocab_size", 0) is None:
+        # it has written its own vocab_size, rotary_base and rope_scaling into the MiniCPMConfig
+        raise UserError(
+            f"{type(config).__name__} cannot hold a MiniCPMConfig",
+            where="MiniCPM's layer spec",
+            fix="build it with minicpm_model_config_from_args (minicpm_megatron.megatron_lm), or give it a "
+            "TransformerConfig",
+        )
+    check_unscaled_rope(inner)
+    return layer_spec(inner, vp_stage)
+
+
+def layer_spec(config: TransformerConfig, vp_stage: int | None = None) -> MiniCPMLayerSpec:
+    """`get_minicpm_layer_spec` for models that scale their rotary base."""
     check_supported(config)
     backend = MiniCPMSpecProvider()
     sparse = config.num_moe_experts is not None
@@ -121,5 +136,9 @@ def get_minicpm_block_spec(config: TransformerConfig, vp_stage: int | None = Non
 
     Arguments as of `get_minicpm_layer_spec`.
     """
-    layer = get_minicpm_layer_spec(config, vp_stage)
+    return block_of(get_minicpm_layer_spec(config, vp_stage))
+
+
+def block_of(layer: MiniCPMLayerSpec) -> TransformerBlockSubmodules:
+    """The block of such layers, counted."""
     return TransformerBlockSubmodules(layer_specs=layer.layer_specs, layer_norm=layer.layer_norm)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from minicpm_megatron.model.config import MiniCPMConfig
 from minicpm_megatron.model.ends import MiniCPMEnds
-from minicpm_megatron.model.layer_spec import get_minicpm_block_spec
+from minicpm_megatron.model.layer_spec import block_of, layer_spec
 
 
 class MiniCPMModel(MiniCPMEnds, GPTModel):
@@ -26,7 +26,7 @@ class MiniCPMModel(MiniCPMEnds, GPTModel):
     def __init__(self, config: MiniCPMConfig, **keywords: Any) -> None:
         super().__init__(
             config=config,
-            transformer_layer_spec=get_minicpm_block_spec(config, keywords.get("vp_stage")),
+            transformer_layer_spec=block_of(layer_spec(config, keywords.get("vp_stage"))),
             vocab_size=config.padded_vocab_size(),
             max_sequence_length=config.max_position_embeddings,
             share_embeddings_and_output_weights=not config.untie_embeddings_and_output_weights,

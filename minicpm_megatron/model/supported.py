@@ -103,6 +103,24 @@ def check_supported(config: TransformerConfig) -> None:
         _check(arguments, ARGUMENTS)
 
 
+def check_unscaled_rope(config: TransformerConfig) -> None:
+    """Refuse a model whose rotary base GPTModel and HybridModel would leave unscaled; MiniCPM's models scale it.
+
+    Dynamic scaling begins beyond max_position_embeddings, and up to there every model is unscaled.
+
+    Raises:
+        UserError: the base is scaled at every length.
+    """
+    scaling = getattr(config, "rope_scaling", None)
+    kind = scaling.type if scaling else getattr(megatron_arguments(), "minicpm_rope_scaling_type", "none")
+    if kind not in ("none", "dynamic"):
+        raise UserError(
+            f"GPTModel and HybridModel know no rope scaling of type {kind}",
+            where="MiniCPM's layer spec",
+            fix="build MiniCPMModel or MiniCPMHybridModel, as examples/megatron_lm/pretrain_minicpm.py does",
+        )
+
+
 def _check(settings: Any, rules: tuple[Rule, ...]) -> None:
     for rule in rules:
         found = getattr(settings, rule.name)
