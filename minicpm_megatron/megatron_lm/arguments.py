@@ -153,7 +153,7 @@ def add_minicpm_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser
     group.add_argument(
         "--wsd-half-life-samples", type=float, help="The same in samples, for training by --train-samples."
     )
-    parser.set_defaults(**FAMILY)
+    parser.set_defaults(**FAMILY, minicpm_training=False)
     preset = _preset_on_command_line()
     if preset is not None:
         parser.set_defaults(**preset_defaults(get_preset(preset)))

@@ -28,7 +28,7 @@ from minicpm_megatron.model.layer import MiniCPMTransformerLayer
 from minicpm_megatron.model.layer_spec import MiniCPMSpecProvider, attention_submodules, mlp_submodules
 from minicpm_megatron.model.multipliers import transformer_layers
 from minicpm_megatron.model.norm import MiniCPMFinalNorm
-from minicpm_megatron.model.supported import check_unscaled_rope
+from minicpm_megatron.model.supported import check_unscaled_rope, warn_of_plain_training
 
 
 def hybrid_pattern(config: TransformerConfig) -> str:
@@ -68,6 +68,7 @@ class MiniCPMHybridStack(HybridStack):
     ) -> None:
         if not scales_rope:
             check_unscaled_rope(config)
+            warn_of_plain_training()
         pair = (Symbols.ATTENTION, _second(config))
         if not config.is_hybrid_model or any(
             kind != pair[(pp_layer_offset + place) % 2] for place, kind in enumerate(layer_type_list)

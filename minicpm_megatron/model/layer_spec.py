@@ -32,9 +32,10 @@ from minicpm_megatron.model.attention import MiniCPMCoreAttention
 from minicpm_megatron.model.config import MiniCPMConfig
 from minicpm_megatron.model.experts import get_experts_spec
 from minicpm_megatron.model.layer import MiniCPMTransformerLayer
+from minicpm_megatron.model.multipliers import multipliers_of
 from minicpm_megatron.model.norm import MiniCPMFinalNorm, MiniCPMRMSNorm
 from minicpm_megatron.model.spec_function import spec_function
-from minicpm_megatron.model.supported import check_supported, check_unscaled_rope
+from minicpm_megatron.model.supported import check_supported, check_unscaled_rope, warn_of_plain_training
 
 
 class MiniCPMSpecProvider(LocalSpecProvider):
@@ -118,12 +119,14 @@ def get_minicpm_layer_spec(config: TransformerConfig, vp_stage: int | None = Non
             "TransformerConfig",
         )
     check_unscaled_rope(inner)
+    warn_of_plain_training()
     return layer_spec(inner, vp_stage)
 
 
 def layer_spec(config: TransformerConfig, vp_stage: int | None = None) -> MiniCPMLayerSpec:
     """`get_minicpm_layer_spec` for models that scale their rotary base."""
     check_supported(config)
+    multipliers_of(config)  # refused here in one line, where a module's constructor would wrap it
     backend = MiniCPMSpecProvider()
     sparse = config.num_moe_experts is not None
     submodules = TransformerLayerSubmodules(**attention_submodules(backend), **mlp_submodules(backend, sparse=sparse))

@@ -6,6 +6,7 @@ a setting ignores it, so this table names them all.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -118,6 +119,16 @@ def check_unscaled_rope(config: TransformerConfig) -> None:
             f"GPTModel and HybridModel know no rope scaling of type {kind}",
             where="MiniCPM's layer spec",
             fix="build MiniCPMModel or MiniCPMHybridModel, as examples/megatron_lm/pretrain_minicpm.py does",
+        )
+
+
+def warn_of_plain_training() -> None:
+    """Warn where Megatron-LM's trainer builds MiniCPM's layers and nobody has given it muP's learning rates."""
+    if not getattr(megatron_arguments(), "minicpm_training", True):
+        warnings.warn(
+            "MiniCPM's layers, but Megatron-LM's initial weights, learning rates and schedule: call "
+            "minicpm_megatron.megatron_lm.use_minicpm_training(model_config) before pretrain()",
+            stacklevel=2,
         )
 
 
