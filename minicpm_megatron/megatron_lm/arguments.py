@@ -25,8 +25,6 @@ FAMILY: dict[str, Any] = {
     "attention_dropout": 0.0,
     "init_method_std": ModelRecipe.model_fields["init_method_std"].default,
     "transformer_impl": "local",
-    # attention is causal by itself, and a mask of the whole sequence keeps it from flash-attn
-    "create_attention_mask_in_dataloader": False,
 }
 FIELDS = (
     "num_layers",

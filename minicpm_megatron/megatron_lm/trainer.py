@@ -31,12 +31,13 @@ from minicpm_megatron.megatron_lm.scheduler import MiniCPMParamScheduler
 HELPERS_ARE_COMPILED = importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is not None
 
 
-def use_minicpm_training(model_config: ModelConfig) -> None:
+def use_minicpm_training(model_config: ModelConfig | None = None) -> None:
     """Let `pretrain()` start from MiniCPM's initial weights, and train with muP's groups and MiniCPM's WSD.
 
     Args:
         model_config: what `pretrain()` will build, of `minicpm_model_config_from_args`, or of Megatron-LM's
-            `gpt_config_from_args` or `hybrid_config_from_args` with a --spec of MiniCPM.
+            `gpt_config_from_args` or `hybrid_config_from_args` with a --spec of MiniCPM. None where it is given a
+            model provider, which then calls `initial_weights` itself.
 
     Raises:
         UserError: arguments that do not go with them; see `check_arguments`.
@@ -44,7 +45,7 @@ def use_minicpm_training(model_config: ModelConfig) -> None:
     args = get_args()
     check_arguments(args)
     args.minicpm_training = True
-    if initial_weights not in model_config.pre_wrap_hooks:
+    if model_config is not None and initial_weights not in model_config.pre_wrap_hooks:
         model_config.pre_wrap_hooks.append(initial_weights)
     if training.OptimizerParamScheduler is not MiniCPMParamScheduler:
         _patch_trainer()

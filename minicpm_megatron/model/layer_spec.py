@@ -35,7 +35,7 @@ from minicpm_megatron.model.layer import MiniCPMTransformerLayer
 from minicpm_megatron.model.multipliers import multipliers_of
 from minicpm_megatron.model.norm import MiniCPMFinalNorm, MiniCPMRMSNorm
 from minicpm_megatron.model.spec_function import spec_function
-from minicpm_megatron.model.supported import check_supported, check_unscaled_rope, warn_of_plain_training
+from minicpm_megatron.model.supported import check_plain_model, check_supported
 
 
 class MiniCPMSpecProvider(LocalSpecProvider):
@@ -118,13 +118,12 @@ def get_minicpm_layer_spec(config: TransformerConfig, vp_stage: int | None = Non
             fix="build it with minicpm_model_config_from_args (minicpm_megatron.megatron_lm), or give it a "
             "TransformerConfig",
         )
-    check_unscaled_rope(inner)
-    warn_of_plain_training()
+    check_plain_model(inner)
     return layer_spec(inner, vp_stage)
 
 
 def layer_spec(config: TransformerConfig, vp_stage: int | None = None) -> MiniCPMLayerSpec:
-    """`get_minicpm_layer_spec` for models that scale their rotary base."""
+    """`get_minicpm_layer_spec` for MiniCPM's own models."""
     check_supported(config)
     multipliers_of(config)  # refused here in one line, where a module's constructor would wrap it
     backend = MiniCPMSpecProvider()

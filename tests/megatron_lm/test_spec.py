@@ -36,6 +36,7 @@ SETTINGS = {
     "--rotary-percent 0.5": "rotary_percent",
     "--use-rope-scaling": "use_rope_scaling",
     "--minicpm-rope-scaling-type ntk --minicpm-rope-scaling-factor 2": "rope scaling of type ntk",
+    "--reset-attention-mask --no-create-attention-mask-in-dataloader": "--reset-attention-mask",
     f"{EXPERTS} --moe-shared-expert-intermediate-size 8": "moe_shared_expert_intermediate_size",
     f"{EXPERTS} --calculate-per-token-loss": "calculate_per_token_loss",
 }
