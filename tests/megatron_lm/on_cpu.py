@@ -85,7 +85,7 @@ def start(layout: dict[str, int], world: int) -> None:
 def command_line(text: str) -> None:
     """Let `text` be the arguments of this process, and forget those that were parsed before."""
     unset_global_variables()
-    os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"  # as examples/megatron_lm/pretrain_minicpm.sh sets it
+    os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"  # as examples/gpu_environment.sh sets it
     sys.argv = ["pretrain_minicpm.py", *ARGUMENTS.split(), *text.split()]
 
 
