@@ -10,8 +10,7 @@ DATA=${DATA:-data/stable}       # PREFIX.bin and PREFIX.idx of tools/preprocess_
 TOKENIZER=${TOKENIZER:-data/tokenizer}
 RUN=${RUN:-runs/megatron-lm}
 
-# Megatron-LM asks for it on GPUs before Blackwell, with tensor or context parallelism
-export CUDA_DEVICE_MAX_CONNECTIONS=1
+source examples/gpu_environment.sh # CUDA_DEVICE_MAX_CONNECTIONS=1, without which Megatron-LM refuses tensor parallelism
 
 MODEL=(--minicpm-preset minicpm-2.4b --seq-length 4096)
 TRAINING=(

@@ -25,8 +25,6 @@ FAMILY: dict[str, Any] = {
     "attention_dropout": 0.0,
     "init_method_std": ModelRecipe.model_fields["init_method_std"].default,
     "transformer_impl": "local",
-    # attention is causal by itself, and a mask of the whole sequence keeps it from flash-attn
-    "create_attention_mask_in_dataloader": False,
 }
 FIELDS = (
     "num_layers",
@@ -153,7 +151,7 @@ def add_minicpm_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser
     group.add_argument(
         "--wsd-half-life-samples", type=float, help="The same in samples, for training by --train-samples."
     )
-    parser.set_defaults(**FAMILY)
+    parser.set_defaults(**FAMILY, minicpm_training=False)
     preset = _preset_on_command_line()
     if preset is not None:
         parser.set_defaults(**preset_defaults(get_preset(preset)))

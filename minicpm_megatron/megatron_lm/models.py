@@ -1,8 +1,4 @@
-"""MiniCPM's models for Megatron-LM's model builders, from its arguments, with MiniCPM's initial weights.
-
-model_cfg = minicpm_model_config_from_args(args)
-pretrain(pretrain_cfg_container_from_args(args, model_cfg), ...)
-"""
+"""MiniCPM's models for Megatron-LM's model builders, from its arguments; and MiniCPM's initial weights."""
 
 from __future__ import annotations
 
@@ -23,6 +19,7 @@ from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 from megatron.training.models.hybrid import HybridModelBuilder, HybridModelConfig
 
 from minicpm_megatron.errors import UserError, require
+from minicpm_megatron.megatron_lm.arguments import check_arguments
 from minicpm_megatron.model.config import MiniCPMConfig
 from minicpm_megatron.model.hybrid import MiniCPMHybridModel
 from minicpm_megatron.model.initialize import initialize_parameters
@@ -129,17 +126,15 @@ def minicpm_model_config_from_args(args: argparse.Namespace) -> ModelConfig:
     """What Megatron-LM's `pretrain` builds `MiniCPMModel` from, or with --hybrid-layer-pattern `MiniCPMHybridModel`.
 
     Raises:
-        UserError: --spec is given, which would be ignored; and see `minicpm_config_from_args`.
+        UserError: --spec is given, which would be ignored; and see `check_arguments`, `minicpm_config_from_args`.
     """
+    check_arguments(args)
     if args.spec is not None:
         raise UserError("--spec is given to a script that builds MiniCPM by itself", where=WHERE, fix="leave it out")
     config = minicpm_config_from_args(args)
     if args.hybrid_layer_pattern is None:
-        model_config = gpt_config_from_args(args, config, MiniCPMModelConfig)
-    else:
-        model_config = hybrid_config_from_args(args, config, MiniCPMHybridModelConfig)
-    model_config.pre_wrap_hooks.append(initial_weights)
-    return model_config
+        return gpt_config_from_args(args, config, MiniCPMModelConfig)
+    return hybrid_config_from_args(args, config, MiniCPMHybridModelConfig)
 
 
 def initial_weights(models: Sequence[MegatronModule]) -> list[MegatronModule]:

@@ -164,8 +164,8 @@ def main(datasets: Callable[..., tuple[Any, Any, Any]] = build_datasets) -> None
         UserError: arguments that MiniCPM cannot follow.
     """
     args = parse_and_validate_args(extra_args_provider=add_minicpm_args)
-    use_minicpm_training()
     model_config = minicpm_model_config_from_args(args)
+    use_minicpm_training(model_config)
     pretrain(
         pretrain_cfg_container_from_args(args, model_config),
         datasets,

@@ -91,7 +91,7 @@ class MiniCPMParamScheduler(OptimizerParamScheduler):
             raise UserError(
                 f"an optimizer group is called {name!r}, which no group of muP is",
                 where="Megatron-LM's optimizer",
-                fix="call use_minicpm_training() before pretrain()",
+                fix="call use_minicpm_training(model_config) before pretrain()",
             )
         multiplier = self._multipliers[name]
         param_group["lr_mult"] = multiplier

@@ -21,23 +21,37 @@ from typing import Any
 from megatron.core.datasets import utils as datasets_utils
 from megatron.training import training
 from megatron.training.global_vars import get_args
+from megatron.training.models.base import ModelConfig
 
 from minicpm_megatron.megatron_lm.arguments import check_arguments
+from minicpm_megatron.megatron_lm.models import initial_weights
 from minicpm_megatron.megatron_lm.optimizer import mup_config_overrides
 from minicpm_megatron.megatron_lm.scheduler import MiniCPMParamScheduler
 
 HELPERS_ARE_COMPILED = importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is not None
 
 
-def use_minicpm_training() -> None:
-    """Let `pretrain()` train with muP's groups and MiniCPM's WSD; call it after the arguments were parsed.
+def use_minicpm_training(model_config: ModelConfig | None = None) -> None:
+    """Let `pretrain()` start from MiniCPM's initial weights, and train with muP's groups and MiniCPM's WSD.
+
+    Args:
+        model_config: what `pretrain()` will build, of `minicpm_model_config_from_args`, or of Megatron-LM's
+            `gpt_config_from_args` or `hybrid_config_from_args` with a --spec of MiniCPM. None where it is given a
+            model provider, which then calls `initial_weights` itself.
 
     Raises:
         UserError: arguments that do not go with them; see `check_arguments`.
     """
-    check_arguments(get_args())
-    if training.OptimizerParamScheduler is MiniCPMParamScheduler:
-        return
+    args = get_args()
+    check_arguments(args)
+    args.minicpm_training = True
+    if model_config is not None and initial_weights not in model_config.pre_wrap_hooks:
+        model_config.pre_wrap_hooks.append(initial_weights)
+    if training.OptimizerParamScheduler is not MiniCPMParamScheduler:
+        _patch_trainer()
+
+
+def _patch_trainer() -> None:
     training.OptimizerParamScheduler = MiniCPMParamScheduler
     original = training.get_megatron_optimizer_config
 

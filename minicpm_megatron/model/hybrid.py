@@ -28,7 +28,7 @@ from minicpm_megatron.model.layer import MiniCPMTransformerLayer
 from minicpm_megatron.model.layer_spec import MiniCPMSpecProvider, attention_submodules, mlp_submodules
 from minicpm_megatron.model.multipliers import transformer_layers
 from minicpm_megatron.model.norm import MiniCPMFinalNorm
-from minicpm_megatron.model.supported import check_unscaled_rope
+from minicpm_megatron.model.supported import check_plain_model
 
 
 def hybrid_pattern(config: TransformerConfig) -> str:
@@ -49,7 +49,7 @@ class MiniCPMHybridStack(HybridStack):
     """A HybridStack with MiniCPM's final norm; Megatron-Core 0.19's builds Transformer Engine's in every stack.
 
     Args:
-        scales_rope: whether the model around it scales the base of its rotary positions.
+        in_minicpm_model: whether a `MiniCPMHybridModel` is around it, and no plain HybridModel.
 
     Raises:
         UserError: the layers are not MiniCPM's: attention at even places, an MLP (or experts) at odd ones.
@@ -63,11 +63,11 @@ class MiniCPMHybridStack(HybridStack):
         layer_type_list: list[str],
         pp_layer_offset: int = 0,
         post_layer_norm: bool = True,
-        scales_rope: bool = False,
+        in_minicpm_model: bool = False,
         **keywords: Any,
     ) -> None:
-        if not scales_rope:
-            check_unscaled_rope(config)
+        if not in_minicpm_model:
+            check_plain_model(config)
         pair = (Symbols.ATTENTION, _second(config))
         if not config.is_hybrid_model or any(
             kind != pair[(pp_layer_offset + place) % 2] for place, kind in enumerate(layer_type_list)
@@ -140,7 +140,7 @@ class MiniCPMHybridModel(MiniCPMEnds, HybridModel):
     def __init__(self, config: MiniCPMConfig, hybrid_layer_pattern: str | None = None, **keywords: Any) -> None:
         super().__init__(
             config=hybrid_config(config),
-            hybrid_stack_spec=_hybrid_stack_spec(scales_rope=True),
+            hybrid_stack_spec=_hybrid_stack_spec(in_minicpm_model=True),
             vocab_size=config.padded_vocab_size(),
             max_sequence_length=config.max_position_embeddings,
             hybrid_layer_pattern=hybrid_layer_pattern or hybrid_pattern(config),

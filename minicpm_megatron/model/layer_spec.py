@@ -32,9 +32,10 @@ from minicpm_megatron.model.attention import MiniCPMCoreAttention
 from minicpm_megatron.model.config import MiniCPMConfig
 from minicpm_megatron.model.experts import get_experts_spec
 from minicpm_megatron.model.layer import MiniCPMTransformerLayer
+from minicpm_megatron.model.multipliers import multipliers_of
 from minicpm_megatron.model.norm import MiniCPMFinalNorm, MiniCPMRMSNorm
 from minicpm_megatron.model.spec_function import spec_function
-from minicpm_megatron.model.supported import check_supported, check_unscaled_rope
+from minicpm_megatron.model.supported import check_plain_model, check_supported
 
 
 class MiniCPMSpecProvider(LocalSpecProvider):
@@ -117,13 +118,14 @@ def get_minicpm_layer_spec(config: TransformerConfig, vp_stage: int | None = Non
             fix="build it with minicpm_model_config_from_args (minicpm_megatron.megatron_lm), or give it a "
             "TransformerConfig",
         )
-    check_unscaled_rope(inner)
+    check_plain_model(inner)
     return layer_spec(inner, vp_stage)
 
 
 def layer_spec(config: TransformerConfig, vp_stage: int | None = None) -> MiniCPMLayerSpec:
-    """`get_minicpm_layer_spec` for models that scale their rotary base."""
+    """`get_minicpm_layer_spec` for MiniCPM's own models."""
     check_supported(config)
+    multipliers_of(config)  # refused here in one line, where a module's constructor would wrap it
     backend = MiniCPMSpecProvider()
     sparse = config.num_moe_experts is not None
     submodules = TransformerLayerSubmodules(**attention_submodules(backend), **mlp_submodules(backend, sparse=sparse))

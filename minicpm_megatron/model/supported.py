@@ -6,6 +6,7 @@ a setting ignores it, so this table names them all.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -103,21 +104,36 @@ def check_supported(config: TransformerConfig) -> None:
         _check(arguments, ARGUMENTS)
 
 
-def check_unscaled_rope(config: TransformerConfig) -> None:
-    """Refuse a model whose rotary base GPTModel and HybridModel would leave unscaled; MiniCPM's models scale it.
+def check_plain_model(config: TransformerConfig) -> None:
+    """Refuse what GPTModel and HybridModel do not give MiniCPM's layers, and MiniCPM's own models and script do.
 
-    Dynamic scaling begins beyond max_position_embeddings, and up to there every model is unscaled.
+    Dynamic rope scaling begins beyond max_position_embeddings, and up to there every model is unscaled.
 
     Raises:
-        UserError: the base is scaled at every length.
+        UserError: the rotary base is scaled at every length, or documents are to be told apart by a mask that
+            Megatron-LM's data loader does not make.
     """
+    arguments = megatron_arguments()
     scaling = getattr(config, "rope_scaling", None)
-    kind = scaling.type if scaling else getattr(megatron_arguments(), "minicpm_rope_scaling_type", "none")
+    kind = scaling.type if scaling else getattr(arguments, "minicpm_rope_scaling_type", "none")
+    fix = "build MiniCPMModel or MiniCPMHybridModel, as examples/megatron_lm/pretrain_minicpm.py does"
     if kind not in ("none", "dynamic"):
         raise UserError(
-            f"GPTModel and HybridModel know no rope scaling of type {kind}",
+            f"GPTModel and HybridModel know no rope scaling of type {kind}", where="MiniCPM's layer spec", fix=fix
+        )
+    if arguments is None:
+        return
+    if arguments.reset_attention_mask and not arguments.create_attention_mask_in_dataloader:
+        raise UserError(
+            "--reset-attention-mask without a mask from the data loader tells no documents apart",
             where="MiniCPM's layer spec",
-            fix="build MiniCPMModel or MiniCPMHybridModel, as examples/megatron_lm/pretrain_minicpm.py does",
+            fix=f"leave out --no-create-attention-mask-in-dataloader, or {fix}",
+        )
+    if not getattr(arguments, "minicpm_training", True):
+        warnings.warn(
+            "MiniCPM's layers, but Megatron-LM's initial weights, learning rates and schedule: call "
+            "minicpm_megatron.megatron_lm.use_minicpm_training(model_config) before pretrain()",
+            stacklevel=2,
         )
 
 

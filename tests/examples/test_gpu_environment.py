@@ -37,7 +37,8 @@ def test_what_is_set_stays() -> None:
 
 
 def test_launch_examples_have_the_same_settings() -> None:
-    assert "source examples/gpu_environment.sh" in (EXAMPLES / "slurm" / "train.sbatch").read_text()
+    for script in (EXAMPLES / "slurm" / "train.sbatch", EXAMPLES / "megatron_lm" / "pretrain_minicpm.sh"):
+        assert "source examples/gpu_environment.sh" in script.read_text()
     documents = yaml.safe_load_all((EXAMPLES / "kubernetes" / "train.yaml").read_text())
     job = next(each for each in documents if each["kind"] == "Job")
     (container,) = job["spec"]["template"]["spec"]["containers"]

@@ -24,6 +24,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.training import arguments, training
 from megatron.training.global_vars import unset_global_variables
 from torch.overrides import TorchFunctionMode
@@ -68,18 +69,23 @@ class _Nothing:
 
 
 def start(layout: dict[str, int], world: int) -> None:
-    """Make Megatron-Core's groups; torch.distributed has been initialised."""
-    sizes = {"tp": 1, "pp": 1, "cp": 1, "ep": 1} | {name: size for name, size in layout.items() if name != "sp"}
+    """Make Megatron-Core's groups; torch.distributed has been initialised.
+
+    Args:
+        layout: tp, pp, cp, ep (default 1), sp, and vp, the virtual stages of a pipeline rank.
+    """
+    sizes = {"tp": 1, "pp": 1, "cp": 1, "ep": 1} | layout
     data_parallel = world // (sizes["tp"] * sizes["pp"] * sizes["cp"])
-    groups.initialize(
-        Layout(world, sizes["tp"], sizes["pp"], sizes["cp"], sizes["ep"], data_parallel, (1,) * sizes["pp"])
-    )
+    groups.initialize(Layout(world, sizes["tp"], sizes["pp"], sizes["cp"], sizes["ep"], data_parallel, (1,)))
+    if "vp" in layout:
+        parallel_state.set_virtual_pipeline_model_parallel_world_size(layout["vp"])
+        parallel_state.set_virtual_pipeline_model_parallel_rank(0)
 
 
 def command_line(text: str) -> None:
     """Let `text` be the arguments of this process, and forget those that were parsed before."""
     unset_global_variables()
-    os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"  # as examples/megatron_lm/pretrain_minicpm.sh sets it
+    os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"  # as examples/gpu_environment.sh sets it
     sys.argv = ["pretrain_minicpm.py", *ARGUMENTS.split(), *text.split()]
 
 

@@ -22,11 +22,12 @@ from tests.megatron_lm import on_cpu
 STEPS = 8
 SEED = 3
 RATE, WEIGHT_DECAY = 0.002, 0.1
-MODEL = {"vocab_size": VOCABULARY, "dim_model_base": 32}  # m = 2, so that no multiplier is 1
+MODEL = {"num_layers": 4, "vocab_size": VOCABULARY, "dim_model_base": 32}  # m = 2, so that no multiplier is 1
 # warmup 2, decay 3 with a half-life of 1.5
 SCHEDULE = f"--lr-decay-style WSD --lr-warmup-iters 2 --lr-wsd-decay-iters 3 --wsd-half-life-iters 1.5 --lr {RATE}"
 COMMON = f"""
-    --minicpm-preset minicpm-nano --vocab-size {VOCABULARY} --dim-model-base {MODEL["dim_model_base"]} --seed {SEED}
+    --minicpm-preset minicpm-nano --num-layers {MODEL["num_layers"]} --vocab-size {VOCABULARY}
+    --dim-model-base {MODEL["dim_model_base"]} --seed {SEED}
     --seq-length {SEQUENCE} --global-batch-size {BATCH} --weight-decay {WEIGHT_DECAY} --adam-beta2 0.95
     --mock-data {SCHEDULE}
 """
@@ -74,8 +75,8 @@ def by_pretrain(case: dict[str, Any]) -> dict[str, Any]:
 
     def recorded(*arguments: Any, **keywords: Any) -> Any:
         model, optimizer = arguments[2], arguments[3]
-        (module,) = unwrap_model(model)
-        names = {parameter: name for name, parameter, _ in named_shards(module, module.config)}
+        chunks = unwrap_model(model)
+        names = {parameter: name for chunk in chunks for name, parameter, _ in named_shards(chunk, chunk.config)}
         rates.append({})
         for group in optimizer.param_groups:
             rates[-1].update(dict.fromkeys(group["name"].split(", "), group["lr"]))
@@ -84,7 +85,7 @@ def by_pretrain(case: dict[str, Any]) -> dict[str, Any]:
         result = train_step(*arguments, **keywords)
         losses, norm = result[0], result[5]
         lines.append([float(losses["lm loss"]) if losses else None, float(norm)])
-        recorded.model = [type(module).__name__, module.config.fused_loss]  # type: ignore[attr-defined]
+        recorded.model = [type(chunks[0]).__name__, chunks[0].config.fused_loss]  # type: ignore[attr-defined]
         return result
 
     training.train_step = recorded
@@ -94,6 +95,7 @@ def by_pretrain(case: dict[str, Any]) -> dict[str, Any]:
         "pp": "--pipeline-model-parallel-size",
         "cp": "--context-parallel-size",
         "ep": "--expert-model-parallel-size",
+        "vp": "--num-virtual-stages-per-pipeline-rank",
     }
     layout = " ".join("--sequence-parallel" if name == "sp" else f"{names[name]} {n}" for name, n in sizes.items())
     on_cpu.command_line(f"{COMMON} --train-iters {STEPS} {layout} --micro-batch-size 4 {case.get('arguments', '')}")

@@ -232,7 +232,7 @@ def schedules(texts: list[str]) -> list[list[list[float]]]:
     found = []
     for text in texts:
         args = parse(text)
-        use_minicpm_training()
+        use_minicpm_training(minicpm_model_config_from_args(args))
         optimizer = _Groups(args)
         scheduler = training.get_optimizer_param_scheduler(optimizer)
         steps = args.train_iters or args.train_samples // args.global_batch_size
@@ -254,7 +254,7 @@ def loaded(text: str, changes: str) -> dict[str, Any]:
 
     def scheduler(text: str) -> tuple[Any, Any]:
         args = parse(text)
-        use_minicpm_training()
+        use_minicpm_training(minicpm_model_config_from_args(args))
         optimizer = _Groups(args)
         return optimizer, training.get_optimizer_param_scheduler(optimizer)
 
@@ -285,9 +285,8 @@ def training_refusals(texts: list[str]) -> list[str]:
     for text in texts:
         try:
             args = parse(text)
-            use_minicpm_training()
+            use_minicpm_training(minicpm_model_config_from_args(args))
             training.get_optimizer_param_scheduler(_Groups(args))
-            minicpm_model_config_from_args(args)
             said.append("")
         except UserError as error:
             said.append(str(error))
@@ -301,7 +300,7 @@ def example(arguments: list[str]) -> dict[str, Any]:
     # data, tokenizer and devices are another machine's
     sys.argv = ["pretrain_minicpm.py", *arguments, "--tokenizer-type", "NullTokenizer", "--use-cpu-initialization"]
     args = parse_and_validate_args(extra_args_provider=add_minicpm_args)
-    use_minicpm_training()
+    use_minicpm_training(minicpm_model_config_from_args(args))
     optimizer = _Groups(args)
     schedule = training.get_optimizer_param_scheduler(optimizer).schedule
     config = minicpm_config_from_args(args)
@@ -314,6 +313,35 @@ def example(arguments: list[str]) -> dict[str, Any]:
         "optimizer": [args.lr, args.adam_beta1, args.adam_beta2, args.adam_eps, args.weight_decay, args.clip_grad],
         "schedule": schedule.describe(),
         "recompute": [config.recompute_granularity, config.recompute_modules],
+    }
+
+
+def page(blocks: list[str]) -> dict[str, Any]:
+    """Run the code of docs/megatron_lm.md, and build what its first block has prepared as `pretrain()` would."""
+    on_cpu.command_line(
+        "--minicpm-preset minicpm-nano --seq-length 32 --micro-batch-size 2 --train-iters 4 --lr 0.01 --mock-data "
+        f"--seed 1234 --spec {LAYER} get_minicpm_block_spec"
+    )
+    # the imports of Megatron-LM's pretrain_gpt.py
+    names: dict[str, Any] = {
+        "parse_and_validate_args": parse_and_validate_args,
+        "gpt_config_from_args": gpt_config_from_args,
+    }
+    for block in blocks:
+        exec(compile(block, "docs/megatron_lm.md", "exec"), names)
+    model_config = names["model_cfg"]
+    (built,) = model_config.get_builder_cls()(model_config).build_distributed_models(
+        ProcessGroupCollection.use_mpu_process_groups(), wrap_with_ddp=False
+    )
+    config = library.MiniCPMConfig.from_recipe(library.presets["minicpm-nano"])
+    same = library.MiniCPMModel(config)
+    library.initialize_parameters(same, config, seed=1234)
+    wanted = dict(same.named_parameters())
+    return {
+        "kind": type(built).__name__,
+        "weights": [torch.equal(parameter, wanted[name]) for name, parameter in built.named_parameters()],
+        "hybrid": type(names["model"]).__name__,
+        "scheduler": training.OptimizerParamScheduler.__name__,
     }
 
 

@@ -16,7 +16,7 @@ MOE = (
     "--num-experts 4 --moe-router-topk 2 --moe-aux-loss-coeff 1.0 --moe-z-loss-coeff 0.1 "
     "--moe-router-load-balancing-type seq_aux_loss --moe-router-dtype fp32 --moe-token-dispatcher-type allgather"
 )
-HYBRID, HYBRID_MOE = "--hybrid-layer-pattern *-*-", f"{MOE} --hybrid-layer-pattern *E*E"
+HYBRID, HYBRID_MOE = "--hybrid-layer-pattern *-*-*-*-", f"{MOE} --hybrid-layer-pattern *E*E*E*E"
 RECOMPUTE = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 SHARDED = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
 END = 499  # the NullTokenizer's end of document is its last id; one of 500 tokens of the samples is
@@ -24,7 +24,8 @@ LAYOUTS = {
     "alone": {"ranks": 1},  # and saved
     "hybrid, recompute, whole logits": {"ranks": 1, "arguments": f"{HYBRID} {RECOMPUTE} --no-minicpm-fused-loss"},
     "TP2 SP": {"layout": {"tp": 2, "sp": True}},
-    "hybrid PP2": {"layout": {"pp": 2}, "arguments": HYBRID},
+    "PP2 VP2": {"layout": {"pp": 2, "vp": 2}},
+    "hybrid PP2": {"layout": {"pp": 2}, "arguments": "--hybrid-layer-pattern *-*|-*-*-"},
     "DP2, distributed optimizer": {"arguments": SHARDED},
 }
 SPARSE = {
@@ -85,7 +86,7 @@ def test_the_models_are_those_that_were_asked_for(runs):
 
 @pytest.mark.parametrize(
     ("reference", "name"),
-    [("torch", "alone"), ("torch", "TP2 SP"), ("torch", "hybrid PP2"), ("torch experts", "experts TP2 SP")],
+    [("torch", "alone"), ("torch", "PP2 VP2"), ("torch", "hybrid PP2"), ("torch experts", "experts TP2 SP")],
 )
 def test_every_parameter_has_the_rate_and_decay_of_mup_param_groups(runs, reference, name):
     """The tied embedding is there twice with PP2, as output_layer.weight on the last stage, and has one decay."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from minicpm_megatron.recipe.schema import ScheduleRecipe
 from tests.distributed.forked import run_forked
 
 ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / "docs" / "megatron_lm.md"
 LAYER = "minicpm_megatron.model.layer_spec get_minicpm_block_spec"
 EXPERTS = "--num-experts 4 --moe-router-topk 2 --moe-ffn-hidden-size 72 --moe-router-dtype fp32"
 SETTINGS = {
@@ -34,6 +36,7 @@ SETTINGS = {
     "--rotary-percent 0.5": "rotary_percent",
     "--use-rope-scaling": "use_rope_scaling",
     "--minicpm-rope-scaling-type ntk --minicpm-rope-scaling-factor 2": "rope scaling of type ntk",
+    "--reset-attention-mask --no-create-attention-mask-in-dataloader": "--reset-attention-mask",
     f"{EXPERTS} --moe-shared-expert-intermediate-size 8": "moe_shared_expert_intermediate_size",
     f"{EXPERTS} --calculate-per-token-loss": "calculate_per_token_loss",
 }
@@ -87,6 +90,7 @@ FUNCTIONS = {
         },
     ),
     "example": ("example", {"arguments": []}),
+    "page": ("page", {"blocks": re.findall(r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.M | re.S)}),
     "presets": ("preset_configs", {}),
 }
 
@@ -174,7 +178,7 @@ def test_another_curve_than_the_checkpoints_must_be_meant(found):
     assert rates == pytest.approx(
         {"embedding, vector": 0.01 * 0.5, "hidden, expert, router": 0.01 * 0.5 / 2.4, "head": 0.01 * 0.5}
     )
-    assert "use_minicpm_training()" in found["loaded"]["plain"]
+    assert "use_minicpm_training(model_config)" in found["loaded"]["plain"]
 
 
 def test_the_example_script_is_the_recipe(found):
@@ -192,6 +196,25 @@ def test_the_example_script_is_the_recipe(found):
         "schedule": build_schedule(recipe.schedule).describe(),
         "recompute": ["selective", ["core_attn"]],
     }  # fmt: skip
+
+
+def test_the_code_of_the_page_runs(found):
+    assert len(FUNCTIONS["page"][1]["blocks"]) == 4
+    assert found["page"] == {
+        "weights": [True] * 14,
+        "kind": "GPTModel",
+        "hybrid": "MiniCPMHybridModel",
+        "scheduler": "MiniCPMParamScheduler",
+    }
+
+
+def test_the_arguments_of_the_page_exist():
+    text = PAGE.read_text(encoding="utf-8")
+    source = "".join(path.read_text() for path in sorted((ROOT / "minicpm_megatron" / "megatron_lm").glob("*.py")))
+    named = re.findall(r"--(?:minicpm|no-minicpm|wsd|scale|dim|parametrization|embedding-role)[\w-]*", text)
+    assert len(set(named)) >= 10
+    for option in named:
+        assert f'"{option}"' in source, option
 
 
 class _Shape:
