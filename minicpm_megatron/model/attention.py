@@ -87,6 +87,7 @@ class MiniCPMCoreAttention(torch.nn.Module):
                 value.transpose(0, 1),
                 softmax_scale=self.softmax_scale,
                 causal=causal,
+                deterministic=torch.are_deterministic_algorithms_enabled(),
             ).transpose(0, 1)
         else:
             # [s, b, n, d] -> [b, n, s, d]

@@ -19,6 +19,7 @@ from minicpm_megatron.methods.schedules import build_schedule
 from minicpm_megatron.model.config import MiniCPMConfig
 from minicpm_megatron.model.initialize import initialize_parameters
 from minicpm_megatron.parallel import device, groups
+from minicpm_megatron.parallel.determinism import make_deterministic
 from minicpm_megatron.recipe import BatchPlan, Recipe, build, count_parameters, dump_recipe, recipe_hash
 from minicpm_megatron.recipe.dump import RECIPE
 from minicpm_megatron.recipe.parameters import CHECKPOINT_BYTES
@@ -53,6 +54,8 @@ class Trainer:
         self.data = open_data(recipe)  # what is wrong with the data is told before the ranks wait for each other
         # longer than the watchdog's patience, so that it speaks before torch.distributed gives up without a name
         patience = datetime.timedelta(seconds=2 * recipe.training.hang_timeout + 60)
+        if recipe.training.deterministic:
+            make_deterministic()
         groups.initialize(self.layout, timeout=patience, seed=recipe.training.seed)
         self.folder = recipe.run_directory
         self.watchdog = Watchdog(
@@ -76,6 +79,7 @@ class Trainer:
             recompute=recipe.training.recompute,
             fused_loss=recipe.training.fused_loss,
             perform_initialization=False,
+            deterministic_mode=recipe.training.deterministic,
         )
         model = build_model(self.config, recipe)
         newest = self.checkpointer.find_latest()

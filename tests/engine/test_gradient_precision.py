@@ -1,8 +1,8 @@
 """bf16 training hands the optimizer gradients that were summed in fp32, at every ZeRO stage.
 
 The reference sums, in fp64, the bf16 gradients that autograd makes of each micro-batch of each rank. The engine's scale
-factors are powers of two, so that only its sums can differ. Sums in bf16 have errors of 1e-3 and more, as have fp32 sums
-that are cast to bf16 before the update.
+factors are powers of two, so that only its sums can differ. Sums in bf16 have errors of 1e-3 and more, as have fp32
+sums that are cast to bf16 before the update.
 """
 
 from __future__ import annotations
