@@ -144,7 +144,7 @@ def _launched() -> dict[str, list[Any]]:
 
     Torch 2.13 has no public list of its groups. The names agree between ranks, since all ranks make all groups.
     """
-    groups: dict[Any, str] = distributed_c10d._world.pg_names
+    groups: Any = distributed_c10d._world.pg_names
     return {name: [group.group_desc, group._get_sequence_number_for_group()] for group, name in groups.items()}
 
 
