@@ -52,6 +52,8 @@ class MiniCPMRouter(TopKRouter):
         # the counts of the load lie where the weight does
         with device.device():
             super().__init__(*arguments, **keywords)
+        # Megatron-LM sums the gradients of weights marked so over the tensor-parallel ranks, which `gating` does itself
+        self.weight.sequence_parallel = False
         self._load = self._no_load()
 
     def _no_load(self) -> RouterLoad:
@@ -114,8 +116,9 @@ class MiniCPMExperts(SequentialMLP):
 
     def _has_kernel(self, tokens: Tensor) -> bool:
         """Whether torch has a kernel for grouped products of these tokens: bf16 on CUDA, from torch 2.10."""
-        # ZeRO 3 brings weights to a rank when their own module is called
-        divided = hasattr(self.local_experts[0].linear_fc1.weight, "ds_id")
+        # ZeRO 3, and Megatron-LM with --overlap-param-gather, bring weights to a rank when their own module is called
+        first = self.local_experts[0].linear_fc1
+        divided = hasattr(first.weight, "ds_id") or bool(first._forward_pre_hooks)
         fits = tokens.is_cuda and tokens.dtype == torch.bfloat16 and hasattr(F, "grouped_mm")
         return self.num_local_experts > 1 and fits and not divided
 

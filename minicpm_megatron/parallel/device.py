@@ -24,6 +24,12 @@ class _NoRngTracker:
     def fork(self, name: str = "") -> Iterator[None]:
         yield
 
+    def reset(self) -> None:
+        return None
+
+    def add(self, name: str, seed: int) -> None:
+        return None
+
     def get_states(self) -> dict[str, Any]:
         return {}
 
