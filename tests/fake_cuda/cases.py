@@ -14,11 +14,13 @@ class ModelCase:
         parallel: section of the recipe.
         training: keys of the section beside batch sizes.
         preset: shape, but for the number of layers.
+        documents: packed into each sample, equally long; 0: attention goes over all of it.
     """
 
     parallel: dict[str, Any]
     training: dict[str, Any]
     preset: str = "minicpm-2.4b"
+    documents: int = 0
 
     @property
     def world_size(self) -> int:
@@ -41,6 +43,11 @@ class EngineCase:
     preset: str = "minicpm-2.4b"
     parallel: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def replicas(self) -> int:
+        """Ranks that have samples of their own."""
+        return self.world_size // int(self.parallel.get("pipeline_model_parallel_size", 1))
+
 
 def _models() -> dict[str, ModelCase]:
     cases = {}
@@ -51,6 +58,7 @@ def _models() -> dict[str, ModelCase]:
             cases[name] = ModelCase(parallel, {"recompute": recompute})
     cases["fp32"] = ModelCase({}, {"precision": "fp32"})
     cases["whole logits"] = ModelCase({}, {"fused_loss": False})
+    cases["4 documents"] = ModelCase({}, {}, documents=4)
     for way, kind in (("ring", "p2p"), ("Ulysses", "a2a")):
         cases[f"CP 2 {way}"] = ModelCase({"context_parallel_size": 2, "cp_comm_type": kind}, {})
     for name, parallel in (
@@ -74,6 +82,8 @@ def _engines() -> dict[str, EngineCase]:
         cases[f"ZeRO {stage} world 8 bf16 offload"] = EngineCase(8, offload)
     experts = {"expert_model_parallel_size": 2}
     cases["ZeRO 1 world 8 bf16 MoE EP 2"] = EngineCase(8, {"zero_stage": 1}, "bf16", "minicpm-moe-8x2b", experts)
+    pipeline = {"pipeline_model_parallel_size": 2}
+    cases["ZeRO 1 world 8 bf16 PP 2"] = EngineCase(8, {"zero_stage": 1}, parallel=pipeline)
     return cases
 
 

@@ -16,9 +16,9 @@ from torch._subclasses import FakeTensorMode
 from minicpm_megatron.model.config import MiniCPMConfig
 from minicpm_megatron.parallel import groups
 from minicpm_megatron.recipe import Layout, Recipe, build
-from tests.fake_cuda import machine
+from tests.fake_cuda import machine, values
 
-SEQUENCE = 4096
+SEQUENCE = values.SAMPLE
 DEVICE = torch.device("cuda", 0)
 
 

@@ -41,7 +41,7 @@ class _Samples:
 
 def run(case: EngineCase) -> dict[str, Any]:
     """{"counts": of the second step's micro-batches and update; "wrong": what is not on its device, or not done}."""
-    batch = case.world_size * MICRO_BATCHES * SAMPLES
+    batch = case.replicas * MICRO_BATCHES * SAMPLES
     fields = {
         "preset": case.preset,
         "model": {"num_layers": LAYERS},
@@ -56,10 +56,10 @@ def run(case: EngineCase) -> dict[str, Any]:
             values.route_evenly(model, SAMPLES * job.SEQUENCE * config.moe_router_topk)
         engine = build_engine(model, config, recipe, layout)
         engine.train()
-        reader = BatchReader(_Samples(), micro_batch_size=SAMPLES, rank=0, size=case.world_size)
+        reader = BatchReader(_Samples(), micro_batch_size=SAMPLES, rank=0, size=case.replicas)
         for _ in range(2):
             counts, wrong = _step(engine, reader.micro_batches(0, batch))
-        if case.world_size > 1 and config.num_moe_experts is None:
+        if case.world_size > 1 and not case.parallel:  # a pipeline's micro-batches always have one size
             wrong += _rest_of_a_run(engine)
         host = case.deepspeed.get("offload_optimizer") == "cpu"
         return {"counts": counts, "wrong": wrong + _elsewhere(engine, host)}

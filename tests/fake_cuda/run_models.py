@@ -37,10 +37,12 @@ def _forward_and_backward(case: ModelCase, layers: int) -> tuple[list[Quantities
             values.route_evenly(model, job.SEQUENCE * config.moe_router_topk)
         length = job.SEQUENCE // config.context_parallel_size
         tokens = torch.zeros(1, length, dtype=torch.int64, device=job.DEVICE)
+        values.documents = case.documents
+        starts = torch.zeros_like(tokens) if case.documents else None
         counts = []
         synchronisations.take()
         with Work() as work:
-            loss = model(tokens, labels=tokens).mean()
+            loss = model(tokens, attention_mask=starts, labels=tokens).mean()
         counts.append(quantities.of(work, synchronisations.take()))
         with Work() as work:
             loss.backward()

@@ -8,12 +8,11 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import asdict
-from types import FrameType
 
 import torch
 
 from minicpm_megatron.engine.build import build_engine, build_model
-from tests.fake_cuda import job, machine, stand_ins
+from tests.fake_cuda import job, machine, stand_ins, synchronisations
 from tests.fake_cuda.counting import Total, Work
 
 PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "baddbmm"}
@@ -46,15 +45,12 @@ def _part_of_deepspeed(name: str, who: str) -> str:
 
 def _asked_by() -> str:
     """`file:function` of the innermost frame of the fused loss, or of DeepSpeed's frames; empty inside the model."""
-    frame: FrameType | None = sys._getframe(1)
     found = ""
-    while frame is not None:
-        path = frame.f_code.co_filename
-        if "/minicpm_megatron/model/" in path:
+    for path, function in synchronisations.stack():
+        if path.startswith(f"{synchronisations.PROJECT}model"):
             return path if "fused_loss" in path else ""
-        if "/deepspeed/" in path:
-            found += f"{path}:{frame.f_code.co_name} "
-        frame = frame.f_back
+        if path.startswith(synchronisations.LIBRARIES) and "/deepspeed/" in path:
+            found += f"{path}:{function} "
     return found
 
 

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
 
+import minicpm_megatron
 from tests.fake_cuda import values
 
-PROJECT = "minicpm_megatron"
-LIBRARIES = ("deepspeed/", "megatron/")
+PROJECT = f"{Path(minicpm_megatron.__file__).parent}{os.sep}"
+INSTALLED = f"{Path(torch.__file__).parents[1]}{os.sep}"
+LIBRARIES = tuple(f"{INSTALLED}{name}{os.sep}" for name in ("deepspeed", "megatron"))
 
 found: Counter[str] = Counter()
-"""How often at each place, as `KIND PLACE`; kinds: item (a number is read), to cpu, to cuda (a copy that the host waits
-for), synchronize."""
+"""How often at each place, as `KIND PLACE`. Kinds: item (numbers are read), shape (the size of a result depends on
+numbers), copy to cpu, copy to cuda (unless asynchronous), synchronize."""
 
 
 def note(kind: str) -> None:
@@ -33,17 +38,21 @@ def take() -> dict[str, int]:
 
 def _place() -> str:
     """`file:function` of the project's innermost frame, and of the library's that it called where that one waits."""
-    frame: FrameType | None = sys._getframe(1)
     library = ""
-    while frame is not None:
-        before, slash, inside = frame.f_code.co_filename.rpartition(f"/{PROJECT}/")
-        if slash:
-            return " > ".join(filter(None, (f"{inside}:{frame.f_code.co_name}", library)))
-        before, slash, inside = frame.f_code.co_filename.rpartition("/site-packages/")
-        if slash and not library and inside.startswith(LIBRARIES):
-            library = f"{inside}:{frame.f_code.co_name}"
-        frame = frame.f_back
+    for path, function in stack():
+        if path.startswith(PROJECT):
+            return " > ".join(filter(None, (f"{path.removeprefix(PROJECT)}:{function}", library)))
+        if not library and path.startswith(LIBRARIES):
+            library = f"{path.removeprefix(INSTALLED)}:{function}"
     return library or "elsewhere"
+
+
+def stack() -> Iterator[tuple[str, str]]:
+    """(file, function) of all frames but this one, innermost first."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        yield frame.f_code.co_filename, frame.f_code.co_name
+        frame = frame.f_back
 
 
 def watch() -> None:
@@ -62,7 +71,14 @@ def watch() -> None:
             note("item")
         return values.array(tensor)
 
+    def nonzero(mode: Any, function: Any, tensor: Any) -> Any:
+        """Its shape depends on numbers, for which torch waits."""
+        note("shape")
+        with mode:
+            return torch.empty(values.documents, tensor.dim(), dtype=torch.int64, device=tensor.device)
+
     fake_impls.op_implementations_dict[torch.ops.aten._local_scalar_dense.default] = read
+    fake_impls.op_implementations_dict[torch.ops.aten.nonzero.default] = nonzero
     ours = {"numpy": read_all, "tolist": lambda tensor: read_all(tensor).tolist()}
     for name, function in ours.items():
         setattr(fake_tensor.FakeTensor, name, function)

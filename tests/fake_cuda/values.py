@@ -8,8 +8,12 @@ import numpy as np
 import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
+SAMPLE = 4096  # tokens
+
 routed = 0
 """Pairs of a token and an expert that a rank has in all: counts of tokens are even parts of them."""
+documents = 0
+"""Documents in a sample, equally long."""
 
 
 def route_evenly(model: torch.nn.Module, pairs: int) -> None:
@@ -37,8 +41,10 @@ def number(tensor: torch.Tensor) -> bool | int | float:
 
 
 def array(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
-    """The same for all elements; integers are counts of tokens, if any are routed."""
+    """The same for all elements. But integers are counts of tokens, if any are routed, or where documents begin."""
     shape = tuple(tensor.shape)
+    if documents and shape == (documents,):
+        return np.arange(documents) * (SAMPLE // documents)
     if tensor.dtype == torch.int64 and routed:
         assert routed % tensor.numel() == 0, f"{routed} tokens over {shape}"
         return np.full(shape, routed // tensor.numel())
