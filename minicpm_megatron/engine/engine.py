@@ -184,8 +184,9 @@ class Engine:
             norm = experts.norm_of(optimizer.get_grads_for_norm(), optimizer.mpu)
         else:
             norm = combine_grad_norm_groups(optimizer._get_norm_groups())
+        value = float(norm)  # compared on the host: on CUDA every look at the tensor waits for the device
         # one of DeepSpeed's functions says -1 for a norm that is not finite
-        return float(norm) if norm >= 0 else math.inf
+        return value if value >= 0 else math.inf
 
     def discard(self) -> None:
         """End the last micro-batch of a step without an update: its gradients are dropped.
