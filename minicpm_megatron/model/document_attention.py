@@ -58,5 +58,16 @@ def _by_flash(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, scale: 
     ends = torch.cat([first, first.new_tensor([rows * length])]).to(torch.int32)
     longest = int(ends.diff().max())
     q, k, v = (tensor.transpose(0, 1).flatten(0, 1) for tensor in (query, key, value))
-    context = flash_attn_varlen_func(q, k, v, ends, ends, longest, longest, softmax_scale=scale, causal=True)
+    context = flash_attn_varlen_func(
+        q,
+        k,
+        v,
+        ends,
+        ends,
+        longest,
+        longest,
+        softmax_scale=scale,
+        causal=True,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+    )
     return context.unflatten(0, (rows, length)).transpose(0, 1)

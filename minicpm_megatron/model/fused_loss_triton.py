@@ -5,8 +5,6 @@ Imported only where they are used. `ChunkedHead` without them is the reference; 
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -15,7 +13,7 @@ BLOCK = 4096  # logits that a program holds at once
 
 
 @triton.jit
-def _statistics(logits: Any, labels: Any, found: Any, columns: Any, stride: Any, tokens: Any, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _statistics(logits, labels, found, columns, stride, tokens, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     token = tl.program_id(0).to(tl.int64)
     row = logits + token * stride
     largest = tl.full((), -float("inf"), tl.float32)
@@ -34,14 +32,7 @@ def _statistics(logits: Any, labels: Any, found: Any, columns: Any, stride: Any,
 
 @triton.jit
 def _differentiate(  # type: ignore[no-untyped-def]
-    logits: Any,
-    labels: Any,
-    log_sums: Any,
-    softmax_factors: Any,
-    factors: Any,
-    columns: Any,
-    stride: Any,
-    BLOCK: tl.constexpr,
+    logits, labels, log_sums, softmax_factors, factors, columns, stride, BLOCK: tl.constexpr
 ):
     token = tl.program_id(0).to(tl.int64)
     row = logits + token * stride
