@@ -136,6 +136,14 @@ def set_rng_state(states: dict[str, torch.Tensor]) -> None:
         tracker.set_states({**tracker.get_states(), **saved})
 
 
+def from_host(values: torch.Tensor) -> torch.Tensor:
+    """Return a CPU tensor's values on this rank's device, without waiting for what the device still has to do."""
+    if on_cpu():
+        return values
+    # only from page-locked memory is a copy asynchronous; torch keeps that memory until the copy is done
+    return values.pin_memory().to(device(), non_blocking=True)
+
+
 def peak_memory_bytes() -> int:
     """Largest memory this rank has held: of the CUDA allocator, or of the process on CPU."""
     if not on_cpu():

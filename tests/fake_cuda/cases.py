@@ -92,8 +92,8 @@ ENGINES = _engines()
 
 ARCHITECTURES = (80, 90)
 PRECISIONS = ("bf16", "fp16", "fp32")
-AS_RUN, PADDED = "as run", "padded"
-"""Logits as the fused loss makes them for 122,753 tokens of vocabulary, and 122,880 columns side by side."""
+AS_RUN, PACKED = "as run", "packed"
+"""122,753 logits a token: as the fused loss lays them (122,880 apart), and without a gap between tokens."""
 
 
 def kernel_case(kernel: str, architecture: int, precision: str, logits: str) -> str:
@@ -106,5 +106,5 @@ KERNELS = [
     for kernel in ("_statistics", "_differentiate")
     for architecture in ARCHITECTURES
     for precision in PRECISIONS
-    for logits in (AS_RUN, PADDED)
+    for logits in (AS_RUN, PACKED)
 ]

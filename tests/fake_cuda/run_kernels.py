@@ -23,7 +23,7 @@ from triton.runtime.jit import JITFunction
 
 from minicpm_megatron.model import fused_loss_triton
 from minicpm_megatron.model.fused_loss_chunks import ChunkedHead, Part
-from tests.fake_cuda.cases import ARCHITECTURES, AS_RUN, PADDED, PRECISIONS, kernel_case
+from tests.fake_cuda.cases import ARCHITECTURES, AS_RUN, PACKED, PRECISIONS, kernel_case
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 VOCABULARY, ROWS = 122_753, 122_880
@@ -122,7 +122,7 @@ def main() -> None:
     for driver.architecture in ARCHITECTURES:
         for precision in PRECISIONS:
             dtype = DTYPES[precision]
-            layouts = {AS_RUN: logits_as_run(dtype), PADDED: torch.empty(TOKENS, ROWS, dtype=dtype)}
+            layouts = {AS_RUN: logits_as_run(dtype), PACKED: torch.empty(TOKENS, VOCABULARY, dtype=dtype)}
             for layout, logits in layouts.items():
                 for kernel, compiled in compile_both(logits).items():
                     case = kernel_case(kernel, driver.architecture, precision, layout)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.fake_cuda import launch, records
-from tests.fake_cuda.cases import KERNELS
+from tests.fake_cuda.cases import AS_RUN, KERNELS
 
 pytestmark = pytest.mark.skipif(launch.missing_triton() is not None, reason=str(launch.missing_triton()))
 
@@ -33,9 +33,9 @@ def test_all_that_is_recorded_is_compiled(compiled: dict[str, dict[str, Any]]) -
     assert set(records.read(records.KERNELS)) == set(compiled) == set(KERNELS)
 
 
-@pytest.mark.parametrize("case", [case for case in KERNELS if case.endswith("padded")])
-def test_columns_in_sixteens_are_read_in_sixteen_bytes(compiled: dict[str, dict[str, Any]], case: str) -> None:
-    """What the kernels could do, and do not where 122,753 columns begin rows at any address."""
-    elements = 4096 // (32 * compiled[case]["warps"])  # of a block, in a thread
-    loads = elements * (4 if "fp32" in case else 2) // 16
-    assert compiled[case]["LDG.E.128 instructions"] == loads
+@pytest.mark.parametrize("case", [case for case in KERNELS if case.endswith(AS_RUN)])
+def test_logits_are_read_and_written_by_sixteen_bytes(compiled: dict[str, dict[str, Any]], case: str) -> None:
+    elements = 4096 // (32 * compiled[case]["warps"])  # of a block of columns, in a thread
+    times = elements * (4 if "fp32" in case else 2) // 16
+    assert compiled[case]["LDG.E.128 instructions"] == times
+    assert compiled[case].get("STG.E.128 instructions", 0) == (times if "_differentiate" in case else 0)
