@@ -177,11 +177,15 @@ def check_arguments(args: argparse.Namespace) -> None:
             f"muP's learning rates are Adam's, not those of {args.optimizer}",
             "--optimizer adam",
         ),
-        (args.decoupled_lr is not None, "--decoupled-lr gives the embedding a rate of its own", "leave it out"),
+        (
+            args.decoupled_lr is not None,
+            "--decoupled-lr gives the embedding a learning rate of its own",
+            "leave it out",
+        ),
         (args.embedding_init_method_std is not None, "--embedding-init-method-std is not used", "--init-method-std"),
         (args.init_method_xavier_uniform, "--init-method-xavier-uniform is not used", "--init-method-std"),
         (args.init_model_with_meta_device, "--init-model-with-meta-device leaves no weights to set", "leave it out"),
-        (args.lr_warmup_init != 0, "--lr-warmup-init is the same rate for all groups of muP", "leave it out"),
+        (args.lr_warmup_init != 0, "--lr-warmup-init is one learning rate for all groups of muP", "leave it out"),
         (
             args.step_batch_size_schedule is not None,
             "the batch grows in mid-run",

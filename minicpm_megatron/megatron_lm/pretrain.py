@@ -5,6 +5,7 @@ The paper has nothing to say about any of it: this is causal language modelling 
 
 from __future__ import annotations
 
+import argparse
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -23,9 +24,11 @@ from megatron.training.global_vars import get_args, get_tokenizer
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 from torch import Tensor
 
+from minicpm_megatron.errors import UserError
 from minicpm_megatron.megatron_lm.arguments import add_minicpm_args
 from minicpm_megatron.megatron_lm.models import minicpm_model_config_from_args
 from minicpm_megatron.megatron_lm.trainer import use_minicpm_training
+from minicpm_megatron.parallel import device
 
 LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]
 
@@ -154,16 +157,31 @@ def forward_step(data: Iterator[dict[str, Tensor]] | None, model: torch.nn.Modul
     return output, functools.partial(sum_of_losses, batch["loss_mask"])
 
 
-def main(datasets: Callable[..., tuple[Any, Any, Any]] = build_datasets) -> None:
+def main() -> None:
+    """What examples/megatron_lm/pretrain_minicpm.py runs.
+
+    Raises:
+        UserError: this machine has no GPU, or see `train`.
+    """
+    args = parse_and_validate_args(extra_args_provider=add_minicpm_args)
+    if device.on_cpu():
+        raise UserError(
+            "Megatron-LM's trainer needs CUDA, and this machine has no CUDA device",
+            fix="train on CPUs with examples/train.py",
+        )
+    train(args)
+
+
+def train(args: argparse.Namespace, datasets: Callable[..., tuple[Any, Any, Any]] = build_datasets) -> None:
     """Train as the command line says.
 
     Args:
+        args: of `parse_and_validate_args`, with those of `add_minicpm_args`.
         datasets: provider of the training, validation and test set.
 
     Raises:
         UserError: arguments that MiniCPM cannot follow.
     """
-    args = parse_and_validate_args(extra_args_provider=add_minicpm_args)
     model_config = minicpm_model_config_from_args(args)
     use_minicpm_training(model_config)
     pretrain(

@@ -62,7 +62,7 @@ class MiniCPMModel(MiniCPMEnds, GPTModel):
     ) -> Tensor:
         """What GPTModel does after the last layer; with labels it would make logits first.
 
-        Megatron-Core 0.16 has no other place for that; 0.18 and later also have `output_processor`.
+        Megatron-Core 0.19 also has an `output_processor`, which every call of the model would have to pass.
         """
         if labels is None or not self.post_process or not self.config.fused_loss:
             return super()._postprocess(hidden_states=hidden_states, labels=labels, loss_mask=loss_mask, **keywords)

@@ -11,9 +11,10 @@ import torch
 import torch.distributed as dist
 from megatron.core.utils import unwrap_model
 from megatron.training import training
+from megatron.training.arguments import parse_and_validate_args
 
 import minicpm_megatron as library
-from minicpm_megatron.megatron_lm import pretrain
+from minicpm_megatron.megatron_lm import add_minicpm_args, pretrain
 from minicpm_megatron.model.sharding import named_shards
 from minicpm_megatron.recipe import ModelRecipe
 from tests.distributed.parity import BATCH, SEQUENCE, VOCABULARY, samples
@@ -69,7 +70,7 @@ def worker(rank: int, case: dict[str, Any]) -> Any:
 
 
 def by_pretrain(case: dict[str, Any]) -> dict[str, Any]:
-    """Run the example script's `main` with recorded steps."""
+    """Train as the example script does, with recorded steps."""
     lines, rates, groups = [], [], {}
     train_step = training.train_step
 
@@ -100,7 +101,7 @@ def by_pretrain(case: dict[str, Any]) -> dict[str, Any]:
     layout = " ".join("--sequence-parallel" if name == "sp" else f"{names[name]} {n}" for name, n in sizes.items())
     on_cpu.command_line(f"{COMMON} --train-iters {STEPS} {layout} --micro-batch-size 4 {case.get('arguments', '')}")
     with on_cpu.without_cuda():
-        pretrain.main(_datasets)
+        pretrain.train(parse_and_validate_args(extra_args_provider=add_minicpm_args), _datasets)
     return {"lines": lines, "rates": rates, "groups": groups, "model": recorded.model}  # type: ignore[attr-defined]
 
 

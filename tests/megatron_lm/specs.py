@@ -27,6 +27,7 @@ from minicpm_megatron.megatron_lm import (
     add_minicpm_args,
     minicpm_config_from_args,
     minicpm_model_config_from_args,
+    pretrain,
     use_minicpm_training,
 )
 from minicpm_megatron.megatron_lm.optimizer import group_multipliers
@@ -199,6 +200,16 @@ def in_the_wrong_container() -> str:
         GPTModelBuilder(gpt_config_from_args(args, minicpm_config_from_args(args))).build_model(
             ProcessGroupCollection.use_mpu_process_groups()
         )
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def without_a_gpu() -> str:
+    """What the example script says on this machine."""
+    on_cpu.command_line(f"{COMMON} --train-iters 4 --mock-data")
+    try:
+        pretrain.main()
     except UserError as error:
         return str(error)
     return ""

@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
 from minicpm_megatron.methods.mup import mup_table
 from minicpm_megatron.methods.schedules import build_schedule
@@ -79,6 +80,7 @@ FUNCTIONS = {
     "settings": ("refusals", {"texts": [f"{text} --spec {LAYER}" for text in SETTINGS]}),
     "virtual": ("virtual_stages", {}),
     "vanilla": ("without_our_arguments", {}),
+    "no GPU": ("without_a_gpu", {}),
     "container": ("in_the_wrong_container", {}),
     "training": ("training_refusals", {"texts": list(TRAINING)}),
     "schedules": ("schedules", {"texts": list(CURVES)}),
@@ -147,6 +149,11 @@ def test_virtual_stages_need_a_name(found):
 
 def test_a_script_without_the_arguments_is_told_to_add_them(found):
     assert "extra_args_provider=add_minicpm_args" in found["vanilla"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it would train")
+def test_the_script_needs_a_gpu(found):
+    assert "has no CUDA device; train on CPUs with examples/train.py" in found["no GPU"]
 
 
 def test_a_config_that_megatron_would_overwrite_is_refused(found):

@@ -26,7 +26,7 @@ ALLOWED = {
     "model": {"methods", "parallel", "recipe"},
     "engine": {"model", "methods", "parallel", "recipe"},
     "checkpoint": {"engine", "model", "methods", "parallel", "recipe"},
-    "megatron_lm": {"model", "methods", "recipe"},
+    "megatron_lm": {"model", "methods", "parallel", "recipe"},
     "convert": {"methods", "recipe"},
     "evaluation": {"convert", "methods", "recipe", "data"},
     "training": {"checkpoint", "engine", "model", "methods", "parallel", "recipe", "data"},
