@@ -25,6 +25,8 @@ from megatron.training.arguments import parse_and_validate_args
 from safetensors.torch import save_file
 
 from minicpm_megatron import MiniCPMConfig, MiniCPMModel
+from minicpm_megatron.megatron_lm import add_minicpm_args
+from minicpm_megatron.model.hybrid import MiniCPMHybridModel
 from minicpm_megatron.model.layer_spec import get_minicpm_block_spec
 from minicpm_megatron.model.sharding import named_shards
 from minicpm_megatron.parallel import device
@@ -48,9 +50,9 @@ def worker(rank: int, case: dict[str, Any]) -> Any:
 
     Args:
         case: "folder", "model" (fields for `small_model`), "tp", "pp", "ep", "metadata" of sharded state dicts; of a
-            save "stock" (Megatron-Core's own layers) and "checksums"; of a load "plain" (GPTModel with our layers),
-            "tokens" and "logits" (a file); of training "precision", "distributed" (optimizer) and "lm" (saved by
-            Megatron-LM); of Megatron-LM more "arguments".
+            save "stock" (Megatron-Core's own layers), "hybrid" and "checksums"; of a load "plain" (GPTModel with our
+            layers), "tokens" and "logits" (a file); of training "precision", "distributed" (optimizer) and "lm" (saved
+            by Megatron-LM); of Megatron-LM "plugin", its arguments with those of `minicpm_megatron.megatron_lm`.
     """
     parallel = ParallelRecipe(
         tensor_model_parallel_size=case.get("tp", 1),
@@ -120,7 +122,7 @@ def _write(case: dict[str, Any], state: dict[str, Any]) -> None:
 
 def _save(case: dict[str, Any], recipe: ModelRecipe, parallel: ParallelRecipe) -> None:
     config = _config(recipe, parallel)
-    model: Any = _plain(config, stock=True) if case.get("stock") else _ours(config)
+    model: Any = _plain(config, stock=True) if case.get("stock") else _ours(config, hybrid=case.get("hybrid", False))
     _fill(model, config, random_tensors(recipe, SEED))
     state = {"model": model.sharded_state_dict(metadata=_metadata(case)), "iteration": ITERATION}
     _write(case, state | {"checkpoint_version": 3.0})
@@ -142,9 +144,9 @@ def _load(case: dict[str, Any], recipe: ModelRecipe, parallel: ParallelRecipe) -
     return _wrong(model, config, random_tensors(recipe, SEED))
 
 
-def _ours(config: MiniCPMConfig) -> MiniCPMModel:
+def _ours(config: MiniCPMConfig, *, hybrid: bool = False) -> MiniCPMModel | MiniCPMHybridModel:
     """This pipeline stage's part."""
-    return MiniCPMModel(
+    return (MiniCPMHybridModel if hybrid else MiniCPMModel)(
         config,
         pre_process=parallel_state.is_pipeline_first_stage(),
         post_process=parallel_state.is_pipeline_last_stage(),
@@ -236,9 +238,11 @@ def _arguments(case: dict[str, Any], recipe: ModelRecipe) -> Any:
         "save-interval": 1,
         "load" if case["do"] == "lm_load" else "save": case["folder"],
     }
+    if case.get("plugin"):
+        values["dim-model-base"] = recipe.dim_model_base
     command = [*(f"--{flag}" for flag in flags.split()), *(f"--{name}={value}" for name, value in values.items())]
     with patch.object(sys, "argv", ["pretrain_gpt.py", *command]):
-        arguments = parse_and_validate_args()
+        arguments = parse_and_validate_args(extra_args_provider=add_minicpm_args if case.get("plugin") else None)
     global_vars.set_args(arguments)
     return arguments
 
@@ -253,8 +257,6 @@ def _lm_save(case: dict[str, Any], recipe: ModelRecipe, parallel: ParallelRecipe
 def _lm_write(case: dict[str, Any], recipe: ModelRecipe, model: torch.nn.Module, optimizer: Any = None) -> None:
     arguments = _arguments(case, recipe)
     arguments.consumed_train_samples = SAMPLES_A_STEP * ITERATION
-    for name, value in case.get("arguments", {}).items():  # as a plugin's own options
-        setattr(arguments, name, value)
     checkpointing.save_checkpoint(ITERATION, [model], optimizer, None, 0)
 
 

@@ -23,6 +23,7 @@ _ARGUMENTS = {
     "scale_emb": ("scale_emb",),
     "scale_depth": ("scale_depth",),
     "dim_model_base": ("dim_model_base",),
+    "parametrization": ("parametrization",),
     "vocab_size": ("vocab_size",),
 }
 _EXPERT_ARGUMENTS = {
@@ -34,7 +35,14 @@ _EXPERT_ARGUMENTS = {
 _OTHER_ARGUMENTS = {
     "max_position_embeddings": ("max_position_embeddings",),
     "init_method_std": ("init_method_std",),
+    "embedding_role": ("embedding_role",),
 }
+_OTHER_EXPERT_ARGUMENTS = {
+    "moe_router_load_balancing_type": ("moe_router_load_balancing_type",),
+    "moe_aux_loss_coeff": ("moe_aux_loss_coeff",),
+    "moe_z_loss_coeff": ("moe_z_loss_coeff",),
+}
+_ROPE_TYPE, _ROPE_FACTOR = "minicpm_rope_scaling_type", "minicpm_rope_scaling_factor"  # of megatron_lm.arguments
 _MULTIPLIERS = ("scale_emb", "scale_depth", "dim_model_base")
 # arguments that are the same for every MiniCPM; the shapes of tensors do not show them
 _ALWAYS: dict[str, Any] = {
@@ -55,7 +63,7 @@ def model_of_args(args: Mapping[str, Any], where: str) -> ModelRecipe | None:
     Raises:
         UserError: they describe none.
     """
-    fields = _described(args, _table(sparse=bool(args.get("num_experts"))) | _OTHER_ARGUMENTS)
+    fields = _described(args, _all_arguments(sparse=bool(args.get("num_experts"))))
     if any(fields.get(name) is None for name in (*_MULTIPLIERS, "vocab_size")):
         return None
     return build_section(ModelRecipe, {name: value for name, value in fields.items() if value is not None}, where=where)
@@ -74,6 +82,8 @@ def check_args(args: Mapping[str, Any], model: ModelRecipe, where: str) -> None:
     said = _described(args, table)
     for field, value in said.items():
         wanted = model.mlp_width if field == "moe_ffn_hidden_size" else getattr(model, field)
+        if field == "rope_scaling":
+            wanted = {"type": model.rope_scaling.type, "factor": model.rope_scaling.factor}
         if value is None and field != "num_moe_experts":  # left to a default or, the vocabulary, to a tokenizer
             continue
         if not _equal(value, wanted):
@@ -89,11 +99,13 @@ def args_of_model(model: ModelRecipe) -> dict[str, Any]:
     """Megatron-LM's arguments for a model, with those of MiniCPM's multipliers."""
     sparse = model.num_moe_experts is not None
     return {
-        **{names[0]: getattr(model, field) for field, names in (_table(sparse=sparse) | _OTHER_ARGUMENTS).items()},
+        **{names[0]: getattr(model, field) for field, names in _all_arguments(sparse=sparse).items()},
         **_ALWAYS,
         "moe_ffn_hidden_size": model.mlp_width if sparse else None,
         "group_query_attention": model.num_query_groups != model.num_attention_heads,
         "num_query_groups": model.num_query_groups,
+        _ROPE_TYPE: model.rope_scaling.type,
+        _ROPE_FACTOR: model.rope_scaling.factor,
         "add_bias_linear": False,
         "add_qkv_bias": False,
         "attention_dropout": 0.0,
@@ -103,6 +115,10 @@ def args_of_model(model: ModelRecipe) -> dict[str, Any]:
 
 def _table(*, sparse: bool) -> dict[str, tuple[str, ...]]:
     return _ARGUMENTS | (_EXPERT_ARGUMENTS if sparse else {})
+
+
+def _all_arguments(*, sparse: bool) -> dict[str, tuple[str, ...]]:
+    return _table(sparse=sparse) | _OTHER_ARGUMENTS | (_OTHER_EXPERT_ARGUMENTS if sparse else {})
 
 
 def _described(args: Mapping[str, Any], table: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
@@ -118,6 +134,10 @@ def _described(args: Mapping[str, Any], table: Mapping[str, tuple[str, ...]]) ->
     # Megatron-LM then takes ffn_hidden_size
     if "moe_ffn_hidden_size" in fields and fields["moe_ffn_hidden_size"] is None:
         fields["moe_ffn_hidden_size"] = fields.get("ffn_hidden_size")
+    if args.get("hybrid_layer_pattern") and type(fields.get("num_layers")) is int:  # attention and MLP count as two
+        fields["num_layers"] //= 2
+    if args.get(_ROPE_TYPE) is not None:
+        fields["rope_scaling"] = {"type": args[_ROPE_TYPE], "factor": args.get(_ROPE_FACTOR)}
     return fields
 
 
