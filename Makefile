@@ -1,6 +1,7 @@
 # Two commands set up everything on a fresh machine:
 #   make quickstart   environment, corpus, tokens, a distributed run, export, generated text
-#   make test         the whole test suite
+#   make test         the whole test suite, on the CPU even where there is a GPU
+#   make test-gpu     those tests that compute on the device, on one GPU
 # PYTHON names the interpreter that the environment is made with; without it the first Python 3.12 that runs is taken.
 # TORCH_INDEX names a package index for torch alone, for its CPU build:
 #   make quickstart TORCH_INDEX=https://download.pytorch.org/whl/cpu
@@ -18,7 +19,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: quickstart test lint environment clean
+.PHONY: quickstart test test-gpu lint environment clean
 .DELETE_ON_ERROR:
 
 quickstart: $(STAMP)
@@ -30,6 +31,11 @@ test: $(STAMP)
 	@echo "== running the tests"
 	@PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest \
 	  --numprocesses logical --maxprocesses 4 --dist loadfile
+
+# One process: tests that measure memory, or fill it, want the GPU alone.
+test-gpu: $(STAMP)
+	@echo "== running the tests that compute on the device"
+	@PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest --device cuda -rs
 
 lint: $(STAMP)
 	@$(BIN)/ruff check . && $(BIN)/mypy minicpm_megatron tools

@@ -3,12 +3,13 @@
     python -m benchmarks.fused_loss --tokens 2048 --rounds 7
     python -m benchmarks.fused_loss --tokens 2048 --tensor-parallel 2
     python -m benchmarks.fused_loss --tokens 65536 --rounds 1 --candidates fused
-    python -m benchmarks.fused_loss --device cuda --tokens 8192 --rounds 21
+    python -m benchmarks.fused_loss --device cuda --tokens 32768 --rounds 21
 
 A candidate makes the mean loss of random hidden states and labels and both gradients. Its time is divided by that of
 `floor` in the same round: the three matrix products of 6 T V H operations and nothing else. Time is the process's CPU
-time, so that other work on the machine disturbs little, and on CUDA wall time. Memory is what the process (on CUDA: the
-allocator) held more at its peak than before, gradients included. Peers that are not installed are left out.
+time, so that other work on the machine disturbs little, and on CUDA wall time. TFLOP/s are those of 6 T V H operations,
+whatever a candidate computes twice. Memory is what the process (on CUDA: the allocator) held more at its peak than
+before, gradients included. Peers that are not installed, or fail, are left out, with the reason.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import gc
 import importlib.metadata
+import json
 import random
 import statistics
 import tempfile
@@ -36,6 +38,8 @@ PACKAGES = ("torch", "megatron-core", "deepspeed", "cut-cross-entropy", "liger-k
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 GIB = 2**30
 Step = Callable[[], torch.Tensor]
+Taken = tuple[float, float, int, float]
+"""Times the floor, seconds, bytes beyond what there was, loss."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,11 @@ class Case:
     threads: int
     rounds: int
     candidates: tuple[str, ...]
+
+    @property
+    def flops(self) -> float:
+        """Of the three matrix products over all ranks."""
+        return 6.0 * self.tokens * self.vocabulary * self.hidden
 
 
 class Inputs:
@@ -171,10 +180,12 @@ def measure(rank: int, case: Case, store: str, results: Any) -> None:
         try:
             steps[name] = CANDIDATES[name](inputs)
             take(steps[name], backward=True)  # compiles, tunes, fills pools
-        except (ImportError, fused_loss_peers.Unfit) as error:
+        except Exception as error:  # a peer's kernel that does not compile, or a lack of memory, is its own row's
             steps.pop(name, None)
-            skipped[name] = str(error) or type(error).__name__
-    found: dict[str, list[tuple[float, float, int, float]]] = {name: [] for name in steps}
+            told = isinstance(error, ImportError | fused_loss_peers.Unfit)
+            reason = (str(error).splitlines() or [""])[0]
+            skipped[name] = reason if told and reason else f"{type(error).__name__}: {reason}"
+    found: dict[str, list[Taken]] = {name: [] for name in steps}
     order = random.Random(3)
     base_step = floor(inputs)
     base_step()
@@ -189,22 +200,41 @@ def measure(rank: int, case: Case, store: str, results: Any) -> None:
         dist.destroy_process_group()
 
 
-def table(case: Case, ranks: list[dict[str, list[tuple[float, float, int, float]]]]) -> list[str]:
-    """Rows of a Markdown table; of several ranks the slower and the fuller."""
-    rows = ["| loss | times the floor (quartiles) | seconds | GiB, gradients included |", f"|{' --- |' * 4}"]
-    gradient = -(-case.vocabulary // case.ranks) * case.hidden * DTYPES[case.dtype].itemsize
-    all_losses = []
+def _over_ranks(ranks: list[dict[str, list[Taken]]]) -> dict[str, list[list[float]]]:
+    """Candidate -> its numbers by kind, of several ranks the slower and the fuller."""
+    found = {}
     for name in ranks[0]:
-        both = [
-            [max(values) for values in zip(*turn, strict=True)] for turn in zip(*(r[name] for r in ranks), strict=True)
-        ]
-        ratios, seconds, sizes, losses = zip(*both, strict=True)
+        turns = zip(*(rank[name] for rank in ranks), strict=True)
+        largest = [[max(values) for values in zip(*turn, strict=True)] for turn in turns]
+        found[name] = [list(numbers) for numbers in zip(*largest, strict=True)]
+    return found
+
+
+def medians(case: Case, ranks: list[dict[str, list[Taken]]]) -> dict[str, dict[str, float]]:
+    """Candidate -> times the floor, seconds, TFLOP/s and GiB."""
+    found = {}
+    for name, (ratios, seconds, sizes, _) in _over_ranks(ranks).items():
+        middle = statistics.median(seconds)
+        found[name] = {
+            "ratio": statistics.median(ratios),
+            "seconds": middle,
+            "tflops": case.flops / middle / 1e12,
+            "gib": statistics.median(sizes) / GIB,
+        }
+    return found
+
+
+def table(case: Case, ranks: list[dict[str, list[Taken]]]) -> list[str]:
+    """Rows of a Markdown table."""
+    rows = ["| loss | times the floor (quartiles) | seconds | TFLOP/s | GiB, gradients included |", f"|{' --- |' * 5}"]
+    gradient = -(-case.vocabulary // case.ranks) * case.hidden * DTYPES[case.dtype].itemsize
+    all_losses, middles = [], medians(case, ranks)
+    for name, (ratios, _, _, losses) in _over_ranks(ranks).items():
         all_losses += losses
         low, middle, high = _quartiles(ratios)
-        size = statistics.median(sizes) / GIB
-        rows.append(
-            f"| {name} | {middle:.3f} ({low:.3f} to {high:.3f}) | {statistics.median(seconds):.3g} | {size:.2f} |"
-        )
+        own = middles[name]
+        cells = [f"{own['seconds']:.3g}", f"{own['tflops']:.3g}", f"{own['gib']:.2f}"]
+        rows.append(f"| {name} | {middle:.3f} ({low:.3f} to {high:.3f}) | {' | '.join(cells)} |")
     rows.append(f"\ngradient of the head alone: {gradient / GIB:.2f} GiB; loss {min(all_losses):.4f}")
     if max(all_losses) - min(all_losses) > 0.01 * min(all_losses):  # bf16 rounds logits, and some peers the loss
         rows.append(f"losses differ: up to {max(all_losses):.4f}")
@@ -237,6 +267,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="of a rank")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--candidates", nargs="+", choices=CANDIDATES, default=list(CANDIDATES), metavar="NAME")
+    parser.add_argument("--json", action="store_true", help="medians and reasons for what is left out, as a last line")
     given = parser.parse_args()
     case = Case(
         tokens=given.tokens,
@@ -258,9 +289,12 @@ def main() -> None:
         answers = sorted((results.get() for _ in range(case.ranks)), key=lambda answer: answer[0])
         while not context.join():
             pass
-    print("\n".join(table(case, [found for _, found, _ in answers])))
-    for name, reason in answers[0][2].items():
+    ranks, left_out = [found for _, found, _ in answers], answers[0][2]
+    print("\n".join(table(case, ranks)))
+    for name, reason in left_out.items():
         print(f"left out: {name}: {reason}")
+    if given.json:
+        print(json.dumps({"losses": medians(case, ranks), "left_out": left_out}))
 
 
 if __name__ == "__main__":

@@ -50,13 +50,14 @@ class Generator:
     Args:
         folder: checkpoint of ours or published folder.
         tokenizer: folder of tokenizer files; default: the one that belongs to the model.
+        dtype: of weights and activations; default: fp32 on the CPU, bf16 on CUDA.
 
     Raises:
         UserError: the folder is no model, no tokenizer is known for it, or the tokenizer has more pieces than the
             model's vocabulary.
     """
 
-    def __init__(self, folder: Path, tokenizer: Path | None = None) -> None:
+    def __init__(self, folder: Path, tokenizer: Path | None = None, *, dtype: torch.dtype | None = None) -> None:
         from transformers import AutoTokenizer
 
         source = open_source(folder)
@@ -73,7 +74,7 @@ class Generator:
                 fix="give the tokenizer that the model was trained with",
             )
         self.tokenizer_folder = pieces
-        self.model = as_granite(source)
+        self.model = as_granite(source, dtype)
         self.longest = source.model.longest_sequence
         self.unscaled = source.model.max_position_embeddings
         self.vocab_size = source.model.vocab_size
@@ -155,19 +156,21 @@ class Generator:
         return self.decode(tokens + self.continue_tokens(tokens, sampling))
 
 
-def as_granite(source: Source) -> Any:
-    """The source as transformers' Granite(Moe)ForCausalLM in fp32 (bf16 on CUDA), in evaluation mode."""
+def as_granite(source: Source, dtype: torch.dtype | None = None) -> Any:
+    """The source as transformers' Granite(Moe)ForCausalLM in evaluation mode; dtype as for `Generator`."""
     from transformers import GraniteConfig, GraniteForCausalLM, GraniteMoeConfig, GraniteMoeForCausalLM
 
     sparse = source.model.num_moe_experts is not None
-    dtype, device = (torch.bfloat16, "cuda") if torch.cuda.is_available() else (torch.float32, "cpu")
+    default, device = (torch.bfloat16, "cuda") if torch.cuda.is_available() else (torch.float32, "cpu")
     layout = granitemoe.FORMAT if sparse else granite.FORMAT
     fields = layout.write_config(source.model, SpecialTokens(), "float32")
     model: Any = (
         GraniteMoeForCausalLM(GraniteMoeConfig(**fields)) if sparse else GraniteForCausalLM(GraniteConfig(**fields))
     )
-    model = model.to(dtype)
     parameters = dict(model.named_parameters())
+    for parameter in parameters.values():
+        # not model.to(dtype): in bf16 the rotary frequencies would be wrong by 0.4 radians at position 1,000
+        parameter.data = parameter.data.to(dtype or default)
     with torch.no_grad():
         for group in layout.export_groups(source.model):
             tensors = [source.tensors.read(name) for name in group.canonical]

@@ -65,7 +65,7 @@ class VocabParallelLinearCrossEntropy(torch.nn.Module):
         gradient_in: see above.
         chunk_bytes: memory of a chunk's logits; None: a quarter of the head's on CPU (16 MiB at least), 512
             MiB elsewhere.
-        kernels: "auto" is Triton's on CUDA where it is installed, else torch's.
+        kernels: "auto" is Triton's on CUDA where it is installed, else torch's; fp64 always has torch's.
 
     Raises:
         UserError: shapes or dtypes that do not fit each other, or kernels that this machine lacks.

@@ -53,7 +53,7 @@ class ChunkedHead:
     def __init__(self, hidden: Tensor, weight: Tensor, labels: Tensor, part: Part) -> None:
         self.hidden, self.part = hidden, part
         self.weight = weight[: max(0, min(weight.size(0), part.vocab_size - part.first))]
-        self.triton = _use_triton(part.kernels, hidden.device)
+        self.triton = _use_triton(part.kernels, hidden.device, hidden.dtype)
         local = labels - part.first
         # a label that another rank holds is -1 here
         self.labels = torch.where((local >= 0) & (local < self.weight.size(0)), local, -1)
@@ -251,8 +251,13 @@ def _narrow_in_place(values: Tensor, dtype: torch.dtype) -> Tensor:
     return narrow.view(values.shape)
 
 
-def _use_triton(kernels: Kernels, device: torch.device) -> bool:
+def _use_triton(kernels: Kernels, device: torch.device, dtype: torch.dtype) -> bool:
     installed = importlib.util.find_spec("triton") is not None
+    fits = wide(dtype) == torch.float32  # the kernels compute in fp32, which would halve the digits of fp64
     if kernels == "triton" and not installed:
         raise UserError("Triton is not installed", where="kernels='triton'", fix="install triton or use 'auto'")
-    return kernels == "triton" or kernels == "auto" and installed and device.type == "cuda"
+    if kernels == "triton" and not fits:
+        raise UserError(
+            f"Triton's kernels compute in fp32, and the inputs are {dtype}", where="kernels='triton'", fix="use 'auto'"
+        )
+    return kernels == "triton" or kernels == "auto" and installed and fits and device.type == "cuda"

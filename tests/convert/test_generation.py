@@ -39,8 +39,19 @@ def test_greedy_text_is_the_argmax_of_the_reference(checkpoint, tokenizer, tmp_p
     if target != "megatron":
         convert(folder, tmp_path / "out", target, dtype="fp32", tokenizer=tokenizer)
         folder = tmp_path / "out"
-    found = Generator(folder, tokenizer).continue_text(PROMPT, Sampling(max_new_tokens=12, temperature=0.0))
+    found = Generator(folder, tokenizer, dtype=torch.float32).continue_text(
+        PROMPT, Sampling(max_new_tokens=12, temperature=0.0)
+    )
     assert found == expected
+
+
+def test_half_precision_leaves_the_rotary_frequencies_whole(checkpoint, tokenizer):
+    """Rounded to bf16 they would be wrong by 0.4 radians at position 1,000."""
+    folder = checkpoint()
+    whole, half = (Generator(folder, tokenizer, dtype=dtype).model for dtype in (torch.float32, torch.bfloat16))
+    assert half.dtype == torch.bfloat16
+    found, expected = (model.model.rotary_emb.inv_freq for model in (half, whole))
+    assert found.dtype == torch.float32 and torch.equal(found, expected)
 
 
 def test_a_seed_repeats_and_another_one_differs(checkpoint, tokenizer):
@@ -58,6 +69,7 @@ def test_a_prompt_beyond_the_context_is_refused(checkpoint, tokenizer):
         generator.continue_text("a b c d e f g h i j k l", Sampling())
 
 
+@pytest.mark.cpu_only("refused before there is a model")
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

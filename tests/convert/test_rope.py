@@ -15,6 +15,7 @@ from minicpm_megatron.convert.generation import Generator
 from minicpm_megatron.methods.rope import ntk_base, product_base
 from minicpm_megatron.recipe import ModelRecipe
 from tests.convert.conftest import CASES, MakeCheckpoint, named, random_tensors, small_model
+from tests.device import put
 
 CHANNELS = 12
 SCALINGS: dict[str, dict[str, Any]] = {
@@ -125,20 +126,20 @@ def test_generation_beyond_the_context_is_that_of_whole_sequences(
 
     changes = {"max_position_embeddings": 16, "rope_scaling": {"type": "dynamic", "factor": 4.0}}
     folder, _ = exported(checkpoint, tmp_path, "granite", **changes)
-    generator = Generator(checkpoint("again", **changes), tokenizer)
+    generator = Generator(checkpoint("again", **changes), tokenizer, dtype=torch.float32)
     draw = torch.Generator().manual_seed(3)
     prompts = [torch.randint(3, 400, (length,), generator=draw).tolist() for length in (40, 20, 12)]
     for prompt in prompts:  # the longest first: transformers would go on with its base
         expected = list(prompt)
         for _ in range(6):
             with torch.no_grad():
-                stock = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-                expected.append(int(stock(torch.tensor([expected]), use_cache=False).logits[0, -1].argmax()))
+                stock = put(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
+                expected.append(int(stock(put(torch.tensor([expected])), use_cache=False).logits[0, -1].argmax()))
         following = expected[len(prompt) :]
         assert 2 not in following  # </s> would end it
         assert generator.greedy(prompt, 6) == following
         # a whole sequence at once turns by the base of its own length
         with torch.no_grad():
-            stock = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-            whole = stock(torch.tensor([expected]), use_cache=False).logits[0, -3:]
+            stock = put(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
+            whole = stock(put(torch.tensor([expected])), use_cache=False).logits[0, -3:].cpu()
         torch.testing.assert_close(generator.logits(expected, last=3), whole)

@@ -4,6 +4,8 @@
 
 One process imports the worker's module, with everything that is slow to import, and forks the ranks of one case after
 the other, so that every case has processes of its own. `worker(rank, case)` runs in each over gloo.
+
+With `pytest --device cuda` cases have one rank, over NCCL; a test with a case of more is skipped.
 """
 
 from __future__ import annotations
@@ -22,6 +24,8 @@ import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from tests.device import need, on_cuda
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CASE_TIMEOUT = 180.0
@@ -44,6 +48,7 @@ class Outcome:
 
 def run_forked(target: str, cases: list[dict[str, Any]]) -> list[list[Outcome]]:
     """Outcomes of every case, each a list by rank; case["ranks"] is the number of ranks, 2 unless given."""
+    need(max(case.get("ranks", 2) for case in cases))
     with tempfile.TemporaryDirectory() as scratch:
         (Path(scratch) / "cases.json").write_text(json.dumps(cases))
         with open(Path(scratch) / "log", "wb") as log:
@@ -65,9 +70,12 @@ def run_forked(target: str, cases: list[dict[str, Any]]) -> list[list[Outcome]]:
     return [[Outcome(**rank) for rank in ranks] for ranks in outcomes]
 
 
-def _rank(worker: Any, rank: int, folder: Path, case: dict[str, Any]) -> None:
-    import torch.distributed as dist
+def _worker(target: str) -> Any:
+    module, function = target.split(":")
+    return getattr(importlib.import_module(module), function)
 
+
+def _rank(target: str, rank: int, folder: Path, case: dict[str, Any]) -> None:
     log = os.open(folder / f"{rank}.log", os.O_WRONLY | os.O_CREAT)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -76,8 +84,11 @@ def _rank(worker: Any, rank: int, folder: Path, case: dict[str, Any]) -> None:
         os.environ[name] = str(value)
     status = 1
     try:
+        import torch.distributed as dist
+
+        worker = _worker(target)
         dist.init_process_group(
-            "gloo",
+            "cpu:gloo,cuda:nccl" if on_cuda() else "gloo",
             init_method=f"file://{folder / 'store'}",
             rank=rank,
             world_size=ranks,
@@ -98,14 +109,14 @@ def _rank(worker: Any, rank: int, folder: Path, case: dict[str, Any]) -> None:
         os._exit(status)
 
 
-def _run_case(worker: Any, folder: Path, case: dict[str, Any]) -> list[dict[str, Any]]:
+def _run_case(target: str, folder: Path, case: dict[str, Any]) -> list[dict[str, Any]]:
     folder.mkdir()
     sys.stdout.flush()
     children = []
     for rank in range(case.get("ranks", 2)):
         child = os.fork()
         if child == 0:
-            _rank(worker, rank, folder, case)
+            _rank(target, rank, folder, case)
         children.append(child)
     deadline, statuses = time.monotonic() + CASE_TIMEOUT, {}
     while len(statuses) < len(children):
@@ -128,10 +139,10 @@ def _run_case(worker: Any, folder: Path, case: dict[str, Any]) -> list[dict[str,
 
 
 def _main(target: str, scratch: str) -> None:
-    module, function = target.split(":")
-    worker = getattr(importlib.import_module(module), function)
+    if not on_cuda():  # a child cannot use a GPU that importing DeepSpeed has used in its parent
+        _worker(target)
     cases = json.loads((Path(scratch) / "cases.json").read_text())
-    outcomes = [_run_case(worker, Path(scratch) / str(number), case) for number, case in enumerate(cases)]
+    outcomes = [_run_case(target, Path(scratch) / str(number), case) for number, case in enumerate(cases)]
     (Path(scratch) / "outcomes.json").write_text(json.dumps(outcomes))
 
 

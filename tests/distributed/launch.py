@@ -1,5 +1,7 @@
 """Run a function of the tests on N real processes over gloo, with a timeout and no orphans.
 
+With `pytest --device cuda` one process uses the GPU, and a test that wants more is skipped.
+
     results = run_on_ranks("tests.distributed.test_x:worker", world_size=2, step=3)
 
 Each process calls `worker(**kwargs)` with RANK, WORLD_SIZE and a rendezvous set up and returns something that
@@ -20,6 +22,8 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from tests.device import ON_CPU, need
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -42,8 +46,11 @@ def run_on_ranks(
     Args:
         target: importable "package.module:function".
         timeout: seconds after which every process group is killed and the call fails.
+        env: added to the environment; `tests.device.ON_CPU` computes a reference on the CPU.
         expect_death: when True, a rank that leaves no result yields its (negative) return code instead of failing.
     """
+    if env is not ON_CPU:
+        need(world_size)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         (folder / "kwargs.json").write_text(json.dumps(kwargs))

@@ -83,7 +83,7 @@ def train(
     from minicpm_megatron.methods.schedules import build_schedule
     from minicpm_megatron.model.config import MiniCPMConfig
     from minicpm_megatron.model.initialize import initialize_parameters
-    from minicpm_megatron.parallel import groups
+    from minicpm_megatron.parallel import device, groups
     from minicpm_megatron.parallel.zigzag import zigzag
     from minicpm_megatron.recipe import BatchPlan, build
     from minicpm_megatron.training.expert_load import take_loads
@@ -98,7 +98,7 @@ def train(
             lengths = torch.from_numpy(5 + indices % 5)[:, None]
             places = torch.arange(SEQUENCE)
             wholes.append(places - places % lengths)
-        return tuple(part(whole) for whole in wholes)
+        return tuple(part(whole).to(device.device()) for whole in wholes)
 
     world = int(os.environ["WORLD_SIZE"])
     module_name, _, class_name = watch.partition(":")

@@ -8,7 +8,6 @@ import pytest
 
 from minicpm_megatron.engine.config import deepspeed_config
 from minicpm_megatron.errors import UserError
-from minicpm_megatron.parallel import device
 from minicpm_megatron.recipe import build
 
 
@@ -77,7 +76,7 @@ def test_contradictions_are_refused_by_name(tmp_path, theirs, message):
     assert message in str(refusal.value) and "\n" not in str(refusal.value)
 
 
-@pytest.mark.skipif(not device.on_cpu(), reason="here it is accepted")
+@pytest.mark.cpu_only("a GPU has these kernels")
 def test_zero_plus_plus_is_passed_through_but_for_what_needs_cuda(tmp_path):
     config = resolve(tmp_path, {"zero_optimization": {"zero_hpz_partition_size": 2, "zero_quantized_weights": False}})
     assert config["zero_optimization"]["zero_hpz_partition_size"] == 2

@@ -1,4 +1,4 @@
-"""What DeepSpeed does with our rates, weight decay and schedulers: real engines, two ranks, every ZeRO stage."""
+"""What DeepSpeed does with our rates, decay and schedulers: real engines, two ranks (on a GPU one), every stage."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from minicpm_megatron.model.model import MiniCPMModel
 from minicpm_megatron.parallel import groups
 from minicpm_megatron.recipe import build
 from minicpm_megatron.recipe.presets import get_preset
+from tests.device import put, ranks
 from tests.distributed.forked import Outcome, run_forked
 
 LR, DECAY, BASE = 0.01, 0.1, 64
@@ -41,7 +42,11 @@ def _engine(case: dict[str, Any]) -> Engine:
             "preset": "minicpm-nano",
             "model": {"vocab_size": 64, "dim_model_base": BASE},
             "data": {"train": [{"prefix": "unused"}], "sequence_length": 8},
-            "training": {"global_batch_size": 4, "micro_batch_size": 2, "precision": case["precision"]},
+            "training": {
+                "global_batch_size": 2 * dist.get_world_size(),
+                "micro_batch_size": 2,
+                "precision": case["precision"],
+            },
             "optimizer": {"lr": LR, "weight_decay": DECAY, "weight_decay_mode": case.get("mode", "tied")},
             "schedule": {"shape": "constant", "total": 10},
             "deepspeed": {"zero_stage": case["stage"]},
@@ -60,7 +65,7 @@ def _masters(engine: Engine) -> dict[str, torch.Tensor]:
     found = {}
     for role, name in KINDS.items():
         parts = [
-            (fragment.start, fragment.tensor.clone())
+            (fragment.start, fragment.tensor.clone().cpu())
             for fragment in EngineState(engine).fragments()
             if fragment.spec.name == name and fragment.kind == "param"
         ]
@@ -74,7 +79,7 @@ def shrink(rank: int, case: dict[str, Any]) -> list[dict[str, float]]:
     """Updates without gradient: by what share the weights of each role shrink, per update of FACTORS."""
     engine = _engine(case)
     engine.train()
-    tokens = torch.arange(16).view(2, 8)
+    tokens = put(torch.arange(16).view(2, 8))
     lines, before = [], _masters(engine)
     for factor in FACTORS:
         engine.set_rates(factor)
@@ -126,7 +131,7 @@ def schedule(rank: int, case: dict[str, Any]) -> dict[str, list[list[float]]]:
     patches.prepare()
 
     def start() -> Any:
-        model = Two()
+        model = put(Two())
         optimizer = torch.optim.AdamW(
             mup_param_groups(model, SHAPE, lr=LR, role=lambda name, dimensions: {"w": "hidden", "b": "vector"}[name])
         )
@@ -140,7 +145,7 @@ def schedule(rank: int, case: dict[str, Any]) -> dict[str, list[list[float]]]:
         rates = []
         for step in steps:
             rates.append([group["lr"] for group in engine.optimizer.param_groups])
-            engine.backward(engine(torch.ones(2, 4)))
+            engine.backward(engine(put(torch.ones(2, 4))))
             tokens = {"tokens": case["tokens"][step + 1]} if "tokens" in case else {}
             engine.step(lr_kwargs=tokens)
         return rates
@@ -173,8 +178,9 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Outcome]]:
         for unit in ("steps", "tokens")
     ]
     for target, cases in (("shrink", shrinks), ("tamper", tampers), ("schedule", schedules)):
+        cases = [case | {"ranks": ranks(2)} for case in cases]
         for case, outcome in zip(cases, run_forked(f"tests.engine.test_engine:{target}", cases), strict=True):
-            assert [rank.status for rank in outcome] == [0, 0], outcome[0].log + outcome[1].log
+            assert [rank.status for rank in outcome] == [0] * ranks(2), "".join(rank.log for rank in outcome)
             found["-".join([target, *(str(case.get(key, "")) for key in ("stage", "precision", "mode"))])] = outcome
     return found
 

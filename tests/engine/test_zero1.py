@@ -14,6 +14,8 @@ from minicpm_megatron.engine.state import EngineState
 from tests.distributed.forked import Outcome, run_forked
 from tests.engine.test_engine import Two, _engine
 
+pytestmark = pytest.mark.cpu_only("engine/zero1.py leaves DeepSpeed as it is on CUDA")
+
 CASES = {
     "fp32": {"precision": "fp32"},
     "fp32 accumulation 3": {"precision": "fp32", "samples": 12},

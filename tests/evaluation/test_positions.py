@@ -71,7 +71,7 @@ def test_windows_lie_within_documents_and_do_not_overlap(sound: Path) -> None:
 
 
 def test_losses_are_those_of_whole_logits(sound: Path) -> None:
-    reader = Generator(sound / "model", sound / "tokenizer")
+    reader = Generator(sound / "model", sound / "tokenizer", dtype=torch.float32)
     window = read_windows(sound / "tokens", LENGTH, 1)[0]
     logits = reader.logits(window[:-1], LENGTH)
     expected = torch.nn.functional.cross_entropy(logits, torch.tensor(window[1:]), reduction="none")

@@ -194,7 +194,7 @@ def test_a_real_model_is_read_the_same_way_twice(
         changes = {"max_position_embeddings": 100, "rope_scaling": {"type": "dynamic", "factor": 4.0}}
     shape = small_model(vocab_size=900, num_layers=2, **changes)
     write_single(tmp_path / "model", random_tensors(shape).items(), shape.model_dump(mode="json"), {"step": 0})
-    generator = Generator(tmp_path / "model", tokenizer_dir)
+    generator = Generator(tmp_path / "model", tokenizer_dir, dtype=torch.float32)
     cells = evaluate(generator, questions, tmp_path / "out", identity=IDENTITY, show_progress=False)
     assert all(cell.exact_match == 0.0 and cell.answer_loss > 1 for cell in cells)
     prompt = generator.encode("The pass key is")

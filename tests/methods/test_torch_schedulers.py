@@ -18,6 +18,7 @@ from minicpm_megatron.methods.torch_schedulers import (
     ScheduleLR,
     WSDScheduler,
 )
+from tests.device import put
 
 RATES = (0.01, 0.0025, 0.005)  # base rate and the muP groups' shares of it
 TRUNK = {"total": 60, "warmup": 5, "decay": 20, "half_life": 4}
@@ -25,7 +26,7 @@ TRUNK = {"total": 60, "warmup": 5, "decay": 20, "half_life": 4}
 
 def make_optimizer() -> torch.optim.AdamW:
     torch.manual_seed(0)
-    groups = [{"params": [torch.nn.Parameter(torch.randn(3))], "lr": rate} for rate in RATES]
+    groups = [{"params": [torch.nn.Parameter(put(torch.randn(3)))], "lr": rate} for rate in RATES]
     return torch.optim.AdamW(groups)
 
 
@@ -34,7 +35,7 @@ def train(optimizer: torch.optim.Optimizer, scheduler: ScheduleLR, steps: int, *
     for _ in range(steps):
         used.append([group["lr"] for group in optimizer.param_groups])
         for group in optimizer.param_groups:
-            group["params"][0].grad = torch.ones(3)
+            group["params"][0].grad = put(torch.ones(3))
         optimizer.step()
         scheduler.step(**step)
     return used
@@ -158,8 +159,8 @@ def test_deepspeed_interface() -> None:
 
 
 def test_tensor_rates_are_updated_in_place() -> None:
-    rate = torch.tensor(0.01)
-    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=rate, foreach=False)
+    rate = put(torch.tensor(0.01))
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(put(torch.zeros(1)))], lr=rate, foreach=False)
     scheduler = ConstantScheduler(optimizer, warmup=4)
     held = optimizer.param_groups[0]["lr"]
     optimizer.step()

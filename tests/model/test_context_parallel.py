@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from minicpm_megatron.model import block_attention as blocks
 from minicpm_megatron.parallel.zigzag import unzigzag, zigzag
+from tests.device import put
 from tests.distributed.forked import run_forked
 
 BATCH, WIDTH = 2, 16
@@ -54,7 +55,8 @@ CASES = {
 def inputs(heads: int, groups: int, length: int) -> list[Tensor]:
     """q, k, v and the gradient of the output, fp32 [length, BATCH, ., WIDTH]."""
     generator = torch.Generator().manual_seed(100 * heads + groups)
-    return [torch.randn(length, BATCH, count, WIDTH, generator=generator) for count in (heads, groups, groups, heads)]
+    counts = (heads, groups, groups, heads)
+    return [put(torch.randn(length, BATCH, count, WIDTH, generator=generator)) for count in counts]
 
 
 def document_numbers(length: int, chance: float) -> Tensor:
@@ -184,7 +186,7 @@ def test_sizes_that_do_not_divide_are_refused(outcomes):
 @pytest.mark.parametrize("dim", [0, 1, -1])
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 def test_unzigzag_is_the_inverse(ranks, dim):
-    whole = torch.randn(24, 48, 24)
+    whole = put(torch.randn(24, 48, 24))
     assert torch.equal(unzigzag([zigzag(whole, ranks, rank, dim) for rank in range(ranks)], dim), whole)
 
 
@@ -194,6 +196,7 @@ def test_zigzag_refuses_what_does_not_divide(size):
         zigzag(torch.zeros(2, size), 4, 0, 1)
 
 
+@pytest.mark.cpu_only("Megatron-Core's own wants CUDA, and is made to take tensors of the CPU")
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_zigzag_is_megatrons_order(ranks, monkeypatch):
     from megatron.core import utils
@@ -259,6 +262,7 @@ def test_scores_keep_to_their_limit(monkeypatch, causal):
         assert error(found, expected) < 1e-5
 
 
+@pytest.mark.cpu_only("a stand-in of flash-attn; tests/cuda/test_attention.py has the real one")
 @pytest.mark.parametrize("causal", [True, False])
 def test_flash_attn_is_called_as_its_interface_asks(monkeypatch, causal):
     """A stand-in of flash-attn 2.7's two functions, [b, s, heads, d] and lse [b, heads, s], through autograd."""

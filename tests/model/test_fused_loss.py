@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from minicpm_megatron import VocabParallelLinearCrossEntropy
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.recipe.loss_chunks import ROUNDINGS, chunk_tokens
+from tests.device import device, put
 from tests.distributed.launch import run_on_ranks
 
 TOKENS, HIDDEN, ROWS, VOCABULARY = 77, 24, 311, 301  # nothing divides anything; 10 rows are padding
@@ -19,11 +20,11 @@ TOKENS, HIDDEN, ROWS, VOCABULARY = 77, 24, 311, 301  # nothing divides anything;
 def inputs(dtype: torch.dtype, seed: int = 0, tokens: int = TOKENS) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Hidden states [T, H], head [V, H] and labels [T], some of which are to be ignored."""
     random = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(tokens, HIDDEN, generator=random, dtype=torch.float64).to(dtype).requires_grad_()
-    weight = torch.randn(ROWS, HIDDEN, generator=random, dtype=torch.float64).to(dtype).requires_grad_()
+    hidden = put(torch.randn(tokens, HIDDEN, generator=random, dtype=torch.float64).to(dtype)).requires_grad_()
+    weight = put(torch.randn(ROWS, HIDDEN, generator=random, dtype=torch.float64).to(dtype)).requires_grad_()
     labels = torch.randint(VOCABULARY, (tokens,), generator=random)
     labels[::9] = -100
-    return hidden, weight, labels
+    return hidden, weight, put(labels)
 
 
 def reference(
@@ -41,7 +42,9 @@ def reference(
     largest = logits.detach().amax(1)
     log_sum = torch.log(torch.exp(logits - largest[:, None]).sum(1)) + largest
     counts = (labels >= 0).double() * (1.0 if mask is None else mask.double())
-    losses = log_sum - logits[torch.arange(len(labels)), labels.clamp(min=0)] + z_loss * log_sum**2
+    losses = (
+        log_sum - logits[torch.arange(len(labels), device=labels.device), labels.clamp(min=0)] + z_loss * log_sum**2
+    )
     if reduction == "none":
         return losses * counts
     total = (losses * counts).sum()
@@ -73,6 +76,7 @@ UPSTREAM = {
 @pytest.mark.parametrize("settings", [{}, {"z_loss": 0.01, "logit_scale": 0.3}], ids=["plain", "z-loss and scale"])
 def test_losses_and_gradients_are_the_references_for_any_upstream_gradient(gradient_in, upstream, settings) -> None:
     hidden, weight, labels = inputs(torch.float64)
+    upstream = put(upstream)
     ours = loss(gradient_in=gradient_in, **settings)(hidden, weight, labels)
     expected = reference(hidden, weight, labels, **settings)
     torch.testing.assert_close(ours, expected)
@@ -90,7 +94,7 @@ def test_losses_and_gradients_are_the_references_for_any_upstream_gradient(gradi
 @pytest.mark.parametrize("masked", [False, True])
 def test_reduced_losses(reduction: str, scale: float, masked: bool) -> None:
     hidden, weight, labels = inputs(torch.float64)
-    mask = torch.linspace(0, 2, TOKENS).round(decimals=1) if masked else None
+    mask = put(torch.linspace(0, 2, TOKENS).round(decimals=1)) if masked else None
     ours = loss(reduction=reduction)(hidden, weight, labels, mask)
     expected = reference(hidden, weight, labels, mask, reduction=reduction)
     torch.testing.assert_close(ours, expected)
@@ -101,7 +105,7 @@ def test_reduced_losses(reduction: str, scale: float, masked: bool) -> None:
 @pytest.mark.parametrize("twice", ["inside", "outside", "both"])
 def test_a_mask_may_be_applied_inside_and_outside(twice: str) -> None:
     hidden, weight, labels = inputs(torch.float64)
-    mask = (torch.arange(TOKENS) % 3 > 0).double()
+    mask = put((torch.arange(TOKENS) % 3 > 0).double())
     ours = loss()(hidden, weight, labels, None if twice == "outside" else mask)
     mine = gradients((ours * (1 if twice == "inside" else mask)).sum(), hidden, weight)
     theirs = gradients(reference(hidden, weight, labels, mask).sum(), hidden, weight)
@@ -179,7 +183,7 @@ def test_a_loss_that_is_not_finite_gives_gradients_that_are_not_finite() -> None
 
 def test_autocast_is_a_linear_layers() -> None:
     hidden, weight, labels = inputs(torch.float32)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(device().type, dtype=torch.bfloat16):
         ours = loss()(hidden, weight, labels)
     again = loss()(hidden.bfloat16(), weight.bfloat16(), labels)
     assert torch.equal(ours, again)
@@ -199,9 +203,14 @@ def test_input_that_does_not_fit_is_refused() -> None:
     with pytest.raises(UserError, match="labels are"):
         loss()(hidden, weight, labels[:-1])
     with pytest.raises(UserError, match=r"loss_mask are .* want \(77,\)"):
-        loss()(hidden, weight, labels, torch.ones(TOKENS, 1))
+        loss()(hidden, weight, labels, put(torch.ones(TOKENS, 1)))
     with pytest.raises(UserError, match="the head is torch.bfloat16"):
         loss()(hidden, weight.bfloat16(), labels)
+
+
+@pytest.mark.cpu_only("a device-side assertion ends the process; tests/cuda/test_labels.py")
+def test_a_label_outside_the_vocabulary_is_refused() -> None:
+    hidden, weight, labels = inputs(torch.float32)
     for label in (VOCABULARY, -1):
         with pytest.raises(IndexError, match="outside the vocabulary of 301"):
             loss()(hidden, weight, torch.full_like(labels, label))

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.device import put
 from tests.distributed.launch import run_on_ranks
 
 VOCABULARY, PADDED, LENGTH, CHUNK = 2000, 2048, 96, 32
@@ -35,7 +36,7 @@ def compared(tensor: int, sequence_parallel: bool, untied: bool) -> dict[str, fl
     sizes = ParallelRecipe(tensor_model_parallel_size=tensor, sequence_parallel=sequence_parallel)
     shape = small_model(vocab_size=VOCABULARY, untie_embeddings_and_output_weights=untied)
     fused_loss.loss_chunk_bytes = lambda device, head: CHUNK * 4 * PADDED // tensor  # type: ignore[assignment]
-    tokens = torch.randint(VOCABULARY, (4, LENGTH + 1), generator=torch.Generator().manual_seed(5))
+    tokens = put(torch.randint(VOCABULARY, (4, LENGTH + 1), generator=torch.Generator().manual_seed(5)))
     runs: list[dict[str, Any]] = []
     found = {}
     for fused in (True, False):

@@ -13,6 +13,7 @@ import torch
 
 from minicpm_megatron import VocabParallelLinearCrossEntropy
 from minicpm_megatron.errors import UserError
+from tests.device import on_cuda
 from tests.distributed.launch import run_on_ranks
 
 INSTALLED = importlib.util.find_spec("triton") is not None
@@ -24,7 +25,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "gradient in backward": {"gradient_in": "backward"},
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+DEVICES = ["cpu", *(["cuda"] if on_cuda() else [])]
 
 
 def losses_and_gradients(device: str) -> dict[str, list[float]]:

@@ -38,7 +38,7 @@ def initial_weights(pipeline: int, tensor: int, untied: bool) -> dict[str, str]:
     model = build_model(config, recipe)
     initialize_parameters(model, config, seed=7)
     return {
-        name: hashlib.sha256(parameter.detach().numpy().tobytes()).hexdigest()
+        name: hashlib.sha256(parameter.detach().cpu().numpy().tobytes()).hexdigest()
         for name, parameter, _ in named_shards(model, config)
     }
 

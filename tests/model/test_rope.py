@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tests.convert.conftest import random_tensors, small_model
+from tests.device import put
 from tests.distributed.launch import run_on_ranks
 
 ORIGINAL = 32
@@ -65,11 +66,11 @@ def logits_apart() -> dict[str, float]:
                     stock = AutoModelForCausalLM.from_pretrained(folder / target, dtype=torch.float32)
                     tokens = _tokens(length)
                     theirs = stock(tokens).logits
-                    apart = (ours(tokens)[..., :400] - theirs).abs().max() / theirs.abs().max()
+                    apart = (ours(put(tokens))[..., :400].cpu() - theirs).abs().max() / theirs.abs().max()
                     found[f"{scaling} {target} {length}"] = float(apart)
             # longest first: what was computed before must not matter
             for length in sorted(LENGTHS, reverse=True):
-                tokens = _tokens(length)
+                tokens = put(_tokens(length))
                 change = (ours(tokens) - plain(tokens)).abs().max() / plain(tokens).abs().max()
                 found[f"{scaling} unlike none {length}"] = float(change)
     return found
@@ -122,11 +123,11 @@ def stage_apart() -> list[float]:
                 parameter.copy_(weights[there + name.removeprefix(here)])
         found = []
         for length in LENGTHS:
-            states = _tokens(length)
+            tokens = states = put(_tokens(length))
             for part in parts:
                 states = part(states)
             logits = parts[0].head(states, None).transpose(0, 1)
-            found.append(float((logits - whole(_tokens(length))).abs().max()))
+            found.append(float((logits - whole(tokens)).abs().max()))
     return found
 
 

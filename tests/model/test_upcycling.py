@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.convert.conftest import VOCABULARY, random_tensors, small_model
+from tests.device import put
 from tests.distributed.launch import run_on_ranks
 
 CASES: dict[str, dict[str, object]] = {
@@ -29,7 +30,7 @@ def differences() -> dict[str, float]:
     from minicpm_megatron.recipe import Layout, ModelRecipe
 
     groups.initialize(Layout(1, 1, 1, 1, 1, 1, (1,)), init_method=f"file://{os.environ['MINICPM_TEST_STORE']}")
-    tokens = torch.randint(VOCABULARY, (2, 40), generator=torch.Generator().manual_seed(1))
+    tokens = put(torch.randint(VOCABULARY, (2, 40), generator=torch.Generator().manual_seed(1)))
 
     def logits(shape: ModelRecipe, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
         config = library.MiniCPMConfig.from_recipe(shape)

@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 
 from minicpm_megatron.training.metrics import METRICS, read_metrics
+from tests.device import need
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PATIENCE = 240.0  # seconds that a hang may last before the test fails
@@ -30,6 +31,7 @@ class Job:
     def __init__(
         self, run: Path, arguments: list[str], launcher: tuple[str, ...] = ("deepspeed", "--num_accelerators", "2")
     ) -> None:
+        need(2)
         self.run, self.output = run, run.with_suffix(".log")
         self.output.parent.mkdir(parents=True, exist_ok=True)
         self.begins = self.output.stat().st_size if self.output.exists() else 0

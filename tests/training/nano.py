@@ -29,6 +29,7 @@ from minicpm_megatron.training import report
 from minicpm_megatron.training.batches import BatchReader
 from minicpm_megatron.training.metrics import METRICS, read_metrics
 from minicpm_megatron.training.trainer import Trainer
+from tests.device import deterministic
 from tests.distributed.forked import Outcome
 
 VOCABULARY = 512
@@ -123,6 +124,7 @@ def train(rank: int, case: dict[str, Any]) -> dict[str, Any]:
     Returns:
         "status", and "samples": [first sample, size, hash of this rank's tokens] of each batch.
     """
+    deterministic()
     begin_with = case.get("begin_with")
     if begin_with is not None:
         if rank == 0:
@@ -149,7 +151,7 @@ def train(rank: int, case: dict[str, Any]) -> dict[str, Any]:
     def micro_batches(self: BatchReader, first: int, size: int, *more: Any) -> Any:
         tokens = []
         for batch in read(self, first, size, *more):
-            tokens.append(batch[0].numpy().tobytes())
+            tokens.append(batch[0].cpu().numpy().tobytes())
             yield batch
         if torch.is_grad_enabled():  # not an evaluation
             samples.append([first, size, hashlib.sha256(b"".join(tokens)).hexdigest()])

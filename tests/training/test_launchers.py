@@ -12,6 +12,8 @@ import pytest
 
 from tests.training import nano
 
+pytestmark = pytest.mark.cpu_only("two ranks over gloo")
+
 ROOT = Path(__file__).resolve().parents[2]
 TORCHRUN_FAILED = 1  # torchrun's own status for ranks that end with another than 0
 

@@ -15,6 +15,7 @@ from minicpm_megatron.model.sharding import named_shards
 from minicpm_megatron.parallel import groups
 from minicpm_megatron.recipe import Layout, ModelRecipe, ParallelRecipe
 from minicpm_megatron.storage.sharded import CheckpointReader
+from tests.device import put
 from tests.distributed.forked import Outcome, run_forked
 from tests.distributed.parity import digits
 from tests.training import nano
@@ -40,7 +41,7 @@ def worker(rank: int, case: dict[str, Any]) -> Any:
 def _same_logits(tied: Path, untied: Path, tensor: int) -> list[bool]:
     """Whether the real model gives two checkpoints the same logits, bit for bit; and losses, made without logits."""
     groups.initialize(Layout(tensor, tensor, 1, 1, 1, 1, (1,)))
-    tokens = torch.randint(nano.VOCABULARY, (2, 33), generator=torch.Generator().manual_seed(1))
+    tokens = put(torch.randint(nano.VOCABULARY, (2, 33), generator=torch.Generator().manual_seed(1)))
     found = []
     for folder in (tied, untied):
         reader = CheckpointReader(folder)
