@@ -30,9 +30,7 @@ elif compgen -G '.whl/*.whl' > /dev/null; then
 fi
 "$PYTHON" -c 'import torch' || { echo "error: $PYTHON has no torch; docs/gpu.md says what is needed" >&2; exit 2; }
 
-# docs/gpu.md says why; what is set already stays
-export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
-export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-8}
+source examples/gpu_environment.sh
+
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 exec "$PYTHON" -m benchmarks.gpu "$@"

@@ -16,6 +16,8 @@ _SURFACE = {
     "load_recipe": "minicpm_megatron.recipe:load_recipe",
     "MiniCPMConfig": "minicpm_megatron.model.config:MiniCPMConfig",
     "MiniCPMModel": "minicpm_megatron.model.model:MiniCPMModel",
+    "MiniCPMHybridModel": "minicpm_megatron.model.hybrid:MiniCPMHybridModel",
+    "get_minicpm_hybrid_stack_spec": "minicpm_megatron.model.hybrid:get_minicpm_hybrid_stack_spec",
     "get_minicpm_layer_spec": "minicpm_megatron.model.layer_spec:get_minicpm_layer_spec",
     "get_minicpm_block_spec": "minicpm_megatron.model.layer_spec:get_minicpm_block_spec",
     "VocabParallelLinearCrossEntropy": "minicpm_megatron.model.fused_loss:VocabParallelLinearCrossEntropy",

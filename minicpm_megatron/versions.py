@@ -1,7 +1,7 @@
 """The one line of versions that is supported, checked where a command starts.
 
-megatron-core changes what it calls its parts from one minor version to the next. Others than those that the tests run on
-are refused with one line, before an import fails somewhere inside them.
+megatron-core renames its parts from one minor version to the next. This module refuses versions that the tests do not
+run on with one line, before an import fails somewhere inside them.
 """
 
 from __future__ import annotations

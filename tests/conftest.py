@@ -1,7 +1,8 @@
 """`--device`: the whole suite on the CPU (default), or on a GPU those tests whose computation runs there.
 
 By default CUDA devices are hidden from the tests and from all processes that they start. Otherwise models would be
-built on a GPU while tests make their inputs on the CPU, and jobs of several ranks would choose NCCL with one GPU for all.
+built on a GPU while tests make their inputs on the CPU, and jobs of several ranks would choose NCCL with one GPU for
+all of them.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ def device() -> torch.device:
 
 
 def put[Value: torch.Tensor | torch.nn.Module](value: Value) -> Value:
-    """A tensor or a module on `device`. Tests draw on the CPU, so that both devices see the same numbers."""
+    """A tensor or a module on `device`. Draw tensors on the CPU first, so that both devices see the same numbers."""
     return value.to(device())
 
 

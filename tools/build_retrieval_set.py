@@ -66,7 +66,7 @@ def main() -> None:
         print(f"{options.train_samples * len(plan.cells()):,} documents to train on in {path}")
 
 
-def _numbers(text: str, kind: Callable[[str], Number], option: str) -> list[Number]:
+def _numbers[Number: (int, float)](text: str, kind: Callable[[str], Number], option: str) -> list[Number]:
     try:
         return [kind(part) for part in text.split(",")]
     except ValueError:

@@ -1,6 +1,8 @@
-"""Convert a model between our checkpoints and published formats; the input's format is recognised.
+"""Convert a model between our checkpoints, Megatron's and published formats; the input's format is recognised.
 
     python tools/convert_checkpoint.py --input runs/quickstart --to llama --output runs/quickstart/hf-llama
+    python tools/convert_checkpoint.py --input runs/quickstart --to torch_dist --output megatron/quickstart
+    python tools/convert_checkpoint.py --input megatron/2b --preset minicpm-2.4b --to granite --output hf-granite
     python tools/convert_checkpoint.py --input quickstart@300 --untie --to megatron --output runs/untied
 
 With --untie a model whose LM head is its embedding becomes one whose head has weights of its own, at first equal to the
@@ -11,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from minicpm_megatron.checkpoint.find import find_source
@@ -21,7 +24,7 @@ from minicpm_megatron.convert.operation import DEFAULT_DTYPE, DEFAULT_SHARD
 from minicpm_megatron.convert.our_checkpoint import MEGATRON
 from minicpm_megatron.convert.weight_files import DTYPES
 from minicpm_megatron.errors import UserError
-from minicpm_megatron.recipe import count_parameters
+from minicpm_megatron.recipe import ModelRecipe, count_parameters, get_preset, load_recipe
 
 
 def main() -> int:
@@ -30,11 +33,18 @@ def main() -> int:
     parser.add_argument(
         "--input",
         required=True,
-        help="run (its newest checkpoint), RUN@STEP, checkpoint, or Hugging Face model folder",
+        help="run (its newest checkpoint), RUN@STEP, checkpoint, Hugging Face model folder, or torch_dist checkpoint:"
+        " Megatron-LM's folder (its newest) or one iteration in it",
     )
     parser.add_argument("--output", type=Path, required=True, help="folder to make; appears whole or not at all")
     parser.add_argument("--to", required=True, choices=TARGETS, help="format to write; megatron is our checkpoint")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), help=f"type of published weights (default {DEFAULT_DTYPE})")
+    parser.add_argument("--preset", help="the model of a torch_dist checkpoint that does not contain it")
+    parser.add_argument("--recipe", type=Path, help="the same, as the model of a recipe")
+    parser.add_argument(
+        "--dtype",
+        choices=tuple(DTYPES),
+        help=f"type of the weights (default: {DEFAULT_DTYPE} in published formats, fp32 in torch_dist)",
+    )
     parser.add_argument("--max-shard-size", default=DEFAULT_SHARD, help=f"for example 500MB (default {DEFAULT_SHARD})")
     parser.add_argument("--tokenizer", type=Path, help="tokenizer folder (default: the one the input has or records)")
     parser.add_argument("--overwrite", action="store_true", help="replace a model that is already at --output")
@@ -64,12 +74,25 @@ def main() -> int:
         tokenizer=options.tokenizer,
         overwrite=options.overwrite,
         untie=options.untie,
+        model=_model(options),
         progress=sys.stderr.isatty(),
     )
-    for note in done.notes:
-        print(f"note: {note}", file=sys.stderr)
+    _print_notes(done.notes)
     print(f"{done.source_format} -> {done.target_format}: {done.parameters:,} parameters in {done.output}")
     return 0
+
+
+def _model(options: argparse.Namespace) -> ModelRecipe | None:
+    if options.preset and options.recipe:
+        raise UserError("--preset says it already", where="--recipe", fix="give one of them")
+    if options.recipe:
+        return load_recipe(options.recipe).model
+    return get_preset(options.preset) if options.preset else None
+
+
+def _print_notes(notes: Iterable[str]) -> None:
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
 
 
 def _untie(options: argparse.Namespace) -> int:
@@ -81,8 +104,13 @@ def _untie(options: argparse.Namespace) -> int:
         if given:
             raise UserError(what, where=where, fix="leave it out")
     done = untie(
-        find_source(options.input), options.output, head_moments=options.head_moments, progress=sys.stderr.isatty()
+        find_source(options.input),
+        options.output,
+        head_moments=options.head_moments,
+        model=_model(options),
+        progress=sys.stderr.isatty(),
     )
+    _print_notes(done.notes)
     parameters = count_parameters(done.model).total
     print(f"{options.input} -> {done.run}, step {done.step}: a head of its own; {parameters:,} parameters")
     print(done.how_to_go_on())

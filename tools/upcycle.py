@@ -77,6 +77,8 @@ def main() -> int:
         overrides=options.overrides,
         progress=sys.stderr.isatty(),
     )
+    for note in done.notes:
+        print(f"note: {note}", file=sys.stderr)
     count = count_parameters(done.model)
     active = count.total - count.non_embedding + count.active_non_embedding
     print(

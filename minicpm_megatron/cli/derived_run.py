@@ -39,6 +39,7 @@ class DerivedRun:
         model: what it trains.
         has_moments: whether optimizer state was carried over.
         has_recipe: whether RUN/recipe.yaml was written.
+        notes: things worth knowing that are no errors, one line each.
     """
 
     run: Path
@@ -46,6 +47,7 @@ class DerivedRun:
     model: ModelRecipe
     has_moments: bool
     has_recipe: bool
+    notes: tuple[str, ...] = ()
 
     def how_to_go_on(self) -> str:
         """One line for the user."""
@@ -111,8 +113,15 @@ def write_run(
         progress: show bytes, rate and remaining time on standard error.
 
     Raises:
-        UserError: the place cannot be written, or has too little room.
+        UserError: the source has optimizer state that only a conversion to our format takes over, the place cannot be
+            written, or has too little room.
     """
+    if source.optimizer:
+        raise UserError(
+            "the optimizer state would be left behind",
+            where=str(source.folder),
+            fix="make a checkpoint of ours of it first: tools/convert_checkpoint.py --to megatron",
+        )
     manifest = _manifest(source)
     step = _step(manifest)
     facts = {key: manifest[key] for key in ("data",) if key in manifest} | {"model": model.model_dump(mode="json")}
@@ -132,7 +141,8 @@ def write_run(
         )
         if recipe:
             write_bytes(partial / RECIPE, dump_recipe(recipe).encode())
-    return DerivedRun(run, step, model, has_moments(source), recipe is not None)
+    notes = (*source.notes, *source.left_behind)
+    return DerivedRun(run, step, model, has_moments(source), recipe is not None, notes)
 
 
 def _manifest(source: Source) -> dict[str, Any]:

@@ -9,16 +9,25 @@ from minicpm_megatron.convert import open_source
 from minicpm_megatron.convert.rewriting import has_moments
 from minicpm_megatron.convert.untying import NEW_ROLES, check_tied, untie_rewrite, untied_model
 from minicpm_megatron.errors import UserError
+from minicpm_megatron.recipe import ModelRecipe
 
 HEAD_MOMENTS = ("copy", "zero")
 
 
-def untie(tied: Path, run: Path, *, head_moments: str | None = None, progress: bool = False) -> DerivedRun:
+def untie(
+    tied: Path,
+    run: Path,
+    *,
+    head_moments: str | None = None,
+    model: ModelRecipe | None = None,
+    progress: bool = False,
+) -> DerivedRun:
     """Make `run` out of the tied model in `tied`, whole or not at all.
 
     Args:
-        tied: a checkpoint of ours, of any layout, or a published folder.
+        tied: a checkpoint of ours, of any layout, or any other folder that `open_source` takes.
         head_moments: what the head gets of Adam's: "copy" (default) the embedding's, "zero" zeros; see `untie_rewrite`.
+        model: the model of a torch_dist checkpoint, see `open_source`.
         progress: show bytes, rate and remaining time on standard error.
 
     Raises:
@@ -28,7 +37,7 @@ def untie(tied: Path, run: Path, *, head_moments: str | None = None, progress: b
         raise UserError(
             f"unknown choice {head_moments!r}", where="--head-moments", fix=f"use one of {', '.join(HEAD_MOMENTS)}"
         )
-    source = open_source(tied)
+    source = open_source(tied, model)
     check_tied(source)
     check_new_run(run)
     moments: str | None = None
@@ -36,12 +45,12 @@ def untie(tied: Path, run: Path, *, head_moments: str | None = None, progress: b
         moments = head_moments or HEAD_MOMENTS[0]
     elif head_moments is not None:
         raise UserError(f"{tied} has no optimizer state", where="--head-moments", fix="leave it out")
-    model = untied_model(source.model)
+    untied = untied_model(source.model)
     return write_run(
         source,
         run,
-        model,
-        derived_recipe(source, model, run),
+        untied,
+        derived_recipe(source, untied, run),
         untie_rewrite(copy_moments=moments == "copy"),
         how={"untying": {"head_moments": moments}},
         new_roles=NEW_ROLES,

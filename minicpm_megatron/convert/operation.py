@@ -17,13 +17,17 @@ from minicpm_megatron.convert.fused import Shape
 from minicpm_megatron.convert.mapping import Group
 from minicpm_megatron.convert.our_checkpoint import MANIFEST, MEGATRON, open_checkpoint, write_checkpoint
 from minicpm_megatron.convert.output_folder import atomic_folder, check_output, check_space
-from minicpm_megatron.convert.source import Source, open_published
+from minicpm_megatron.convert.source import Source, check_complete, open_published, read_tensor
 from minicpm_megatron.convert.tokenizer_folder import (
     TokenizerFolder,
     check_vocabulary,
     copy_tokenizer,
     open_tokenizer,
 )
+from minicpm_megatron.convert.torch_dist import TORCH_DIST
+from minicpm_megatron.convert.torch_dist.contents import METADATA
+from minicpm_megatron.convert.torch_dist.folder import is_torch_dist
+from minicpm_megatron.convert.torch_dist.source import open_torch_dist
 from minicpm_megatron.convert.untying import untied_source
 from minicpm_megatron.convert.weight_files import (
     DTYPE_NAMES,
@@ -33,10 +37,10 @@ from minicpm_megatron.convert.weight_files import (
     write_weights,
 )
 from minicpm_megatron.errors import UserError
-from minicpm_megatron.recipe import count_parameters
+from minicpm_megatron.recipe import ModelRecipe, count_parameters
 from minicpm_megatron.storage.atomic import write_json
 
-TARGETS = (*FORMATS, MEGATRON)
+TARGETS = (*FORMATS, MEGATRON, TORCH_DIST)
 DEFAULT_DTYPE = "bf16"  # what every MiniCPM is published in
 DEFAULT_SHARD = "5GB"
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -47,7 +51,7 @@ class Conversion:
     """What was done.
 
     Attributes:
-        source_format, target_format: megatron, or the name of a published format.
+        source_format, target_format: megatron, torch_dist, or the name of a published format.
         output: the folder that was made.
         parameters: elements of the model, a tied head not counted twice.
         notes: things worth knowing that are no errors, one line each.
@@ -61,7 +65,8 @@ class Conversion:
 
 
 def recognise(folder: Path) -> str:
-    """The format of a folder: megatron (ours, by manifest.json) or a published one (by config.json).
+    """The format of a folder: megatron (ours, by manifest.json), torch_dist (by .metadata, or Megatron-LM's tracker) or
+    a published one (by config.json).
 
     Nothing in the folder is executed to find out; auto_map, which names code, is ignored.
 
@@ -73,10 +78,12 @@ def recognise(folder: Path) -> str:
         raise UserError("no such folder", where=where)
     if (folder / MANIFEST).is_file():
         return MEGATRON
+    if is_torch_dist(folder):
+        return TORCH_DIST
     if not (folder / CONFIG).is_file():
         inside = folder / "checkpoints"
         fix = f"give one of the checkpoints in {inside}" if inside.is_dir() else ""
-        raise UserError(f"neither {MANIFEST} nor {CONFIG}, so not a model", where=where, fix=fix)
+        raise UserError(f"neither {MANIFEST}, {METADATA} nor {CONFIG}, so not a model", where=where, fix=fix)
     config = read_json(folder / CONFIG)
     kind, architectures = config.get("model_type"), config.get("architectures")
     for layout in FORMATS.values():
@@ -91,13 +98,24 @@ def recognise(folder: Path) -> str:
     )
 
 
-def open_source(folder: Path) -> Source:
+def open_source(folder: Path, model: ModelRecipe | None = None) -> Source:
     """The model in `folder`, whatever format it is in; tensors are read later, one at a time.
+
+    Args:
+        model: the model of a torch_dist checkpoint that does not contain it; every other format does.
 
     Raises:
         UserError: see `recognise` and the format's own checks.
     """
     name = recognise(folder)
+    if name == TORCH_DIST:
+        return open_torch_dist(folder, model)
+    if model is not None:
+        raise UserError(
+            f"a folder in the format {name} contains its model",
+            where=str(folder),
+            fix="leave --preset or --recipe out",
+        )
     return open_checkpoint(folder) if name == MEGATRON else open_published(folder, FORMATS[name])
 
 
@@ -124,17 +142,20 @@ def convert(
     tokenizer: Path | None = None,
     overwrite: bool = False,
     untie: bool = False,
+    model: ModelRecipe | None = None,
     progress: bool = False,
 ) -> Conversion:
     """Convert the model in `source_folder` and write it to `output`, whole or not at all.
 
     Args:
         target: one of `TARGETS`.
-        dtype: fp32, bf16 (default) or fp16 of a published target; our checkpoints are always fp32.
+        dtype: fp32, bf16 or fp16 of a published target (default bf16) or of torch_dist (default fp32); our checkpoints
+            are always fp32.
         max_shard_size: data bytes of one file of a published target.
         tokenizer: folder of tokenizer files; default is the one the source has or records.
         overwrite: replace a model that is already at `output`.
         untie: give a tied model a head of its own, equal to its embedding.
+        model: the model of a torch_dist checkpoint that does not contain it.
         progress: show bytes, rate and remaining time on standard error.
     Raises:
         UserError: anything wrong with the input, the options or the place; `output` is then as it was.
@@ -145,20 +166,51 @@ def convert(
         raise UserError("checkpoints always hold fp32", where="--dtype", fix="leave it out")
     if dtype not in (None, *DTYPES):
         raise UserError(f"unknown type {dtype!r}", where="--dtype", fix=f"use one of {', '.join(DTYPES)}")
+    if tokenizer is not None and target == TORCH_DIST:
+        raise UserError("torch_dist has no place for a tokenizer", where="--tokenizer", fix="leave it out")
     shard_bytes = parse_size(max_shard_size)
-    source = open_source(source_folder)
+    source = open_source(source_folder, model)
     if untie:
         source = untied_source(source)
     check_output(output, source=source_folder, overwrite=overwrite)
-    pieces, notes = _tokenizer(tokenizer or source.tokenizer, source.model.vocab_size, to_publish=target != MEGATRON)
-    if target == MEGATRON:
-        needed = DTYPES["fp32"].itemsize * _parameters(source)
-        check_space(output, needed)
-        with atomic_folder(output, needed=needed) as folder:
-            write_checkpoint(folder, source, tokenizer=pieces.folder if pieces else None, progress=progress)
+    notes = list(source.notes)
+    if target == TORCH_DIST:
+        _write_torch_dist(source, output, dtype or "fp32", progress)
     else:
-        _publish(source, output, FORMATS[target], dtype or DEFAULT_DTYPE, shard_bytes, pieces, progress)
+        to_publish = target != MEGATRON
+        pieces, more = _tokenizer(tokenizer or source.tokenizer, source.model.vocab_size, to_publish=to_publish)
+        notes += more
+        if to_publish:
+            _publish(source, output, FORMATS[target], dtype or DEFAULT_DTYPE, shard_bytes, pieces, progress)
+        else:
+            notes += [*source.left_behind, *_carried(source)]
+            _write_checkpoint(source, output, pieces, progress)
     return Conversion(source.format, target, output, _parameters(source), tuple(notes))
+
+
+def _carried(source: Source) -> list[str]:
+    if source.optimizer is None:
+        return []
+    step = source.optimizer.position["step"]
+    return [f"optimizer state is carried over, at step {step}: in a run the folder is RUN/checkpoints/step-{step}"]
+
+
+def _write_torch_dist(source: Source, output: Path, dtype: str, progress: bool) -> None:
+    # here, since torch.distributed takes a second to import
+    from minicpm_megatron.convert.torch_dist.write import write_torch_dist
+
+    needed = DTYPES[dtype].itemsize * _parameters(source)
+    check_space(output, needed)
+    with atomic_folder(output, needed=needed) as folder:
+        write_torch_dist(folder, source, dtype=dtype, progress=progress)
+
+
+def _write_checkpoint(source: Source, output: Path, pieces: TokenizerFolder | None, progress: bool) -> None:
+    kinds = 1 + len(source.optimizer.kinds if source.optimizer else ())
+    needed = DTYPES["fp32"].itemsize * _parameters(source) * kinds
+    check_space(output, needed)
+    with atomic_folder(output, needed=needed) as folder:
+        write_checkpoint(folder, source, tokenizer=pieces.folder if pieces else None, progress=progress)
 
 
 def _tokenizer(folder: Path | None, vocab_size: int, *, to_publish: bool) -> tuple[TokenizerFolder | None, list[str]]:
@@ -186,7 +238,7 @@ def _publish(
     layout.check_kind(source.model, FORMATS.values())
     config = layout.write_config(source.model, tokens, DTYPE_NAMES[dtype])
     groups = layout.export_groups(source.model)
-    _check_complete(source, groups)
+    check_complete(source, {name for group in groups for name in group.canonical})
     shapes = {name: shape for group in groups for name, shape in group.published_shapes(source.model).items()}
     needed = bytes_needed(shapes, DTYPES[dtype].itemsize)
     check_space(output, needed)
@@ -199,14 +251,6 @@ def _publish(
             copy_tokenizer(pieces, folder)
 
 
-def _check_complete(source: Source, groups: list[Group]) -> None:
-    expected = {name for group in groups for name in group.canonical}
-    present = set(source.tensors.names())
-    for what, names in (("missing", expected - present), ("unexpected", present - expected)):
-        if names:
-            raise UserError(f"tensor {min(names)} {what}", where=str(source.folder))
-
-
 def _stream(
     source: Source, groups: list[Group], shapes: dict[str, Shape], dtype: str, progress: bool
 ) -> Iterator[tuple[str, torch.Tensor]]:
@@ -214,22 +258,13 @@ def _stream(
     total = itemsize * sum(torch.Size(shape).numel() for shape in shapes.values())
     with tqdm(total=total, unit="B", unit_scale=True, desc="writing", disable=not progress) as bar:
         for group in groups:
-            tensors = [_read(source, name, group.row.kind.shape(source.model)) for name in group.canonical]
+            tensors = [read_tensor(source, name, group.row.kind.shape(source.model)) for name in group.canonical]
             parts = group.to_published(tensors, source.model)
             # whatever was folded or cast is a copy: the original goes before the next tensor is read
             del tensors
             for name in group.published:
                 yield name, parts.pop(name)
                 bar.update(itemsize * torch.Size(shapes[name]).numel())
-
-
-def _read(source: Source, name: str, shape: Shape) -> torch.Tensor:
-    tensor = source.tensors.read(name)
-    if tuple(tensor.shape) != shape:
-        raise UserError(
-            f"tensor {name} has shape {list(tensor.shape)}, the model says {list(shape)}", where=str(source.folder)
-        )
-    return tensor
 
 
 def _generation_config(tokens: SpecialTokens) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -49,17 +50,25 @@ def _recorded_tokenizer(manifest: dict[str, Any]) -> str | None:
 
 
 def write_checkpoint(output: Path, source: Source, *, tokenizer: Path | None, progress: bool) -> None:
-    """A weights-only checkpoint at step 0, in fp32."""
+    """A checkpoint in fp32: weights at step 0, or the step and Adam's moments that the source can give."""
     state = {
         "step": 0,
         "tokens": 0,
         "data": {"tokenizer": str(tokenizer.resolve()) if tokenizer else None},
         "origin": dict(source.origin),
+        **(source.optimizer.position if source.optimizer else {}),
     }
-    write_single(output, _tensors(source, progress), source.model.model_dump(mode="json"), state)
+    moments = functools.partial(_moments, source)
+    write_single(output, _tensors(source, progress), source.model.model_dump(mode="json"), state, moments)
 
 
 def _tensors(source: Source, progress: bool) -> Iterator[tuple[str, torch.Tensor]]:
     with tqdm(source.tensors.names(), unit="tensor", desc="writing", disable=not progress) as names:
         for name in names:
             yield name, source.tensors.read(name)
+
+
+def _moments(source: Source, name: str) -> Iterator[tuple[str, torch.Tensor]]:
+    if source.optimizer:
+        for kind in source.optimizer.kinds:
+            yield kind, source.optimizer.read(name, kind)

@@ -13,6 +13,7 @@ from minicpm_megatron.errors import UserError
 from minicpm_megatron.storage.atomic import PARTIAL_SUFFIX, fsync_directory
 
 _MODEL_FILES = ("config.json", "manifest.json")
+_TORCH_DIST = {"latest_checkpointed_iteration.txt", "release"}
 _REPLACED_SUFFIX = ".replaced"
 
 
@@ -37,8 +38,14 @@ def check_output(target: Path, *, source: Path, overwrite: bool) -> None:
         raise UserError("the output is a file", where=where, fix="give a folder")
     if occupied and not overwrite:
         raise UserError("the output folder is not empty", where=where, fix="give another one, or --overwrite")
-    if occupied and not any((real / name).is_file() for name in _MODEL_FILES):
+    if occupied and not _is_model(real):
         raise UserError("the output folder holds something that is not a model", where=where, fix="give another one")
+
+
+def _is_model(folder: Path) -> bool:
+    """Whether it is one model. A folder in which Megatron-LM has saved has more beside a conversion of ours, and is no
+    model of that kind: replacing it would remove every iteration."""
+    return any((folder / name).is_file() for name in _MODEL_FILES) or _TORCH_DIST >= {p.name for p in folder.iterdir()}
 
 
 def check_space(target: Path, needed: int) -> None:

@@ -5,7 +5,7 @@ Our checkpoint and every published folder look the same from here, so each targe
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 
 from minicpm_megatron.convert.format import CONFIG, Format, SpecialTokens
+from minicpm_megatron.convert.fused import Shape
 from minicpm_megatron.convert.mapping import EMBEDDING, HEAD, Group
 from minicpm_megatron.convert.weight_files import WeightFolder, read_json
 from minicpm_megatron.errors import UserError
@@ -33,14 +34,32 @@ class TensorSource(Protocol):
 
 
 @dataclass(frozen=True)
+class OptimizerState:
+    """Adam's state beside the weights, and where the run stood.
+
+    Attributes:
+        kinds: of state, for instance exp_avg.
+        read: (name, kind) -> whole tensor in fp32.
+        position: "step", "updates", and "samples" and "tokens" where they are known.
+    """
+
+    kinds: tuple[str, ...]
+    read: Callable[[str, str], torch.Tensor]
+    position: Mapping[str, int]
+
+
+@dataclass(frozen=True)
 class Source:
     """A model that was found in a folder.
 
     Attributes:
-        format: megatron, or the name of a published format.
+        format: megatron, torch_dist, or the name of a published format.
         tokenizer: the folder of tokenizer files that belongs to it, None when unknown.
         special_tokens: as its configuration says; the tokenizer has precedence.
         origin: facts worth keeping about where it came from, JSON values.
+        optimizer: what a checkpoint of ours can take over beside the weights; a `CheckpointReader` has its own.
+        notes: things worth knowing about the weights, one line each.
+        left_behind: training state that could not be read, and why, one line each.
     """
 
     format: str
@@ -50,6 +69,9 @@ class Source:
     tokenizer: Path | None = None
     special_tokens: SpecialTokens = SpecialTokens()
     origin: Mapping[str, Any] = field(default_factory=dict)
+    optimizer: OptimizerState | None = None
+    notes: tuple[str, ...] = ()
+    left_behind: tuple[str, ...] = ()
 
 
 class PublishedTensors:
@@ -164,3 +186,29 @@ def _check_tensors(weights: WeightFolder, groups: list[Group], model: ModelRecip
                 where=str(weights.path(name)),
             )
         weights.dtype(name)
+
+
+def check_complete(source: Source, expected: set[str]) -> None:
+    """Refuse a source that lacks one of the `expected` tensors, or has another.
+
+    Raises:
+        UserError: naming the first of them.
+    """
+    present = set(source.tensors.names())
+    for what, names in (("missing", expected - present), ("unexpected", present - expected)):
+        if names:
+            raise UserError(f"tensor {min(names)} {what}", where=str(source.folder))
+
+
+def read_tensor(source: Source, name: str, shape: Shape) -> torch.Tensor:
+    """One whole tensor in fp32.
+
+    Raises:
+        UserError: its shape is not the model's, `shape`.
+    """
+    tensor = source.tensors.read(name)
+    if tuple(tensor.shape) != shape:
+        raise UserError(
+            f"tensor {name} has shape {list(tensor.shape)}, the model says {list(shape)}", where=str(source.folder)
+        )
+    return tensor

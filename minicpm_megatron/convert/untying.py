@@ -86,4 +86,5 @@ def untied_source(tied: Source) -> Source:
         UserError: see `check_tied`.
     """
     check_tied(tied)
-    return dataclasses.replace(tied, model=untied_model(tied.model), tensors=UntiedTensors(tied.tensors))
+    tensors = UntiedTensors(tied.tensors)
+    return dataclasses.replace(tied, model=untied_model(tied.model), tensors=tensors, optimizer=None)

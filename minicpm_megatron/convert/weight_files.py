@@ -190,12 +190,20 @@ def _cast_each(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     for _ in range(count):
         name, tensor = next(stream)
-        tensor = _cast(name, tensor, dtype)
+        tensor = cast_weight(name, tensor, dtype)
         yield name, tensor
         del tensor  # or this name would hold it while the next one is read
 
 
-def _cast(name: str, tensor: torch.Tensor, dtype: str) -> torch.Tensor:
+def cast_weight(name: str, tensor: torch.Tensor, dtype: str) -> torch.Tensor:
+    """A weight in the type that is written.
+
+    Args:
+        dtype: fp32, bf16 or fp16.
+
+    Raises:
+        UserError: a value is not finite, or not in this type.
+    """
     cast = tensor.to(DTYPES[dtype]).contiguous()
     if not _finite(cast):
         if _finite(tensor):

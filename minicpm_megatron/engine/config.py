@@ -28,6 +28,7 @@ OWNED = {
     "zero_optimization.offload_optimizer.device": "deepspeed.offload_optimizer",
     "zero_optimization.offload_param.device": "deepspeed.offload_param",
     "data_types.grad_accum_dtype": "training.precision",
+    "communication_data_type": "training.precision",
     "pipeline.pipe_partitioned": "parallel.sequence_parallel",
     "pipeline.grad_partitioned": "parallel.sequence_parallel",
 }
@@ -70,6 +71,8 @@ def _from_recipe(recipe: Recipe, layout: Layout) -> dict[str, Any]:
         "gradient_clipping": 0.0 if clips_itself(recipe) else training.gradient_clipping,
         "bf16": {"enabled": training.precision == "bf16"},
         "fp16": {"enabled": False},
+        # DeepSpeed 0.19 otherwise takes the training dtype, to which ZeRO 1 casts the sums that it kept in fp32
+        "communication_data_type": "fp32",
         # torch's AdamW takes exactly the groups it is given; overlapping needs streams, which CPU does not have
         "zero_optimization": {"stage": stage, "overlap_comm": False},
         "zero_force_ds_cpu_optimizer": False,

@@ -85,6 +85,8 @@ class Engine:
             )
         zero1.keep_gradients_flat(self.deepspeed.optimizer)
         _undo_first_step(self.deepspeed.optimizer)
+        if recipe.deepspeed.zero_stage == 0:
+            _accumulate_in_fp32(model)
         self._clips_itself = clips_itself(recipe)
         self._share = 1.0 if _averages_over_context(self.deepspeed_config) else 1.0 / layout.context_parallel_size
         self._norm = 0.0
@@ -182,8 +184,9 @@ class Engine:
             norm = experts.norm_of(optimizer.get_grads_for_norm(), optimizer.mpu)
         else:
             norm = combine_grad_norm_groups(optimizer._get_norm_groups())
+        value = float(norm)  # compared on the host: on CUDA every look at the tensor waits for the device
         # one of DeepSpeed's functions says -1 for a norm that is not finite
-        return float(norm) if norm >= 0 else math.inf
+        return value if value >= 0 else math.inf
 
     def discard(self) -> None:
         """End the last micro-batch of a step without an update: its gradients are dropped.
@@ -232,7 +235,7 @@ class Engine:
         return Update(value, applied and math.isfinite(value))
 
     def _step_whole(self) -> Update:
-        """The step where every rank holds whole gradients, in the parameters' own precision."""
+        """The step where every rank holds whole gradients, in fp32."""
         parameters = self._parameters_with_gradient()
         gradients: list[Any] = [parameter.grad for parameter in parameters]
         norm = _gradient_norm(parameters, self.layout)
@@ -273,6 +276,18 @@ def _adamw(groups: list[dict[str, Any]], recipe: Recipe) -> torch.optim.Optimize
 
         return DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)
     return torch.optim.AdamW(groups, fused=True, **settings)
+
+
+def _accumulate_in_fp32(model: torch.nn.Module) -> None:
+    """Have autograd add each micro-batch's gradients to an fp32 `grad`, also where parameters are bf16.
+
+    At ZeRO 0 DeepSpeed 0.19 keeps no gradients of its own and refuses `grad_accum_dtype`, so that micro-batches would
+    be added in bf16: over 2,048 of them the norm comes out 11 % too small. Call it after DeepSpeed's start, which sets
+    bf16 gradients once.
+    """
+    for parameter in model.parameters():
+        parameter.grad = None
+        parameter.grad_dtype = torch.float32
 
 
 def _gradient_norm(parameters: list[torch.nn.Parameter], layout: Layout) -> float:

@@ -31,8 +31,8 @@ ROLES = ("embedding", "hidden", "expert", "vector", "router", "head")
 RATE_TOLERANCE = 1e-9  # relative; rates are products of three doubles
 
 
-class Shape(Protocol):
-    """What the table needs to know of a model; `ModelRecipe` and `MiniCPMConfig` both have it."""
+class Width(Protocol):
+    """What decides the width multiplier of a model."""
 
     @property
     def hidden_size(self) -> int: ...
@@ -41,10 +41,14 @@ class Shape(Protocol):
     def dim_model_base(self) -> int: ...
 
     @property
-    def init_method_std(self) -> float: ...
+    def parametrization(self) -> Literal["mup", "standard"]: ...
+
+
+class Shape(Width, Protocol):
+    """What the table needs to know of a model; `ModelRecipe` and `MiniCPMConfig` both have it."""
 
     @property
-    def parametrization(self) -> Literal["mup", "standard"]: ...
+    def init_method_std(self) -> float: ...
 
     @property
     def embedding_role(self) -> Literal["vector", "matrix"]: ...
@@ -65,7 +69,7 @@ class RoleRule:
     decays: bool
 
 
-def width_multiplier(shape: Shape) -> float:
+def width_multiplier(shape: Width) -> float:
     """m = d_model / d_base, or 1 in standard parametrisation."""
     return shape.hidden_size / shape.dim_model_base if shape.parametrization == "mup" else 1.0
 

@@ -101,7 +101,7 @@ def block_attention_backward(
             *grads,
             softmax_scale=scale,
             causal=causal,
-            deterministic=False,
+            deterministic=torch.are_deterministic_algorithms_enabled(),
             **FLASH_OPTIONS,
         )
         dq, dk, dv = (each.transpose(0, 1).float() for each in grads)

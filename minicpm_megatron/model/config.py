@@ -10,10 +10,12 @@ import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from minicpm_megatron.errors import UserError
-from minicpm_megatron.methods.mup import mup_table, residual_multiplier, width_multiplier
+from minicpm_megatron.methods.mup import mup_table
 from minicpm_megatron.recipe import ModelRecipe, ParallelRecipe, RopeScaling
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# role of the muP table -> fields of TransformerConfig; `initialize_parameters` draws the same for every layout
+INIT_METHODS = {"hidden": ("init_method", "output_layer_init_method"), "embedding": ("embedding_init_method",)}
 
 
 @dataclass
@@ -47,17 +49,13 @@ class MiniCPMConfig(TransformerConfig):
                 where="MiniCPMConfig.use_mup",
                 fix="leave it False; MiniCPM's scaling is in scale_emb, scale_depth and dim_model_base",
             )
+        # Megatron-Core would draw all matrices with one deviation and divide that of block outputs by sqrt(2 layers)
+        table = mup_table(self)
+        for role, names in INIT_METHODS.items():
+            for name in names:
+                if getattr(self, name) is None:
+                    setattr(self, name, _normal(table[role].init_std))
         super().__post_init__()
-
-    @property
-    def width_multiplier(self) -> float:
-        """m = hidden_size / dim_model_base; the hidden state is divided by it before the LM head."""
-        return width_multiplier(self)
-
-    @property
-    def residual_multiplier(self) -> float:
-        """Factor on each block's output before the residual addition."""
-        return residual_multiplier(self.scale_depth, self.num_layers)
 
     def padded_vocab_size(self, tensor_model_parallel_size: int | None = None) -> int:
         """Rows of the embedding over all tensor-parallel ranks, padding included."""
@@ -85,7 +83,6 @@ class MiniCPMConfig(TransformerConfig):
             overrides: any other TransformerConfig field.
         """
         parallel = parallel or ParallelRecipe()
-        stds = {role: rule.init_std for role, rule in mup_table(model).items()}
         fields: dict[str, Any] = dict(
             num_layers=model.num_layers,
             hidden_size=model.hidden_size,
@@ -100,11 +97,7 @@ class MiniCPMConfig(TransformerConfig):
             add_bias_linear=False,
             hidden_dropout=0.0,
             attention_dropout=0.0,
-            # as Megatron-Core would initialise by itself; `initialize_parameters` does it independently of the layout
             init_method_std=model.init_method_std,
-            init_method=_normal(stds["hidden"]),
-            output_layer_init_method=_normal(stds["hidden"]),
-            embedding_init_method=_normal(stds["embedding"]),
             params_dtype=PRECISIONS[precision],
             bf16=precision == "bf16",
             pipeline_dtype=PRECISIONS[precision],

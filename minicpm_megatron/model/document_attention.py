@@ -7,9 +7,13 @@ document depends on where in a sample it lies.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 try:
     from flash_attn import flash_attn_varlen_func
@@ -32,7 +36,7 @@ def document_attention(query: Tensor, key: Tensor, value: Tensor, starts: Tensor
     if flash_attn_varlen_func is not None and query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
         return _by_flash(query, key, value, starts, scale)
     rows = []
-    for row, bounds in enumerate(_bounds(starts)):
+    for row, bounds in enumerate(_once(_bounds, starts)):
         parts = []
         for begin, end in zip(bounds, bounds[1:], strict=False):
             # [s, n, d] -> [1, n, s, d]
@@ -45,6 +49,23 @@ def document_attention(query: Tensor, key: Tensor, value: Tensor, starts: Tensor
     return torch.stack(rows, 1)
 
 
+_found: Any = WeakTensorKeyDictionary()  # starts -> (their version, what each function found in them)
+
+
+def _once[T](find: Callable[[Tensor], T], starts: Tensor) -> T:
+    """Return `find(starts)`, found once for all layers of a micro-batch: on CUDA it waits for the device."""
+    if starts.is_inference():  # such tensors do not tell whether they were changed
+        return find(starts)
+    version, found = _found.get(starts, (None, {}))
+    if version != starts._version:
+        found = {}
+        _found[starts] = (starts._version, found)
+    if find not in found:
+        found[find] = find(starts)
+    result: T = found[find]
+    return result
+
+
 def _bounds(starts: Tensor) -> list[list[int]]:
     """Of each row the positions at which documents begin, and the row's end."""
     rows, length = starts.shape
@@ -52,11 +73,28 @@ def _bounds(starts: Tensor) -> list[list[int]]:
     return [[*places.nonzero().flatten().tolist(), length] for places in first]
 
 
-def _by_flash(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, scale: float) -> Tensor:
-    length, rows = query.shape[:2]
+def _ends(starts: Tensor) -> tuple[Tensor, int]:
+    """Where documents begin and the last one ends, int32 [documents + 1], in all rows joined; the longest's length."""
+    rows, length = starts.shape
     first = (starts == torch.arange(length, device=starts.device)).flatten().nonzero().flatten()
     ends = torch.cat([first, first.new_tensor([rows * length])]).to(torch.int32)
-    longest = int(ends.diff().max())
+    return ends, int(ends.diff().max())
+
+
+def _by_flash(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, scale: float) -> Tensor:
+    length, rows = query.shape[:2]
+    ends, longest = _once(_ends, starts)
     q, k, v = (tensor.transpose(0, 1).flatten(0, 1) for tensor in (query, key, value))
-    context = flash_attn_varlen_func(q, k, v, ends, ends, longest, longest, softmax_scale=scale, causal=True)
+    context = flash_attn_varlen_func(
+        q,
+        k,
+        v,
+        ends,
+        ends,
+        longest,
+        longest,
+        softmax_scale=scale,
+        causal=True,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+    )
     return context.unflatten(0, (rows, length)).transpose(0, 1)

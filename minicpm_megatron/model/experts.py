@@ -48,10 +48,12 @@ class MiniCPMRouter(TopKRouter):
     """Megatron-Core's TopKRouter in fp32, right under sequence parallelism, that keeps count of its experts' load."""
 
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
-        super().__init__(*arguments, **keywords)
-        if not self.config.use_cpu_initialization:
-            # Megatron-Core 0.19 leaves the weight on the CPU: its trainer moves whole models to CUDA, and we move none
-            self.to(device.device())
+        # Megatron-Core 0.19 makes the weight on the CPU and moves it in its own `gating`, which is not called here;
+        # the counts of the load lie where the weight does
+        with device.device():
+            super().__init__(*arguments, **keywords)
+        # Megatron-LM sums the gradients of weights marked so over the tensor-parallel ranks, which `gating` does itself
+        self.weight.sequence_parallel = False
         self._load = self._no_load()
 
     def _no_load(self) -> RouterLoad:
@@ -114,14 +116,16 @@ class MiniCPMExperts(SequentialMLP):
 
     def _has_kernel(self, tokens: Tensor) -> bool:
         """Whether torch has a kernel for grouped products of these tokens: bf16 on CUDA, from torch 2.10."""
-        # ZeRO 3 brings weights to a rank when their own module is called
-        divided = hasattr(self.local_experts[0].linear_fc1.weight, "ds_id")
+        # ZeRO 3, and Megatron-LM with --overlap-param-gather, bring weights to a rank when their own module is called
+        first = self.local_experts[0].linear_fc1
+        divided = hasattr(first.weight, "ds_id") or bool(first._forward_pre_hooks)
         fits = tokens.is_cuda and tokens.dtype == torch.bfloat16 and hasattr(F, "grouped_mm")
         return self.num_local_experts > 1 and fits and not divided
 
     def grouped(self, tokens: Tensor, tokens_per_expert: Tensor, weights: Tensor) -> Tensor:
         """What `forward` computes, by torch's grouped matrix product; the same on every device."""
-        ends = tokens_per_expert.cumsum(0).to(device=tokens.device, dtype=torch.int32)
+        # Megatron-Core has brought the counts to the host; a copy back that blocks would wait for all queued kernels
+        ends = tokens_per_expert.cumsum(0).to(device=tokens.device, dtype=torch.int32, non_blocking=True)
         first, second = (
             [getattr(expert, name).weight for expert in self.local_experts] for name in ("linear_fc1", "linear_fc2")
         )
@@ -165,9 +169,9 @@ def side_by_side(weights: Sequence[Tensor]) -> Tensor:
     return torch.stack([weight.detach() for weight in weights])
 
 
-def set_auxiliary_loss_scale(scale: float, place: torch.device) -> None:
+def set_auxiliary_loss_scale(scale: float, device: torch.device) -> None:
     """Factor by which backward multiplies the gradients of all load-balancing and z-losses."""
-    MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(scale, device=place))
+    MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(scale, device=device))
 
 
 def get_experts_spec(backend: BackendSpecProvider) -> ModuleSpec:

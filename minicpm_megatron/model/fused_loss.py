@@ -38,9 +38,10 @@ class VocabParallelLinearCrossEntropy(torch.nn.Module):
         c V e + s V + 40 T,  c = min(T, max(1, chunk_bytes / (V e))) tokens in a chunk
 
     for T tokens, where s V, the softmax in fp32, is at most 4 MiB on CPU (or one token's, if that is more), 8 c V
-    elsewhere, and nothing with Triton: no term grows with T x V. With more than 4 chunks the gradient of a head in
-    half precision is summed in fp32 and narrowed in place, which adds 2 V H and 6 MiB (96 elsewhere). Sequence
-    parallelism adds the gathered hidden states and their gradient, 2 T H e, as ColumnParallelLinear does.
+    elsewhere, and nothing with Triton, for which the V of c V e is rounded up to a multiple of 64: no term grows with
+    T x V. With more than 4 chunks the gradient of a head in half precision is summed in fp32 and narrowed in place,
+    which adds 2 V H and 6 MiB (96 elsewhere). Sequence parallelism adds the gathered hidden states and their gradient,
+    2 T H e, as ColumnParallelLinear does.
 
     Gradients. `gradient_in="forward"` makes them with the loss, 6 T V H operations in all. They are then those for an
     upstream gradient that is the same for every token, which backward multiplies by it: always so for "mean" and "sum".

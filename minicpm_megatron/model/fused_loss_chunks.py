@@ -13,6 +13,7 @@ from minicpm_megatron.errors import UserError
 from minicpm_megatron.recipe.loss_chunks import CPU_SCRATCH_BYTES, ROUNDINGS, SUM_BYTES, chunk_tokens
 
 Kernels = Literal["auto", "torch", "triton"]
+ROW_MULTIPLE = 64  # logits; 128 bytes in half precision
 WIDE = {torch.bfloat16: torch.float32, torch.float16: torch.float32}
 
 
@@ -58,7 +59,10 @@ class ChunkedHead:
         self.labels = torch.where((local >= 0) & (local < self.weight.size(0)), local, -1)
         # padding counts, so that all ranks have the same chunks
         self.size = chunk_tokens(hidden.size(0), weight.size(0), hidden.element_size(), part.chunk_bytes)
-        self.buffer = hidden.new_empty(self.size, self.weight.size(0))
+        columns = self.weight.size(0)
+        # rows of 122,753 logits would begin at odd addresses, which Triton's kernels read by two bytes
+        stride = -(-columns // ROW_MULTIPLE) * ROW_MULTIPLE if self.triton else columns
+        self.buffer = hidden.new_empty(self.size, stride)[:, :columns]
         width = wide(hidden.dtype)
         rows = self.size
         if hidden.device.type == "cpu":

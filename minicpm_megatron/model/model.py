@@ -7,15 +7,12 @@ from typing import Any
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
-from minicpm_megatron.methods.rope import rope_of
 from minicpm_megatron.model.config import MiniCPMConfig
-from minicpm_megatron.model.head import LanguageModelHead
-from minicpm_megatron.model.layer_spec import get_minicpm_block_spec
-from minicpm_megatron.model.loss import token_losses
-from minicpm_megatron.model.rope import MiniCPMRotaryEmbedding
+from minicpm_megatron.model.ends import MiniCPMEnds
+from minicpm_megatron.model.layer_spec import block_of, layer_spec
 
 
-class MiniCPMModel(GPTModel):
+class MiniCPMModel(MiniCPMEnds, GPTModel):
     """MiniCPM on Megatron-Core.
 
     Usable without the trainer: any rank of an initialised `parallel_state` builds its part with
@@ -26,12 +23,10 @@ class MiniCPMModel(GPTModel):
         keywords: passed on to GPTModel (pre_process, post_process, parallel_output ...).
     """
 
-    config: MiniCPMConfig
-
     def __init__(self, config: MiniCPMConfig, **keywords: Any) -> None:
         super().__init__(
             config=config,
-            transformer_layer_spec=get_minicpm_block_spec(config, keywords.get("vp_stage")),
+            transformer_layer_spec=block_of(layer_spec(config, keywords.get("vp_stage"))),
             vocab_size=config.padded_vocab_size(),
             max_sequence_length=config.max_position_embeddings,
             share_embeddings_and_output_weights=not config.untie_embeddings_and_output_weights,
@@ -39,11 +34,7 @@ class MiniCPMModel(GPTModel):
             rotary_base=config.rotary_base,
             **keywords,
         )
-        self.rotary_pos_emb = MiniCPMRotaryEmbedding(
-            rope_of(config), on_cpu=bool(config.use_cpu_initialization), cp_group=self.pg_collection.cp
-        )
-        if self.post_process:
-            self.output_layer = LanguageModelHead.of(self.get_submodule("output_layer"))
+        self.replace_ends()
 
     def forward(
         self,
@@ -71,13 +62,8 @@ class MiniCPMModel(GPTModel):
     ) -> Tensor:
         """What GPTModel does after the last layer; with labels it would make logits first.
 
-        Megatron-Core 0.16 has no other place for that; 0.18 and later also have `output_processor`.
+        Megatron-Core 0.19 also has an `output_processor`, which every call of the model would have to pass.
         """
         if labels is None or not self.post_process or not self.config.fused_loss:
             return super()._postprocess(hidden_states=hidden_states, labels=labels, loss_mask=loss_mask, **keywords)
-        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
-        return self.output_layer(hidden_states, weight=weight, labels=labels, loss_mask=loss_mask)
-
-    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
-        """`loss.token_losses` of [s, b, local vocabulary] logits against [b, s] labels."""
-        return token_losses(self.config, logits, labels)
+        return self.fused_losses(hidden_states, labels, loss_mask)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from minicpm_megatron.model.config import MiniCPMConfig
+from minicpm_megatron.model.multipliers import multipliers_of
 
 
 class MiniCPMRMSNorm(torch.nn.Module):
@@ -20,7 +21,7 @@ class MiniCPMRMSNorm(torch.nn.Module):
 
     output_multiplier = 1.0
 
-    def __init__(self, config: MiniCPMConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> None:
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> None:
         super().__init__()
         self.eps = eps
         self.sequence_parallel = config.sequence_parallel
@@ -43,6 +44,6 @@ class MiniCPMFinalNorm(MiniCPMRMSNorm):
     a copy of the largest tensor in the model.
     """
 
-    def __init__(self, config: MiniCPMConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> None:
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> None:
         super().__init__(config, hidden_size, eps)
-        self.output_multiplier = 1.0 / config.width_multiplier
+        self.output_multiplier = 1.0 / multipliers_of(config).width

@@ -1,6 +1,6 @@
 """The layers of MiniCPMModel one by one, each a function of the one tensor that the layer before it returns.
 
-A pipeline cuts this list anywhere. The modules are those of `get_minicpm_layer_spec` and the linears and norms that
+A pipeline cuts this list anywhere. The modules are those of `layer_spec` and the linears and norms that
 GPTModel is made of, so a pipeline of one stage computes what MiniCPMModel computes, bit for bit. `global_prefix` of a
 module says what its parameters are called in the whole model: (beginning of the name here, beginning there).
 """
@@ -20,7 +20,7 @@ from torch import Tensor
 from minicpm_megatron.methods.rope import Rope, rope_of
 from minicpm_megatron.model.config import MiniCPMConfig
 from minicpm_megatron.model.head import LanguageModelHead
-from minicpm_megatron.model.layer_spec import get_minicpm_layer_spec
+from minicpm_megatron.model.layer_spec import layer_spec
 from minicpm_megatron.model.norm import MiniCPMFinalNorm
 from minicpm_megatron.model.rope import MiniCPMRotaryEmbedding
 
@@ -58,7 +58,7 @@ class PipelineLayer(torch.nn.Module):
         super().__init__()
         self.global_prefix = ("layer.", f"decoder.layers.{number - 1}.")
         self.config = config
-        self.layer = build_module(get_minicpm_layer_spec(config), config=_single_stage(config), layer_number=number)
+        self.layer = build_module(layer_spec(config), config=_single_stage(config), layer_number=number)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[s, b, hidden_size] -> the same shape."""

@@ -12,10 +12,12 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from torch.nn import Parameter
 
 from minicpm_megatron.model.config import MiniCPMConfig
+from minicpm_megatron.model.hybrid_names import gpt_name
 from minicpm_megatron.storage.sharded import ShardSpec
 
 
@@ -109,11 +111,12 @@ def _without_stage(model: torch.nn.Module, config: MiniCPMConfig, name: str) -> 
             return str(whole) + ".".join(parts[cut:]).removeprefix(here)
     if name == "output_layer.weight" and not config.untie_embeddings_and_output_weights:
         return "embedding.word_embeddings.weight"
-    if not name.startswith(LAYERS):
-        return name
-    local, rest = name.removeprefix(LAYERS).split(".", 1)
-    layer: Any = model.get_submodule(f"{LAYERS}{local}")
-    return f"{LAYERS}{layer.layer_number - 1}.{rest}"
+    whole = name
+    if name.startswith(LAYERS):
+        local, rest = name.removeprefix(LAYERS).split(".", 1)
+        layer: Any = model.get_submodule(f"{LAYERS}{local}")
+        whole = f"{LAYERS}{layer.layer_number - 1}.{rest}"
+    return gpt_name(whole) if isinstance(model, HybridModel) else whole
 
 
 def named_shards(model: torch.nn.Module, config: MiniCPMConfig) -> Iterator[tuple[str, Parameter, ShardSpec]]:

@@ -24,6 +24,12 @@ class _NoRngTracker:
     def fork(self, name: str = "") -> Iterator[None]:
         yield
 
+    def reset(self) -> None:
+        return None
+
+    def add(self, name: str, seed: int) -> None:
+        return None
+
     def get_states(self) -> dict[str, Any]:
         return {}
 
@@ -100,19 +106,42 @@ def _sizes_as_lists(dispatcher: Any, point: str, tokens_per_expert: Any = None) 
     return tokens_per_expert
 
 
+_TRACKED = "megatron."  # begins the names of Megatron-Core's generators among the states
+
+
 def rng_state() -> dict[str, torch.Tensor]:
-    """torch's generators on this rank, as uint8 tensors."""
+    """Return the states of torch's and Megatron-Core's generators on this rank: uint8 tensors on the CPU."""
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
     states = {"torch": torch.get_rng_state()}
     if not on_cpu():
         states["cuda"] = torch.cuda.get_rng_state()
+        tracked = get_cuda_rng_tracker().get_states()
+        states |= {f"{_TRACKED}{name}": state.cpu() for name, state in tracked.items()}
     return states
 
 
 def set_rng_state(states: dict[str, torch.Tensor]) -> None:
-    """Restore what `rng_state` returned; a generator that this machine lacks is left out."""
+    """Restore what `rng_state` returned; a generator that this machine lacks is left out.
+
+    A generator that the states lack, since they were saved on a CPU, keeps its own state.
+    """
+    from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
     torch.set_rng_state(states["torch"])
     if not on_cpu() and "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"])
+        tracker = get_cuda_rng_tracker()
+        saved = {name.removeprefix(_TRACKED): state for name, state in states.items() if name.startswith(_TRACKED)}
+        tracker.set_states({**tracker.get_states(), **saved})
+
+
+def from_host(values: torch.Tensor) -> torch.Tensor:
+    """Return a CPU tensor's values on this rank's device, without waiting for what the device still has to do."""
+    if on_cpu():
+        return values
+    # only from page-locked memory is a copy asynchronous; torch keeps that memory until the copy is done
+    return values.pin_memory().to(device(), non_blocking=True)
 
 
 def peak_memory_bytes() -> int:

@@ -6,8 +6,9 @@ import datetime
 import os
 from typing import Any
 
+import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
+from megatron.core import parallel_state, tensor_parallel
 
 from minicpm_megatron.parallel import device
 from minicpm_megatron.recipe import Layout
@@ -66,7 +67,7 @@ def rank() -> int:
 
 
 def initialize(
-    layout: Layout, *, init_method: str | None = None, timeout: datetime.timedelta = DEFAULT_TIMEOUT
+    layout: Layout, *, init_method: str | None = None, timeout: datetime.timedelta = DEFAULT_TIMEOUT, seed: int = 0
 ) -> None:
     """Join the job and build Megatron-Core's groups for `layout`.
 
@@ -75,6 +76,7 @@ def initialize(
         init_method: torch.distributed's rendezvous; None: the launcher's environment variables, or, when this is the
             only process and no launcher set them, a port of the machine's choosing.
         timeout: how long a collective may wait before the job is given up.
+        seed: of the random generators, as `seed_generators` takes it.
     """
     device.prepare()
     if not dist.is_initialized():
@@ -100,6 +102,21 @@ def initialize(
         expert_model_parallel_size=layout.expert_model_parallel_size,
         create_gloo_process_groups=False,
     )
+    seed_generators(seed)
+
+
+def seed_generators(seed: int) -> None:
+    """Seed torch's generators and Megatron-Core's CUDA generators on this rank.
+
+    On CUDA Megatron-Core forks generators of its own wherever it draws or computes activations again, and raises where
+    they were never seeded. On CPU `device.prepare` stands in for them.
+
+    Args:
+        seed: of the run; torch's generator takes seed + rank, Megatron-Core's derive theirs from the layout.
+    """
+    torch.manual_seed(seed + rank())
+    if not device.on_cpu():
+        tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
 
 
 def is_initialized() -> bool:

@@ -198,13 +198,12 @@ def expert_parallel(work: Work) -> Traffic:
 
 def data_parallel(work: Work) -> tuple[Traffic, Traffic]:
     """Gradients and weights between the n ranks that hold the same P parameters (Rajbhandari et al. 2020, section 7),
-    with x = P e (n - 1) / n.
+    with x = P e (n - 1) / n for weights and g = 4 P (n - 1) / n for gradients, which are reduced in fp32.
 
-    ZeRO 0: all-reduce of gradients 2 x. ZeRO 1: the same (DeepSpeed 0.19 all-reduces where the paper scatters), and x
-    to gather the new weights. ZeRO 2: gradients are reduced after every micro-batch, m 2 x. ZeRO 3: gradients m x
+    ZeRO 0: all-reduce of gradients 2 g. ZeRO 1: the same (DeepSpeed 0.19 all-reduces where the paper scatters), and x
+    to gather the new weights. ZeRO 2: gradients are reduced after every micro-batch, m 2 g. ZeRO 3: gradients m g
     (reduce-scatter); weights m x, and what forward does not keep for backward (`live_parameters`) again; parameters too
     small to divide are gathered once a step.
-    DeepSpeed 0.19 reduces in fp32 where there is context parallelism at ZeRO 1 and 2.
     """
     recipe, layout, zero = work.recipe, work.layout, work.recipe.deepspeed.zero_stage
     tp = layout.tensor_model_parallel_size
@@ -215,8 +214,7 @@ def data_parallel(work: Work) -> tuple[Traffic, Traffic]:
         sent += once
         seconds += work.cluster.gather_seconds(once, replicas, stride)
         total += count
-    wide = FP32 / work.element if layout.context_parallel_size > 1 and zero in (1, 2) else 1
-    reduce = wide * (1 if zero == 3 else 2)
+    reduce = FP32 / work.element * (1 if zero == 3 else 2)
     gradients = _each("gradients", reduce * sent, reduce * seconds, micro_batch=zero >= 2)
     if zero < 3:
         return gradients, _each("weights", min(zero, 1) * sent, min(zero, 1) * seconds, micro_batch=False)

@@ -75,7 +75,7 @@ def build(fields: Mapping[str, Any], *, origins: Mapping[str, str] | None = None
         raise _located(error, origins) from error
 
 
-def build_section(section: type[S], fields: Mapping[str, Any], *, where: str) -> S:
+def build_section[S: Section](section: type[S], fields: Mapping[str, Any], *, where: str) -> S:
     """One part of a recipe from plain values, for example the ModelRecipe of a checkpoint's manifest.
 
     Raises:
@@ -176,7 +176,7 @@ def _suggestion(section: type[Section], key: str, prefix: str) -> str:
     return f"known here are {', '.join(section.model_fields)}"
 
 
-def _validate(section: type[S], fields: dict[str, Any]) -> S:
+def _validate[S: Section](section: type[S], fields: dict[str, Any]) -> S:
     try:
         return section.model_validate(fields)
     except ValidationError as error:

@@ -105,7 +105,7 @@ def stage_memory(recipe: Recipe, layout: Layout, stage: Stage, *, fused_norm: bo
     parameters = parameters_on_rank(recipe.model, layout, stage)
     for count, replicas in parameters:
         weights += element * count / (replicas if zero >= 3 else 1)
-        gradients += FP32 * count / replicas if zero >= 2 else element * count
+        gradients += FP32 * count / replicas if zero >= 2 else (FP32 if zero == 0 else element) * count
         gradients += FP32 * count if zero == 1 and half else 0
         optimizer += (12 if half or zero >= 1 else 8) * count / (replicas if zero >= 1 else 1)
         if recipe.deepspeed.offload_optimizer == "none":
@@ -141,11 +141,9 @@ def offloaded_bytes(recipe: Recipe, layout: Layout) -> int:
 
 
 def _statistics_bytes(recipe: Recipe) -> int:
-    """Bytes a parameter that logging.gradient_statistics keeps: an fp32 weight, and a gradient in fp32, or without ZeRO
-    in the precision of the run. Without ZeRO only the first of the ranks that hold the same keeps any."""
-    if recipe.logging.gradient_statistics.interval is None:
-        return 0
-    return FP32 + (FP32 if recipe.deepspeed.zero_stage >= 1 else ELEMENT_BYTES[recipe.training.precision])
+    """Bytes a parameter that logging.gradient_statistics keeps: a weight and a gradient, both fp32. Without ZeRO only
+    the first of the ranks that hold the same keeps any."""
+    return 0 if recipe.logging.gradient_statistics.interval is None else 2 * FP32
 
 
 def parameters_on_rank(model: ModelRecipe, layout: Layout, stage: Stage) -> list[tuple[float, int]]:
@@ -311,8 +309,9 @@ def _buffers(recipe: Recipe, layout: Layout, stage: Stage, parameters: float) ->
     During backward: with sequence parallelism one gathered input, H a token (of each expert in a mixture); in a
     ring of context parallelism two blocks of keys and values; at a pipeline stage's border one hidden state each way;
     one reduce bucket at ZeRO 1 in fp32, ZeRO 2 and ZeRO 3; ZeRO 3 also the gathered parameters.
-    After backward: the flat copy that is reduced, at most one bucket without ZeRO, and the fp32 gradients of bf16's
-    update; bf16 at ZeRO 1 joins all gradients, in fp32 and in bf16.
+    In bf16 ZeRO 2 and ZeRO 3 widen that bucket to fp32, in which gradients are reduced.
+    After backward: the flat fp32 copy that is reduced, at most one bucket without ZeRO; bf16 at ZeRO 1 joins all of
+    the gradients.
     """
     model, element = recipe.model, ELEMENT_BYTES[recipe.training.precision]
     zero, half = recipe.deepspeed.zero_stage, recipe.training.precision != "fp32"
@@ -325,11 +324,10 @@ def _buffers(recipe: Recipe, layout: Layout, stage: Stage, parameters: float) ->
         elements += 2 * model.hidden_size / _outer(recipe, layout)
     during = elements * tokens_on_rank(recipe, layout) * element
     if zero == 0:
-        flat = element * min(ALLREDUCE_BUCKET_SIZE, parameters)
-        return during, max(flat, FP32 * parameters if half else 0)
+        return during, FP32 * min(ALLREDUCE_BUCKET_SIZE, parameters)
     if zero == 1 and half:
-        return during, (FP32 + element) * parameters
-    during += element * zero_sizes(recipe).reduce_bucket_size
+        return during, FP32 * parameters
+    during += (element + (FP32 if half else 0)) * zero_sizes(recipe).reduce_bucket_size
     if zero == 3:
         during += element * live_parameters(recipe, parameters)
     return during, 0.0

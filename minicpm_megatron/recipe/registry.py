@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterable
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 from minicpm_megatron.errors import UserError
 
@@ -20,7 +20,7 @@ DECAY_SHAPE_GROUP = "minicpm_megatron.decay_shapes"
 T = TypeVar("T")
 
 
-class Registry(Generic[T]):
+class Registry[T]:
     """Entries by name: our own, those registered by code, and those of installed packages (entry points).
 
     Args:

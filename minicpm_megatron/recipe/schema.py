@@ -229,6 +229,9 @@ class TrainingRecipe(Section):
     """Activations computed again in backward: none, the attention core, or whole layers."""
     fused_loss: bool = True
     """LM head and loss in one, chunk by chunk; false: whole logits first, the reference to compare with."""
+    deterministic: bool = False
+    """On CUDA: kernels that give the same bits in every run, so that a resumed run equals one that was never stopped;
+    slower. On CPU runs are so anyway."""
     stop_after: Count | None = None
     """End after this many steps, the schedule unchanged."""
     hang_timeout: Positive = 600.0

@@ -11,7 +11,7 @@ import itertools
 import json
 import math
 import operator
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -304,25 +304,30 @@ def rank_file(rank: int) -> str:
 
 
 def write_single(
-    folder: Path, tensors: Iterable[tuple[str, Tensor]], model: dict[str, Any], state: dict[str, Any]
+    folder: Path,
+    tensors: Iterable[tuple[str, Tensor]],
+    model: dict[str, Any],
+    state: dict[str, Any],
+    moments: Callable[[str], Iterable[tuple[str, Tensor]]] = lambda name: (),
 ) -> None:
-    """A weights-only checkpoint by one process, for instance from a Hugging Face folder.
+    """A checkpoint by one process, for instance from a Hugging Face folder.
 
     Args:
         folder: must not exist; whoever calls renames it to its final name.
-        tensors: (canonical name, whole tensor), one file a tensor so that only one is in memory.
+        tensors: (canonical name, whole tensor), one file a tensor so that only one is in memory, with its moments.
         model: fields of ModelRecipe.
         state: JSON values with "step".
+        moments: name -> (kind, whole tensor); without it the checkpoint has weights alone.
     """
     folder.mkdir(parents=True)
     files = []
     for number, (name, tensor) in enumerate(tensors):
-        spec = ShardSpec(name, tuple(tensor.shape))
-        fragment = Fragment(spec, WEIGHT, 0, tensor.reshape(-1))
-        files.append(write_fragments(folder / f"tensor-{number:05}.safetensors", _one(fragment), {}))
+        pieces = _whole(name, itertools.chain([(WEIGHT, tensor)], moments(name)))
+        files.append(write_fragments(folder / f"tensor-{number:05}.safetensors", pieces, {}))
     write_manifest(folder, files, state=state, facts={"model": model})
     fsync_directory(folder)
 
 
-def _one(fragment: Fragment) -> Iterator[Fragment]:
-    yield fragment
+def _whole(name: str, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[Fragment]:
+    for kind, tensor in tensors:
+        yield Fragment(ShardSpec(name, tuple(tensor.shape)), kind, 0, tensor.reshape(-1))

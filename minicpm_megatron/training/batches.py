@@ -56,11 +56,11 @@ class BatchReader:
         """
         mine = batch(first_sample, global_batch_size, self.rank, self.size, self.micro_batch_size)
         for indices in mine:
-            both = torch.from_numpy(np.stack([self.samples[int(index)] for index in indices])).to(device.device())
+            both = device.from_host(torch.from_numpy(np.stack([self.samples[int(index)] for index in indices])))
             wholes = [both[:, :-1], both[:, 1:]]
             if self.documents:
                 starts = np.stack([self.samples.starts(int(index)) for index in indices])
-                wholes.append(torch.from_numpy(starts).to(device.device()))
+                wholes.append(device.from_host(torch.from_numpy(starts)))
             if row_length is not None:
                 wholes = [whole.reshape(-1, row_length) for whole in wholes]
             if row_length is not None and self.documents:

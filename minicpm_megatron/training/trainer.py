@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from minicpm_megatron.checkpoint import Checkpointer
@@ -20,6 +19,7 @@ from minicpm_megatron.methods.schedules import build_schedule
 from minicpm_megatron.model.config import MiniCPMConfig
 from minicpm_megatron.model.initialize import initialize_parameters
 from minicpm_megatron.parallel import device, groups
+from minicpm_megatron.parallel.determinism import make_deterministic
 from minicpm_megatron.recipe import BatchPlan, Recipe, build, count_parameters, dump_recipe, recipe_hash
 from minicpm_megatron.recipe.dump import RECIPE
 from minicpm_megatron.recipe.parameters import CHECKPOINT_BYTES
@@ -54,7 +54,9 @@ class Trainer:
         self.data = open_data(recipe)  # what is wrong with the data is told before the ranks wait for each other
         # longer than the watchdog's patience, so that it speaks before torch.distributed gives up without a name
         patience = datetime.timedelta(seconds=2 * recipe.training.hang_timeout + 60)
-        groups.initialize(self.layout, timeout=patience)
+        if recipe.training.deterministic:
+            make_deterministic()
+        groups.initialize(self.layout, timeout=patience, seed=recipe.training.seed)
         self.folder = recipe.run_directory
         self.watchdog = Watchdog(
             self.folder, rank=groups.rank(), size=groups.world_size(), timeout=recipe.training.hang_timeout
@@ -76,6 +78,8 @@ class Trainer:
             precision=recipe.training.precision,
             recompute=recipe.training.recompute,
             fused_loss=recipe.training.fused_loss,
+            perform_initialization=False,
+            deterministic_mode=recipe.training.deterministic,
         )
         model = build_model(self.config, recipe)
         newest = self.checkpointer.find_latest()
@@ -90,7 +94,7 @@ class Trainer:
         self.origin: dict[str, Any] | None = None
         self.evaluation_due = False
         # what libraries drew at start-up is not the run's; a checkpoint's own state replaces this
-        torch.manual_seed(recipe.training.seed + groups.rank())
+        groups.seed_generators(recipe.training.seed)
         if newest is not None:
             self._resume(newest)
         elif origin is not None:

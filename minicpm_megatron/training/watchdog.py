@@ -3,6 +3,11 @@
 A collective that hangs says nothing by itself: every rank but one is inside it. So a thread of each rank looks at how
 long ago the rank last made progress. When that is too long it writes down what the rank is doing into the run's folder,
 where all ranks can read it, and the ranks that are in no collective, or do not answer, are named.
+
+Under gloo a rank waits inside the collective. Under NCCL the call returns at once, and the rank waits later, wherever
+it first needs a result: there every rank is in no collective. So each rank also writes down how many collectives it has
+launched in each of its process groups. The ranks that have launched fewer than others of the same group are those that
+the others wait for. Torch does not count messages between two ranks (pipeline stages).
 """
 
 from __future__ import annotations
@@ -16,6 +21,8 @@ import time
 from pathlib import Path
 from types import FrameType
 from typing import Any
+
+from torch.distributed import distributed_c10d
 
 from minicpm_megatron.checkpoint import background
 from minicpm_megatron.storage.atomic import write_json
@@ -82,11 +89,15 @@ def report(found: dict[int, dict[str, Any]], timeout: float) -> str:
     """What the ranks wrote down, in words: first those that the others seem to wait for.
 
     Args:
-        found: rank -> "doing", "host", "collective" (None outside of one) and "place"; empty where it did not answer.
+        found: rank -> "doing", "host", "collective" (None outside of one), "place" and "launched" (name of a process
+            group -> its description and the number of collectives launched); empty where it did not answer.
         timeout: seconds that passed.
     """
     silent = [rank for rank, entry in found.items() if not entry]
     outside = [rank for rank, entry in found.items() if entry and entry["collective"] is None]
+    behind = _behind(found)
+    done = [rank for rank in outside if rank not in behind] if any(rank in behind for rank in outside) else []
+    outside = [rank for rank in outside if rank not in done]
     waiting: dict[tuple[str, str], list[int]] = {}
     for rank, entry in found.items():
         if entry and entry["collective"] is not None:
@@ -95,7 +106,13 @@ def report(found: dict[int, dict[str, Any]], timeout: float) -> str:
     lines += [f"  rank {rank} does not answer: its process is stopped or gone" for rank in silent]
     lines += [
         f"  rank {rank} on {found[rank]['host']} is in no collective: {found[rank]['doing']}, in {found[rank]['place']}"
+        + behind.get(rank, "")
         for rank in outside
+    ]
+    lines += [
+        f"  rank {rank} waits for its device, and has launched what the others have: {found[rank]['doing']}, in"
+        f" {found[rank]['place']}"
+        for rank in done
     ]
     for (collective, doing), ranks in waiting.items():
         subject = f"ranks {', '.join(map(str, ranks))} wait" if len(ranks) > 1 else f"rank {ranks[0]} waits"
@@ -105,6 +122,32 @@ def report(found: dict[int, dict[str, Any]], timeout: float) -> str:
     return "\n".join(lines)
 
 
+def _behind(found: dict[int, dict[str, Any]]) -> dict[int, str]:
+    """Rank -> words on the first process group in which it has launched fewer collectives than another rank."""
+    most: dict[str, int] = {}
+    for entry in found.values():
+        for name, (_, count) in entry.get("launched", {}).items():
+            most[name] = max(count, most.get(name, count))
+    return {
+        rank: next(
+            f"; of {description} it has launched {count:,} collectives where another rank has launched {most[name]:,}"
+            for name, (description, count) in entry["launched"].items()
+            if count < most[name]
+        )
+        for rank, entry in found.items()
+        if any(count < most[name] for name, (_, count) in entry.get("launched", {}).items())
+    }
+
+
+def _launched() -> dict[str, list[Any]]:
+    """Name of each process group of this rank -> [description, number of collectives launched in it].
+
+    Torch 2.13 has no public list of its groups. The names agree between ranks, since all ranks make all groups.
+    """
+    groups: Any = distributed_c10d._world.pg_names
+    return {name: [group.group_desc, group._get_sequence_number_for_group()] for group, name in groups.items()}
+
+
 def _read(path: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_bytes()))
@@ -112,8 +155,9 @@ def _read(path: Path) -> dict[str, Any]:
         return {}
 
 
-def _whereabouts() -> dict[str, str | None]:
-    """The collective that any thread of this process but the saving one is in, and where its main thread is."""
+def _whereabouts() -> dict[str, Any]:
+    """The collective that any thread of this process but the saving one is in, where its main thread is, and how many
+    collectives it has launched."""
     collective = None
     saving = {thread.ident for thread in threading.enumerate() if thread.name == background.THREAD}
     for frame in (frame for thread, frame in sys._current_frames().items() if thread not in saving):
@@ -124,6 +168,7 @@ def _whereabouts() -> dict[str, str | None]:
     return {
         "collective": collective,
         "place": f"{frame.f_code.co_name} ({frame.f_code.co_filename}:{frame.f_lineno})",
+        "launched": _launched(),
     }
 
 

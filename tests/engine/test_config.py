@@ -36,7 +36,7 @@ def test_everything_is_resolved():
     config = deepspeed_config(run, run.check_world_size(2))
     assert config["train_batch_size"] == 16 == 2 * config["gradient_accumulation_steps"] * 2
     assert config["bf16"] == {"enabled": True} and config["zero_optimization"]["stage"] == 2
-    assert config["data_types"] == {"grad_accum_dtype": "fp32"}
+    assert config["data_types"] == {"grad_accum_dtype": "fp32"} and config["communication_data_type"] == "fp32"
     assert "auto" not in json.dumps(config) and "scheduler" not in config and "optimizer" not in config
 
 
@@ -56,6 +56,7 @@ def test_a_users_file_is_laid_over_ours(tmp_path):
     ("theirs", "message"),
     [
         ({"train_batch_size": 32}, "train_batch_size is 32, but training.global_batch_size of the recipe makes it 16"),
+        ({"communication_data_type": "bf16"}, "communication_data_type is 'bf16', but training.precision"),
         ({"gradient_clipping": 0.5}, "gradient_clipping is 0.5, but training.gradient_clipping"),
         ({"zero_optimization": {"stage": 3}}, "zero_optimization.stage is 3, but deepspeed.zero_stage"),
         ({"fp16": {"enabled": True}}, "fp16.enabled is True, but training.precision"),

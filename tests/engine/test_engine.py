@@ -1,4 +1,4 @@
-"""What DeepSpeed does with our rates, weight decay and schedulers: real engines, every stage, two ranks or a GPU."""
+"""What DeepSpeed does with our rates, decay and schedulers: real engines, two ranks (on a GPU one), every stage."""
 
 from __future__ import annotations
 

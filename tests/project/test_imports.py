@@ -26,6 +26,7 @@ ALLOWED = {
     "model": {"methods", "parallel", "recipe"},
     "engine": {"model", "methods", "parallel", "recipe"},
     "checkpoint": {"engine", "model", "methods", "parallel", "recipe"},
+    "megatron_lm": {"model", "methods", "parallel", "recipe"},
     "convert": {"methods", "recipe"},
     "evaluation": {"convert", "methods", "recipe", "data"},
     "training": {"checkpoint", "engine", "model", "methods", "parallel", "recipe", "data"},
@@ -44,7 +45,7 @@ ALLOWED = {
         "evaluation",
     },
 }
-MEGATRON = {"model", "parallel", "engine", "training", "data"}
+MEGATRON = {"model", "parallel", "engine", "training", "data", "megatron_lm"}
 FILES = sorted(PACKAGE.rglob("*.py"))
 SCRIPTS = sorted([*(ROOT / "tools").glob("*.py"), *(ROOT / "examples").glob("*.py")])
 

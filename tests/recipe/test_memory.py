@@ -34,7 +34,7 @@ def estimate(world_size: int, **changes: Any) -> MemoryEstimate:
 def test_state_of_one_rank_is_bytes_times_parameters() -> None:
     total = count_parameters(build(minimal_fields(**DENSE)).model).total
     plain = estimate(1, deepspeed__zero_stage=0)
-    assert (plain.weights, plain.gradients, plain.optimizer) == (2 * total, 2 * total, 12 * total)
+    assert (plain.weights, plain.gradients, plain.optimizer) == (2 * total, 4 * total, 12 * total)
     training = DENSE["training"] | {"precision": "fp32"}
     single = estimate(1, deepspeed__zero_stage=0, training=training)
     assert (single.weights, single.gradients, single.optimizer) == (4 * total, 4 * total, 8 * total)
@@ -44,7 +44,7 @@ def test_each_zero_stage_divides_one_part_more() -> None:
     total = count_parameters(build(minimal_fields(**DENSE)).model).total
     parts = [estimate(4, deepspeed__zero_stage=stage) for stage in range(4)]
     assert [part.optimizer for part in parts] == [12 * total, 3 * total, 3 * total, 3 * total]
-    assert [part.gradients for part in parts] == [2 * total, 6 * total, total, total]
+    assert [part.gradients for part in parts] == [4 * total, 6 * total, total, total]
     assert [part.weights for part in parts] == [2 * total, 2 * total, 2 * total, total // 2]
 
 
@@ -52,10 +52,10 @@ def test_what_gradient_statistics_keep_is_counted_where_it_lies() -> None:
     total = count_parameters(build(minimal_fields(**DENSE)).model).total
     measured = {"logging": {"gradient_statistics": {"interval": 1}}}
     for stage, more in (
-        (0, 6 * total),
+        (0, 8 * total),
         (1, 2 * total),
         (3, 2 * total),
-    ):  # an fp32 weight, and a gradient in bf16 or fp32
+    ):  # a weight and a gradient, both fp32
         plain, kept = (estimate(4, deepspeed__zero_stage=stage, **each) for each in ({}, measured))
         assert kept.gradients - plain.gradients == more and kept.total - plain.total == more
     offloaded = {"deepspeed": {"zero_stage": 2, "offload_optimizer": "cpu"}}
@@ -111,7 +111,7 @@ def test_sizes_in_the_json_are_used(tmp_path: Path) -> None:
     path = tmp_path / "ds.json"
     path.write_text('{"zero_optimization": {"reduce_bucket_size": 1e3, "stage3_prefetch_bucket_size": "auto"}}')
     whole, small = (estimate(4, deepspeed={"zero_stage": 2, "config": name}) for name in (None, str(path)))
-    assert (whole.buffers, small.buffers) == (2 * 500_000_000, 2 * 1000)
+    assert (whole.buffers, small.buffers) == ((2 + 4) * 500_000_000, (2 + 4) * 1000)
 
 
 def test_activations_of_a_layer_are_those_that_autograd_keeps() -> None:

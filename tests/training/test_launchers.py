@@ -43,6 +43,7 @@ def test_both_launchers_make_the_same_run(tmp_path: Path) -> None:
         done = launch(launcher, "--recipe", str(recipe), f"name={launcher}", "training.stop_after=2")
         assert done.returncode == 0, done.stdout
         assert "step 2/2 |" in done.stdout
+        assert "DEPRECATED" not in done.stdout and "No CUDA runtime" not in done.stdout
     first, second = (tmp_path / "runs" / launcher for launcher in ("deepspeed", "torchrun"))
     assert nano.losses(first) == nano.losses(second)
     assert [record[0] for record in nano.losses(first)] == [1, 2, 2]

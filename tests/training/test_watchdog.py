@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import signal
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
 
-from minicpm_megatron.training.watchdog import EXIT_HANG, report
+from minicpm_megatron.training.watchdog import EXIT_HANG, Watchdog, report
 from tests.distributed.forked import Outcome, run_forked
 from tests.training import nano
 
@@ -66,3 +70,40 @@ def test_the_report_puts_the_culprits_first() -> None:
         "  ranks 0, 2 wait in all_reduce: step 3",
     ]
     assert "not in the same one" in report({0: waits, 1: {**waits, "collective": "barrier"}}, 60)
+
+
+def wait_for_the_device(_: torch.Tensor) -> None:
+    """Stands for torch.cuda.synchronize: blocks outside of torch.distributed, as a rank does under NCCL."""
+    time.sleep(60)
+
+
+def launch_and_return(rank: int, case: dict[str, Any]) -> None:
+    """Collectives that return at once, as NCCL's do; the rank `case["hang_rank"]` stops before the last of them."""
+    everyone = dist.new_group(group_desc="DATA_PARALLEL_GROUP")
+    numbers = torch.ones(2)
+    works = [dist.all_reduce(numbers.clone(), group=everyone, async_op=True) for _ in range(3)]
+    for work in works:
+        work.wait()
+    with Watchdog(Path(case["folder"]), rank=rank, size=2, timeout=2.0) as watchdog:
+        watchdog.tick("step 5")
+        if rank != case["hang_rank"]:
+            works.append(dist.all_reduce(numbers, group=everyone, async_op=True))
+        wait_for_the_device(numbers)
+
+
+@pytest.mark.parametrize("culprit", [0, 1])
+def test_a_rank_is_named_where_collectives_return_at_once(culprit: int, tmp_path: Path) -> None:
+    case = {"folder": str(tmp_path), "hang_rank": culprit}
+    (outcome,) = run_forked("tests.training.test_watchdog:launch_and_return", [case])
+    assert [rank.status for rank in outcome] == [EXIT_HANG, EXIT_HANG]
+    log = outcome[0].log
+    named = [line for line in log.splitlines() if "is in no collective" in line]
+    assert len(named) == 1 and f"rank {culprit} on" in named[0], log
+    assert "of DATA_PARALLEL_GROUP it has launched 3 collectives where another rank has launched 4" in named[0]
+    assert f"rank {1 - culprit} waits for its device, and has launched what the others have: step 5" in log
+
+
+def test_ranks_that_have_launched_the_same_are_all_named() -> None:
+    entry = {"doing": "step 3", "host": "a", "collective": None, "place": "synchronize (x.py:1)"}
+    found = {rank: entry | {"launched": {"0": ["default_pg", 7]}} for rank in range(2)}
+    assert report(found, 60).count("is in no collective") == 2

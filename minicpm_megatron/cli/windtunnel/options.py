@@ -6,7 +6,7 @@ import argparse
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeAlias, TypeVar
+from typing import TypeVar
 
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.methods.economics import DECAY_SHARE
@@ -20,7 +20,7 @@ from minicpm_megatron.windtunnel.queue import Outcome, Queue
 T = TypeVar("T")
 Plan = Callable[[argparse.Namespace, Recipe], Experiment]
 Run = Callable[[argparse.Namespace, Path], Ended]
-Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+type Subparsers = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def add_recipe_options(command: argparse.ArgumentParser) -> None:
@@ -89,7 +89,7 @@ def say(line: str) -> None:
     print(line, flush=True)
 
 
-def parse_list(text: str, convert: Callable[[str], T], where: str) -> tuple[T, ...]:
+def parse_list[T](text: str, convert: Callable[[str], T], where: str) -> tuple[T, ...]:
     """Values that commas separate; UserError at `where` where one cannot be read."""
     try:
         return tuple(convert(part.strip()) for part in text.split(","))

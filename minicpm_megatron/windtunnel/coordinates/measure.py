@@ -69,8 +69,10 @@ def measure(
 
     if layout.pipeline_model_parallel_size > 1:
         raise UserError("activations of other stages are not seen", where="parallel.pipeline_model_parallel_size")
-    config = MiniCPMConfig.from_recipe(recipe.model, recipe.parallel, precision=recipe.training.precision)
-    model = MiniCPMModel(config).to(device.device())
+    config = MiniCPMConfig.from_recipe(
+        recipe.model, recipe.parallel, precision=recipe.training.precision, perform_initialization=False
+    )
+    model = MiniCPMModel(config)
     initialize_parameters(model, config, recipe.training.seed)
     if spoil is not None:
         spoil(model)

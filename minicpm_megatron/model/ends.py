@@ -1,0 +1,36 @@
+"""What MiniCPM's language models put in the place of Megatron-Core's before the first layer and after the last."""
+
+from __future__ import annotations
+
+from megatron.core.models.common.language_module.language_module import LanguageModule
+from torch import Tensor
+
+from minicpm_megatron.methods.rope import rope_of
+from minicpm_megatron.model.config import MiniCPMConfig
+from minicpm_megatron.model.head import LanguageModelHead
+from minicpm_megatron.model.loss import token_losses
+from minicpm_megatron.model.rope import MiniCPMRotaryEmbedding
+
+
+class MiniCPMEnds(LanguageModule):
+    """Rotary positions with a scaled base, an LM head that knows its loss, no probability for vocabulary padding."""
+
+    config: MiniCPMConfig
+    post_process: bool
+
+    def replace_ends(self) -> None:
+        """Replace what the constructor of GPTModel or HybridModel has built."""
+        self.rotary_pos_emb = MiniCPMRotaryEmbedding(
+            rope_of(self.config), on_cpu=bool(self.config.use_cpu_initialization), cp_group=self.pg_collection.cp
+        )
+        if self.post_process:
+            self.output_layer = LanguageModelHead.of(self.get_submodule("output_layer"))
+
+    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
+        """`loss.token_losses` of [s, b, local vocabulary] logits against [b, s] labels."""
+        return token_losses(self.config, logits, labels)
+
+    def fused_losses(self, hidden_states: Tensor, labels: Tensor, loss_mask: Tensor | None) -> Tensor:
+        """Losses without logits, fp32 [b, s], of [s, b, hidden_size] after the final norm against [b, s] labels."""
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        return self.output_layer(hidden_states, weight=weight, labels=labels, loss_mask=loss_mask)
