@@ -24,6 +24,7 @@ ON_THE_DEVICE = (
     "methods/test_decay_statistics.py",
     "methods/test_torch_schedulers.py",
     "model",
+    "parallel/test_determinism.py",
     "training",
 )
 

@@ -51,8 +51,7 @@ def need(count: int) -> None:
 
 def deterministic() -> None:
     """Let this process's kernels on the GPU add in a fixed order, for a test that compares bits."""
-    import torch
-
     if on_cuda():
-        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read when cuBLAS is first used
-        torch.use_deterministic_algorithms(True)
+        from minicpm_megatron.parallel.determinism import make_deterministic
+
+        make_deterministic()

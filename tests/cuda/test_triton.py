@@ -52,6 +52,7 @@ def kernels(logits: Tensor, labels: Tensor, factor: Tensor) -> tuple[Tensor, Ten
         (7, BLOCK + 1, None),
         (5, 5003, 5120),  # a chunk's buffer may be wider than its columns
         (64, 122_753, None),
+        (64, 122_753, 122_880),
         (64, 122_753 // 2 + 1, None),
     ],
 )

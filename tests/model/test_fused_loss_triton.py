@@ -13,7 +13,7 @@ import torch
 
 from minicpm_megatron import VocabParallelLinearCrossEntropy
 from minicpm_megatron.errors import UserError
-from tests.device import on_cuda
+from tests.device import on_cuda, put
 from tests.distributed.launch import run_on_ranks
 
 INSTALLED = importlib.util.find_spec("triton") is not None
@@ -101,6 +101,17 @@ def test_both_kernels_give_the_same(distances: Any, dtype: str, settings: str) -
 def test_kernels_keep_to_their_columns(distances: Any, what: str) -> None:
     assert distances[1][what] < 1e-6  # fp32; measured 1e-7
     assert distances[1]["beyond the columns"] == 0
+
+
+@needs_triton
+def test_fp64_keeps_its_digits() -> None:
+    """The kernels compute in fp32: asked for they are refused, and "auto" is torch's."""
+    hidden, weight = (put(torch.randn(rows, HIDDEN, dtype=torch.float64)) for rows in (TOKENS, 50))
+    labels = put(torch.arange(TOKENS))
+    with pytest.raises(UserError, match="compute in fp32, and the inputs are torch.float64"):
+        VocabParallelLinearCrossEntropy(kernels="triton")(hidden, weight, labels)
+    auto, own = (VocabParallelLinearCrossEntropy(kernels=kind)(hidden, weight, labels) for kind in ("auto", "torch"))
+    assert torch.equal(auto, own)
 
 
 @pytest.mark.skipif(INSTALLED, reason="says what happens without Triton")

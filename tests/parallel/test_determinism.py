@@ -13,6 +13,7 @@ from minicpm_megatron.errors import UserError
 from minicpm_megatron.model import attention, document_attention
 from minicpm_megatron.parallel.determinism import ENVIRONMENT, make_deterministic
 from minicpm_megatron.recipe import Layout, build
+from tests.device import put
 from tests.distributed.forked import run_forked
 
 
@@ -108,7 +109,7 @@ def train(rank: int, case: dict[str, Any]) -> list[list[float]]:
         engine.train()
         chance, numbers = torch.Generator().manual_seed(0), []
         for _ in range(3):
-            tokens = torch.randint(64, (2, 2, 9), generator=chance)
+            tokens = put(torch.randint(64, (2, 2, 9), generator=chance))
             batches = [(micro[:, :-1].contiguous(), micro[:, 1:].contiguous()) for micro in tokens]
             numbers += [float(engine.accumulate(batches, 2)), engine.step().gradient_norm]
         found.append(numbers)
