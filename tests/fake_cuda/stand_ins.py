@@ -28,7 +28,7 @@ def install() -> None:
     triton.statistics, triton.differentiate_ = _statistics, _differentiate_  # type: ignore[attr-defined]
     sys.modules[triton.__name__] = triton
     # the same kernels whether Triton is installed or not
-    fused_loss_chunks._use_triton = lambda kernels, device: device.type == "cuda"
+    fused_loss_chunks._use_triton = lambda kernels, device, dtype: device.type == "cuda"
     # compiled in a minute, and made for numbers; the moments are those of DeepSpeed's own class
     operation = SimpleNamespace(create_adam=_ignore, adam_update=_ignore, destroy_adam=_ignore)
     CPUAdamBuilder.load = lambda builder: operation
