@@ -12,7 +12,7 @@
 # What must be there: python3 (3.12) with torch's CUDA build, and Triton as it comes with torch. The project's other
 # packages are taken from the first of these that is there:
 #   .venv/      as `make environment` makes it
-#   .whl/       wheels, which are installed without a network into .venv-gpu/ on top of python3's own packages
+#   .whl/       wheels, which are unpacked into .whl/site/ and come before python3's own packages; pip is not needed
 #   python3     as it is
 # Wheels are made on a machine that has the environment:
 #   .venv/bin/pip freeze --exclude-editable | grep -viE '^(torch|triton|nvidia|cuda)' > wheels.txt
@@ -24,13 +24,12 @@ PYTHON=python3
 if [ -x .venv/bin/python ]; then
   PYTHON=.venv/bin/python
 elif compgen -G '.whl/*.whl' > /dev/null; then
-  [ -x .venv-gpu/bin/python ] || python3 -m venv --system-site-packages .venv-gpu
-  .venv-gpu/bin/python -m pip install --quiet --disable-pip-version-check --no-index --no-deps .whl/*.whl
-  PYTHON=.venv-gpu/bin/python
+  for wheel in .whl/*.whl; do "$PYTHON" -m zipfile --extract "$wheel" .whl/site; done
+  PYTHONPATH=$PWD/.whl/site${PYTHONPATH:+:$PYTHONPATH}
 fi
-"$PYTHON" -c 'import torch' || { echo "error: $PYTHON has no torch; docs/gpu.md says what is needed" >&2; exit 2; }
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+"$PYTHON" -c 'import torch' || { echo "error: $PYTHON has no torch; see the head of benchmarks/gpu.sh" >&2; exit 2; }
 
 source examples/gpu_environment.sh
 
-export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 exec "$PYTHON" -m benchmarks.gpu "$@"
