@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 VARIABLE = "MINICPM_TEST_DEVICE"
 VISIBLE = "CUDA_VISIBLE_DEVICES"
-ON_CPU = {VARIABLE: "cpu", VISIBLE: ""}
+ON_CPU = {VARIABLE: "cpu", VISIBLE: "", "DS_ACCELERATOR": "cpu"}
 """Environment of a process that computes a reference on the CPU beside tests that use the GPU."""
 
 
