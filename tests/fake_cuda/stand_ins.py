@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tests.fake_cuda.machine import patch
+
 
 def install() -> None:
     """Lay all of them."""
@@ -27,8 +29,9 @@ def install() -> None:
     triton = ModuleType("minicpm_megatron.model.fused_loss_triton")
     triton.statistics, triton.differentiate_ = _statistics, _differentiate_  # type: ignore[attr-defined]
     sys.modules[triton.__name__] = triton
-    # the same kernels whether Triton is installed or not
-    fused_loss_chunks._use_triton = lambda kernels, device, dtype: device.type == "cuda"
+    # the same kernels whether Triton is installed or not: the loss asks whether it could be imported
+    finder = SimpleNamespace(find_spec=lambda name: name)
+    patch(fused_loss_chunks, importlib=SimpleNamespace(util=finder))
     # compiled in a minute, and made for numbers; the moments are those of DeepSpeed's own class
     operation = SimpleNamespace(create_adam=_ignore, adam_update=_ignore, destroy_adam=_ignore)
     CPUAdamBuilder.load = lambda builder: operation

@@ -10,7 +10,10 @@ import pytest
 from tests.fake_cuda import launch, records
 from tests.fake_cuda.cases import ENGINES
 
-pytestmark = pytest.mark.skipif(launch.missing() is not None, reason=str(launch.missing()))
+pytestmark = [
+    pytest.mark.skipif(launch.missing() is not None, reason=str(launch.missing())),
+    pytest.mark.timeout(900),  # a process runs many cases
+]
 
 
 @functools.cache

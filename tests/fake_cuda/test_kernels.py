@@ -9,7 +9,10 @@ import pytest
 from tests.fake_cuda import launch, records
 from tests.fake_cuda.cases import AS_RUN, KERNELS
 
-pytestmark = pytest.mark.skipif(launch.missing_triton() is not None, reason=str(launch.missing_triton()))
+pytestmark = [
+    pytest.mark.skipif(launch.missing_triton() is not None, reason=str(launch.missing_triton())),
+    pytest.mark.timeout(900),  # one process runs every case of the file
+]
 
 
 @pytest.fixture(scope="module")

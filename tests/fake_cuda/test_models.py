@@ -9,7 +9,10 @@ import pytest
 from tests.fake_cuda import launch, records
 from tests.fake_cuda.cases import MODELS
 
-pytestmark = pytest.mark.skipif(launch.missing() is not None, reason=str(launch.missing()))
+pytestmark = [
+    pytest.mark.skipif(launch.missing() is not None, reason=str(launch.missing())),
+    pytest.mark.timeout(900),  # one process runs every case of the file
+]
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,7 @@ def test_extrapolation_and_time() -> None:
     assert roofline.extrapolate("attention", one, two, layers=4).flops == 5e12  # its causal half
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.skipif(launch.missing() is not None, reason=str(launch.missing()))
 def test_parts_of_a_step_of_one_sample() -> None:
     parts = {part.name: part for part in roofline.measure(samples=1, micro_batches=1, recompute="none")}
