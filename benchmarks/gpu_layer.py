@@ -15,6 +15,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -81,7 +82,9 @@ def main() -> None:
 
         return step
 
-    ways = {"eager": layer} if given.no_compile else {"eager": layer, "torch.compile": torch.compile(layer)}
+    ways: dict[str, Any] = (
+        {"eager": layer} if given.no_compile else {"eager": layer, "torch.compile": torch.compile(layer)}
+    )
     found: dict[str, dict[str, float] | str] = {}
     for name, module in ways.items():
         try:

@@ -8,7 +8,7 @@ may stay on the CPU, to which `.cpu()` brings what they are compared with.
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 if TYPE_CHECKING:
     import torch
@@ -33,7 +33,7 @@ def device() -> torch.device:
 
 def put[Value: torch.Tensor | torch.nn.Module](value: Value) -> Value:
     """A tensor or a module on `device`. Draw tensors on the CPU first, so that both devices see the same numbers."""
-    return value.to(device())
+    return cast(Value, value.to(device()))
 
 
 def ranks(on_cpu: int) -> int:
