@@ -58,7 +58,7 @@ class Case:
 
     @property
     def flops(self) -> float:
-        """Of the three matrix products over all ranks."""
+        """TFLOP/s of the three matrix products over all ranks."""
         return 6.0 * self.tokens * self.vocabulary * self.hidden
 
 

@@ -59,7 +59,7 @@ def last_json(output: str) -> Any:
 
 
 def tests_rows(output: str) -> Rows:
-    """How many tests ended how, and the names of what failed, also of a pytest that was ended before its summary."""
+    """Count the tests by outcome and name the failed ones, also for a pytest that was ended before its summary."""
     ended = re.findall(r"^(\S+::.*?) (PASSED|FAILED|SKIPPED|ERROR)\b", output, re.MULTILINE)
     if not ended:
         raise ValueError("no test has ended")

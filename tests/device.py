@@ -1,6 +1,6 @@
 """The device on which tests compute: the CPU, or with `pytest --device cuda` one GPU.
 
-tests/conftest.py decides and tells it to every process that the tests start, through `VARIABLE`. By default no process
+tests/conftest.py decides, and passes it to every process that the tests start, in `VARIABLE`. By default no process
 sees a GPU, so that a test says the same on every machine. Tests make what they give to a model with `put`; references
 may stay on the CPU, to which `.cpu()` brings what they are compared with.
 """
@@ -20,7 +20,7 @@ ON_CPU = {VARIABLE: "cpu", VISIBLE: "", "DS_ACCELERATOR": "cpu"}
 
 
 def on_cuda() -> bool:
-    """Whether tests use the GPU."""
+    """Return whether tests use the GPU."""
     return os.environ.get(VARIABLE) == "cuda"
 
 

@@ -43,8 +43,8 @@ def check_output(target: Path, *, source: Path, overwrite: bool) -> None:
 
 
 def _is_model(folder: Path) -> bool:
-    """Whether it is one model. A folder in which Megatron-LM has saved has more beside a conversion of ours, and is no
-    model of that kind: replacing it would remove every iteration."""
+    """Return whether a folder is one model. Where Megatron-LM has saved, there is more beside a conversion of ours: to
+    replace such a folder would remove every iteration."""
     return any((folder / name).is_file() for name in _MODEL_FILES) or _TORCH_DIST >= {p.name for p in folder.iterdir()}
 
 

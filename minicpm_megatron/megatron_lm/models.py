@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
@@ -45,62 +45,53 @@ class _OwnFields:
 
 @dataclass(kw_only=True)
 class MiniCPMModelConfig(_OwnFields, GPTModelConfig):
-    """What `MiniCPMModelBuilder` builds; `transformer` is a MiniCPMConfig."""
+    """Megatron-LM's model config for `MiniCPMModelBuilder`; `transformer` is a MiniCPMConfig."""
 
     builder: ClassVar[str] = "minicpm_megatron.megatron_lm.models.MiniCPMModelBuilder"
 
 
 @dataclass(kw_only=True)
 class MiniCPMHybridModelConfig(_OwnFields, HybridModelConfig):
-    """What `MiniCPMHybridModelBuilder` builds; `transformer` is a MiniCPMConfig."""
+    """Megatron-LM's model config for `MiniCPMHybridModelBuilder`; `transformer` is a MiniCPMConfig."""
 
     builder: ClassVar[str] = "minicpm_megatron.megatron_lm.models.MiniCPMHybridModelBuilder"
 
 
-class MiniCPMModelBuilder(GPTModelBuilder):
+class _Builder:
+    """The signature of Megatron-LM's builders over `_build`, which is given a stage's arguments."""
+
+    _model_config: Any
+    _build: Callable[..., Any]
+
+    def build_model(
+        self,
+        pg_collection: Any,
+        pre_process: bool | None = None,
+        post_process: bool | None = None,
+        vp_stage: int | None = None,
+    ) -> Any:
+        """Build one pipeline stage; see Megatron-LM."""
+        given = {"pre_process": pre_process, "post_process": post_process}
+        return self._build(
+            self._model_config.transformer,
+            pg_collection=pg_collection,
+            vp_stage=vp_stage,
+            parallel_output=self._model_config.parallel_output,
+            **{name: value for name, value in given.items() if value is not None},
+        )
+
+
+class MiniCPMModelBuilder(_Builder, GPTModelBuilder):
     """Megatron-LM's GPTModelBuilder for `MiniCPMModel`."""
 
-    def build_model(
-        self,
-        pg_collection: Any,
-        pre_process: bool | None = None,
-        post_process: bool | None = None,
-        vp_stage: int | None = None,
-    ) -> MiniCPMModel:
-        """One pipeline stage; see Megatron-LM."""
-        return MiniCPMModel(
-            self._model_config.transformer,
-            pg_collection=pg_collection,
-            vp_stage=vp_stage,
-            parallel_output=self._model_config.parallel_output,
-            **_stage(pre_process, post_process),
-        )
+    _build = MiniCPMModel
 
 
-class MiniCPMHybridModelBuilder(HybridModelBuilder):
+class MiniCPMHybridModelBuilder(_Builder, HybridModelBuilder):
     """Megatron-LM's HybridModelBuilder for `MiniCPMHybridModel`."""
 
-    def build_model(
-        self,
-        pg_collection: Any,
-        pre_process: bool | None = None,
-        post_process: bool | None = None,
-        vp_stage: int | None = None,
-    ) -> MiniCPMHybridModel:
-        """One pipeline stage; see Megatron-LM."""
-        return MiniCPMHybridModel(
-            self._model_config.transformer,
-            self._model_config.hybrid_layer_pattern,
-            pg_collection=pg_collection,
-            vp_stage=vp_stage,
-            parallel_output=self._model_config.parallel_output,
-            **_stage(pre_process, post_process),
-        )
-
-
-def _stage(pre_process: bool | None, post_process: bool | None) -> dict[str, bool]:
-    given = {"pre_process": pre_process, "post_process": post_process}
-    return {name: value for name, value in given.items() if value is not None}
+    def _build(self, config: MiniCPMConfig, **stage: Any) -> MiniCPMHybridModel:
+        return MiniCPMHybridModel(config, self._model_config.hybrid_layer_pattern, **stage)
 
 
 def minicpm_config_from_args(args: argparse.Namespace) -> MiniCPMConfig:
@@ -123,7 +114,7 @@ def minicpm_config_from_args(args: argparse.Namespace) -> MiniCPMConfig:
 
 
 def minicpm_model_config_from_args(args: argparse.Namespace) -> ModelConfig:
-    """What Megatron-LM's `pretrain` builds `MiniCPMModel` from, or with --hybrid-layer-pattern `MiniCPMHybridModel`.
+    """Return Megatron-LM's config of `MiniCPMModel`, or with --hybrid-layer-pattern of `MiniCPMHybridModel`.
 
     Raises:
         UserError: --spec is given, which would be ignored; and see `check_arguments`, `minicpm_config_from_args`.

@@ -1,4 +1,4 @@
-"""What Megatron-LM's `pretrain` asks a script for: datasets, batches, forward step, loss; and `main`, which starts it.
+"""Parts of a script for Megatron-LM's `pretrain`: datasets, batches, forward step, loss; and `main`, which starts it.
 
 The paper has nothing to say about any of it: this is causal language modelling on Megatron-Core's GPTDataset.
 """
@@ -67,7 +67,7 @@ build_datasets.is_distributed = True  # type: ignore[attr-defined]
 
 
 def document_starts(tokens: Tensor, end_of_document: int) -> Tensor:
-    """Where the document of every token begins, for `document_attention`; an end-of-document token belongs to its own.
+    """Return the `starts` of `document_attention`; an end-of-document token belongs to the document that it ends.
 
     Args:
         tokens: int64 [b, s].
@@ -127,7 +127,7 @@ def next_batch(data: Iterator[dict[str, Tensor]] | None, vp_stage: int | None) -
 
 
 def sum_of_losses(mask: Tensor | None, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """What Megatron-LM makes of one micro-batch.
+    """One micro-batch as Megatron-LM reads it.
 
     Args:
         mask: [b, s], a factor on each token's loss.
@@ -158,7 +158,7 @@ def forward_step(data: Iterator[dict[str, Tensor]] | None, model: torch.nn.Modul
 
 
 def main() -> None:
-    """What examples/megatron_lm/pretrain_minicpm.py runs.
+    """Run examples/megatron_lm/pretrain_minicpm.py.
 
     Raises:
         UserError: this machine has no GPU, or see `train`.

@@ -32,7 +32,7 @@ RATE_TOLERANCE = 1e-9  # relative; rates are products of three doubles
 
 
 class Width(Protocol):
-    """What decides the width multiplier of a model."""
+    """Fields that decide the width multiplier of a model."""
 
     @property
     def hidden_size(self) -> int: ...
@@ -45,7 +45,7 @@ class Width(Protocol):
 
 
 class Shape(Width, Protocol):
-    """What the table needs to know of a model; `ModelRecipe` and `MiniCPMConfig` both have it."""
+    """Fields of a model that the table reads; `ModelRecipe` and `MiniCPMConfig` both have them."""
 
     @property
     def init_method_std(self) -> float: ...

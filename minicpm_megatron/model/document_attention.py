@@ -74,7 +74,7 @@ def _bounds(starts: Tensor) -> list[list[int]]:
 
 
 def _ends(starts: Tensor) -> tuple[Tensor, int]:
-    """Where documents begin and the last one ends, int32 [documents + 1], in all rows joined; the longest's length."""
+    """Document boundaries in all rows joined, int32 [documents + 1], and the length of the longest document."""
     rows, length = starts.shape
     first = (starts == torch.arange(length, device=starts.device)).flatten().nonzero().flatten()
     ends = torch.cat([first, first.new_tensor([rows * length])]).to(torch.int32)

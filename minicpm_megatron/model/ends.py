@@ -1,6 +1,8 @@
-"""What MiniCPM's language models put in the place of Megatron-Core's before the first layer and after the last."""
+"""Parts of MiniCPM's language models before the first layer and after the last, in the place of Megatron-Core's."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from torch import Tensor
@@ -17,6 +19,17 @@ class MiniCPMEnds(LanguageModule):
 
     config: MiniCPMConfig
     post_process: bool
+
+    @staticmethod
+    def arguments(config: MiniCPMConfig) -> dict[str, Any]:
+        """Return the arguments that the constructors of GPTModel and HybridModel share."""
+        return {
+            "vocab_size": config.padded_vocab_size(),
+            "max_sequence_length": config.max_position_embeddings,
+            "share_embeddings_and_output_weights": not config.untie_embeddings_and_output_weights,
+            "position_embedding_type": "rope",
+            "rotary_base": config.rotary_base,
+        }
 
     def replace_ends(self) -> None:
         """Replace what the constructor of GPTModel or HybridModel has built."""

@@ -141,12 +141,8 @@ class MiniCPMHybridModel(MiniCPMEnds, HybridModel):
         super().__init__(
             config=hybrid_config(config),
             hybrid_stack_spec=_hybrid_stack_spec(in_minicpm_model=True),
-            vocab_size=config.padded_vocab_size(),
-            max_sequence_length=config.max_position_embeddings,
             hybrid_layer_pattern=hybrid_layer_pattern or hybrid_pattern(config),
-            share_embeddings_and_output_weights=not config.untie_embeddings_and_output_weights,
-            position_embedding_type="rope",
-            rotary_base=config.rotary_base,
+            **self.arguments(config),
             **keywords,
         )
         self.replace_ends()

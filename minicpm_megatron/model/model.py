@@ -27,11 +27,7 @@ class MiniCPMModel(MiniCPMEnds, GPTModel):
         super().__init__(
             config=config,
             transformer_layer_spec=block_of(layer_spec(config, keywords.get("vp_stage"))),
-            vocab_size=config.padded_vocab_size(),
-            max_sequence_length=config.max_position_embeddings,
-            share_embeddings_and_output_weights=not config.untie_embeddings_and_output_weights,
-            position_embedding_type="rope",
-            rotary_base=config.rotary_base,
+            **self.arguments(config),
             **keywords,
         )
         self.replace_ends()

@@ -34,7 +34,7 @@ class SpecFunction[Spec: TransformerBlockSubmodules](TransformerBlockSubmodules)
 
     @property  # type: ignore[override]
     def layer_specs(self) -> list[ModuleSpec] | None:
-        """Of the model that Megatron-LM's arguments describe.
+        """Layer specs of the model that Megatron-LM's arguments describe.
 
         Raises:
             UserError: Megatron-LM's trainer does not run, or it cuts the model into virtual pipeline stages, which only

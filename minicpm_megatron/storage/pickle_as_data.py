@@ -54,7 +54,7 @@ class Description:
 
 
 def read_pickle_as_data(content: bytes, allowed: Callable[[str], bool], *, where: str) -> Any:
-    """What a pickle holds: plain values, lists, dictionaries, sets and tuples, and `Description`s of all other objects.
+    """Return a pickle's plain values, lists, dictionaries, sets and tuples, and `Description`s of all other objects.
 
     Args:
         content: the pickle.

@@ -96,8 +96,8 @@ def report(found: dict[int, dict[str, Any]], timeout: float) -> str:
     silent = [rank for rank, entry in found.items() if not entry]
     outside = [rank for rank, entry in found.items() if entry and entry["collective"] is None]
     behind = _behind(found)
-    done = [rank for rank in outside if rank not in behind] if any(rank in behind for rank in outside) else []
-    outside = [rank for rank in outside if rank not in done]
+    culprits = [rank for rank in outside if rank in behind] or outside
+    done = [rank for rank in outside if rank not in culprits]
     waiting: dict[tuple[str, str], list[int]] = {}
     for rank, entry in found.items():
         if entry and entry["collective"] is not None:
@@ -107,7 +107,7 @@ def report(found: dict[int, dict[str, Any]], timeout: float) -> str:
     lines += [
         f"  rank {rank} on {found[rank]['host']} is in no collective: {found[rank]['doing']}, in {found[rank]['place']}"
         + behind.get(rank, "")
-        for rank in outside
+        for rank in culprits
     ]
     lines += [
         f"  rank {rank} waits for its device, and has launched what the others have: {found[rank]['doing']}, in"
@@ -128,15 +128,13 @@ def _behind(found: dict[int, dict[str, Any]]) -> dict[int, str]:
     for entry in found.values():
         for name, (_, count) in entry.get("launched", {}).items():
             most[name] = max(count, most.get(name, count))
-    return {
-        rank: next(
-            f"; of {description} it has launched {count:,} collectives where another rank has launched {most[name]:,}"
-            for name, (description, count) in entry["launched"].items()
-            if count < most[name]
-        )
-        for rank, entry in found.items()
-        if any(count < most[name] for name, (_, count) in entry.get("launched", {}).items())
-    }
+    behind: dict[int, str] = {}
+    for rank, entry in found.items():
+        for name, (description, count) in entry.get("launched", {}).items():
+            if count < most[name]:
+                said = f"; of {description} it has launched {count:,} collectives where another rank has launched"
+                behind.setdefault(rank, f"{said} {most[name]:,}")
+    return behind
 
 
 def _launched() -> dict[str, list[Any]]:

@@ -104,7 +104,7 @@ def point_to(folder: Path, name: str, content: bytes) -> None:
 
 
 class Bomb:
-    """What unpickling it would leave: a folder."""
+    """An object that would make a folder when it is unpickled."""
 
     def __reduce__(self) -> Any:
         return os.mkdir, ("made",)

@@ -19,7 +19,7 @@ UNTIED: dict[str, Any] = {"untie_embeddings_and_output_weights": True}
 
 
 def fields_of(fields: dict[str, Any]) -> dict[str, Any]:
-    """Of a model of two layers, unless `fields` say more."""
+    """Arguments of a model of two layers, unless `fields` say more."""
     return {"num_layers": 2} | fields
 
 
@@ -34,7 +34,7 @@ def case(do: str, folder: Path, fields: dict[str, Any], how: dict[str, Any]) -> 
 
 
 def run(cases: list[dict[str, Any]]) -> list[list[Any]]:
-    """What the ranks of every case return."""
+    """Results of the ranks of every case."""
     outcomes = run_forked("tests.convert.megatron_core:worker", cases)
     for each, ranks in zip(cases, outcomes, strict=True):
         for rank in ranks:

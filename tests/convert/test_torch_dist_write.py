@@ -90,7 +90,7 @@ def test_there_and_back(name: str, written: Path, tmp_path: Path) -> None:
     "fields", [{}, UNTIED, EXPERTS, {"num_query_groups": 8, "parametrization": "standard"}], ids=str
 )
 def test_arguments_describe_the_model_and_no_other(fields: dict[str, Any]) -> None:
-    """Of each argument that changes logits another value is refused by name."""
+    """For each argument that changes logits, another value is refused by name."""
     model = model_of(fields)
     args = args_of_model(model)
     check_args(args, model, "here")

@@ -1,4 +1,4 @@
-"""What `parallel.device` says and does where there is a GPU."""
+"""`parallel.device` on a machine with a GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What DeepSpeed does with our rates, decay and schedulers: real engines, two ranks (on a GPU one), every stage."""
+"""Learning rates, decay and schedulers under DeepSpeed: real engines, two ranks (on a GPU one), every stage."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What runs on the pretended machine: names and settings, without torch."""
+"""Cases that run on the pretended machine: names and settings, without torch."""
 
 from __future__ import annotations
 

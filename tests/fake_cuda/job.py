@@ -1,4 +1,4 @@
-"""What the scripts share: a recipe on ranks of which one exists, every case on its own, results as a line of JSON."""
+"""Shared parts of the scripts: a recipe on ranks of which one exists, each case alone, results as a line of JSON."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ SHIM = "FAKE_CUDA_SHIM"  # the environment's name for the path of the compiled s
 
 @functools.cache
 def missing() -> str | None:
-    """What the pretended machine needs and this one lacks; None: nothing."""
+    """Name what the pretended machine needs and this one lacks; None: nothing."""
     if shutil.which("cc") is None:
         return "no C compiler (cc) for tests/fake_cuda/shim.c"
     if sys.platform != "linux":
@@ -43,7 +43,7 @@ def missing_triton() -> str | None:
 
 
 def run(script: str, *arguments: str, shim: bool = True, **environment: str) -> Any:
-    """What `python -m tests.fake_cuda.SCRIPT ARGUMENTS` prints as the last line, which is JSON.
+    """Run `python -m tests.fake_cuda.SCRIPT ARGUMENTS` and return its last line, which is JSON.
 
     Raises:
         AssertionError: it failed; its output is the message.

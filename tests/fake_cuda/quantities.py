@@ -28,7 +28,7 @@ def named(what: str, quantities: Quantities) -> Quantities:
 
 
 def per_layer(what: str, one: Quantities, two: Quantities) -> Quantities:
-    """Of a layer, and of all else, from the quantities of models of one and two layers."""
+    """Quantities of a layer, and of all else, from those of models of one and two layers."""
     layer = {name: two.get(name, 0) - one.get(name, 0) for name in one | two}
     rest = {name: one.get(name, 0) - value for name, value in layer.items()}
     found = named(f"{what}, a layer", layer) | named(f"{what}, all else", rest)

@@ -79,7 +79,7 @@ def _step(engine: Engine, batches: Iterator[tuple[torch.Tensor, ...]]) -> tuple[
 
 
 def _rest_of_a_run(engine: Engine) -> list[str]:
-    """What the trainer does beside plain steps: evaluation, gradient statistics, a step refused, a save."""
+    """Run the trainer's work beside plain steps: evaluation, gradient statistics, a step refused, a save."""
     batches = engine.layout.world_size * MICRO_BATCHES
     reader = BatchReader(_Samples(), micro_batch_size=1, rank=0, size=engine.layout.world_size)
     evaluate(engine, {"set": HeldOut(reader, batches=1, global_batch_size=batches, bytes_per_token=1.0)})

@@ -1,4 +1,4 @@
-"""What one step of MiniCPM-2.4B does on one rank, by parts, measured at one and two layers; `roofline` starts this.
+"""One step of MiniCPM-2.4B on one rank, by parts, measured at one and two layers; `roofline` starts this.
 
 Arguments: samples of the step, its micro-batches, and training.recompute.
 """

@@ -20,7 +20,7 @@ INSTALLED = f"{Path(torch.__file__).parents[1]}{os.sep}"
 LIBRARIES = tuple(f"{INSTALLED}{name}{os.sep}" for name in ("deepspeed", "megatron"))
 
 found: Counter[str] = Counter()
-"""How often at each place, as `KIND PLACE`. Kinds: item (numbers are read), shape (the size of a result depends on
+"""Count host waits by place, as `KIND PLACE`. Kinds: item (numbers are read), shape (the size of a result depends on
 numbers), copy to cpu, copy to cuda (unless asynchronous), synchronize."""
 
 
@@ -30,7 +30,7 @@ def note(kind: str) -> None:
 
 
 def take() -> dict[str, int]:
-    """Those since the last call, by place."""
+    """Return the waits since the last call, by place."""
     taken = dict(sorted(found.items()))
     found.clear()
     return taken

@@ -18,7 +18,7 @@ pytestmark = [
 
 @functools.cache
 def ran(world_size: int) -> dict[str, dict[str, Any]]:
-    """What `run_engines` found in each case of so many ranks; in two processes, neither of which runs for minutes."""
+    """Findings of `run_engines` in each case of so many ranks; in two processes, neither of which runs for minutes."""
     return launch.run("run_engines", *(name for name, case in ENGINES.items() if case.world_size == world_size))
 
 

@@ -17,7 +17,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def compiled() -> dict[str, dict[str, Any]]:
-    """Of each case registers, spills and memory accesses."""
+    """Registers, spills and memory accesses of each case."""
     return launch.run("run_kernels", shim=False)
 
 

@@ -17,7 +17,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def ran() -> dict[str, dict[str, Any]]:
-    """What `run_models` found in each case."""
+    """Findings of `run_models` in each case."""
     return launch.run("run_models")
 
 

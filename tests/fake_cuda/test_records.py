@@ -1,4 +1,4 @@
-"""How recorded counts are compared."""
+"""Comparison of recorded counts."""
 
 from __future__ import annotations
 

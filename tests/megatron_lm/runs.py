@@ -58,7 +58,7 @@ _datasets.is_distributed = True  # type: ignore[attr-defined]
 
 
 def worker(rank: int, case: dict[str, Any]) -> Any:
-    """What one rank does for a case: by torch alone where it says so, else by `pretrain()`.
+    """Run one rank of a case: by torch alone where it says so, else by `pretrain()`.
 
     Returns:
         `lines`: [loss, gradient norm] of every step (loss None where this stage has none); `rates`: of every update,
@@ -106,7 +106,7 @@ def by_pretrain(case: dict[str, Any]) -> dict[str, Any]:
 
 
 def _starts(rows: list[list[int]], end_of_document: int) -> torch.Tensor:
-    """Where the document of every token begins, token by token."""
+    """Begin of every token's document, token by token."""
     found = []
     for row in rows:
         start, starts = 0, []

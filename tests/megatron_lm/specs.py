@@ -66,7 +66,7 @@ def parse(text: str) -> Any:
 
 
 def by_builder(args: Any) -> torch.nn.Module:
-    """What pretrain_gpt.py of megatron-core 0.19 makes of --spec, and pretrain_hybrid.py with a pattern."""
+    """Models that pretrain_gpt.py of megatron-core 0.19 builds from --spec, and pretrain_hybrid.py from a pattern."""
     pg_collection = ProcessGroupCollection.use_mpu_process_groups()
     if args.hybrid_layer_pattern is not None:
         return HybridModelBuilder(hybrid_config_from_args(args)).build_model(pg_collection)
@@ -74,7 +74,7 @@ def by_builder(args: Any) -> torch.nn.Module:
 
 
 def as_it_is(args: Any, spec: Any = None) -> torch.nn.Module:
-    """What the model providers of Megatron-LM's older and other scripts do: the named object goes to GPTModel."""
+    """Build as the model providers of Megatron-LM's other scripts do: the named object goes to GPTModel."""
     config = core_transformer_config_from_args(args)
     return GPTModel(
         config=config,
@@ -115,7 +115,7 @@ def worker(rank: int, case: dict[str, Any]) -> Any:
 
 
 def equal_models(text: str, experts: bool) -> dict[str, list[bool]]:
-    """Whether logits, losses and all gradients are equal in every bit to MiniCPMModel's, for every way to build one."""
+    """Return, for every way to build one, whether logits, losses and gradients equal MiniCPMModel's in every bit."""
     reference, config = _reference(experts)
     inputs, labels = _tokens()
     wanted = {name: (parameter, None) for name, parameter, _ in named_shards(reference, config)}
@@ -165,7 +165,7 @@ def masked() -> dict[str, float]:
 
 
 def refusals(texts: list[str]) -> list[str]:
-    """What each command line ends with."""
+    """Last line of each command line."""
     said = []
     for text in texts:
         try:
@@ -178,7 +178,7 @@ def refusals(texts: list[str]) -> list[str]:
 
 
 def virtual_stages() -> list[Any]:
-    """Of two virtual stages on each of two pipeline ranks: layers of the first rank's, and what is said without one."""
+    """Two virtual stages on each of two pipeline ranks: layers of the first rank's, and the message without one."""
     args = parse("--num-layers 4")
     args.pipeline_model_parallel_size, args.virtual_pipeline_model_parallel_size = 2, 2
     config = core_transformer_config_from_args(args)
@@ -194,7 +194,7 @@ def virtual_stages() -> list[Any]:
 
 
 def in_the_wrong_container() -> str:
-    """What the spec says where Megatron-LM's model config is given a MiniCPMConfig."""
+    """Message of the spec where Megatron-LM's model config is given a MiniCPMConfig."""
     args = parse(f"--spec {LAYER} get_minicpm_block_spec")
     try:
         GPTModelBuilder(gpt_config_from_args(args, minicpm_config_from_args(args))).build_model(
@@ -206,7 +206,7 @@ def in_the_wrong_container() -> str:
 
 
 def without_a_gpu() -> str:
-    """What the example script says on this machine."""
+    """Output of the example script on this machine."""
     on_cpu.command_line(f"{COMMON} --train-iters 4 --mock-data")
     try:
         pretrain.main()
@@ -216,7 +216,7 @@ def without_a_gpu() -> str:
 
 
 def without_our_arguments() -> str:
-    """What the spec says where the script has no extra_args_provider of ours."""
+    """Message of the spec where the script has no extra_args_provider of ours."""
     shape = "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --max-position-embeddings 64 --swiglu"
     family = "--normalization RMSNorm --disable-bias-linear --position-embedding-type rope --hidden-dropout 0"
     on_cpu.command_line(
@@ -239,7 +239,7 @@ class _Groups:
 
 
 def schedules(texts: list[str]) -> list[list[list[float]]]:
-    """Of every command line the learning rates of all groups at every update, as the trainer's scheduler sets them."""
+    """Learning rates of all groups at every update of every command line, as the trainer's scheduler sets them."""
     found = []
     for text in texts:
         args = parse(text)
@@ -291,7 +291,7 @@ def loaded(text: str, changes: str) -> dict[str, Any]:
 
 
 def training_refusals(texts: list[str]) -> list[str]:
-    """What `use_minicpm_training`, the trainer's scheduler and the model config say of each command line."""
+    """Messages of `use_minicpm_training`, the trainer's scheduler and the model config on each command line."""
     said = []
     for text in texts:
         try:
@@ -305,7 +305,7 @@ def training_refusals(texts: list[str]) -> list[str]:
 
 
 def example(arguments: list[str]) -> dict[str, Any]:
-    """What the example script's arguments say, where it is started on 8 GPUs: numbers that a recipe has as well."""
+    """Numbers of the example script's arguments on 8 GPUs that a recipe has as well."""
     os.environ["WORLD_SIZE"] = "8"
     unset_global_variables()
     # data, tokenizer and devices are another machine's
@@ -357,7 +357,7 @@ def page(blocks: list[str]) -> dict[str, Any]:
 
 
 def preset_configs() -> dict[str, dict[str, list[Any]]]:
-    """Of every preset the fields in which the config of its command line differs from MiniCPMConfig.from_recipe's."""
+    """Fields in which the config of each preset's command line differs from MiniCPMConfig.from_recipe's."""
     found = {}
     for name, recipe in library.presets.items():
         on_cpu.command_line(f"--minicpm-preset {name} --seq-length 32 --micro-batch-size 2 --train-iters 4 --lr 0.01")

@@ -1,4 +1,4 @@
-"""Where documents begin is read once for all layers, and anew when it changes."""
+"""Document boundaries are read once for all layers, and anew when they change."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ def through_a_checkpoint(source: torch.nn.Module, target: torch.nn.Module, confi
 
 
 def compare() -> dict[str, list[bool]]:
-    """Whether logits, losses (fused, and from logits), gradients and state dicts of both forms are equal."""
+    """Compare logits, losses (fused, and from logits), gradients and state dicts of both forms."""
     import minicpm_megatron as library
     from minicpm_megatron.recipe import ParallelRecipe
 
@@ -133,7 +133,7 @@ def stages() -> dict[str, list[str]]:
 
 
 def refusals() -> list[str]:
-    """What is said of patterns that are not MiniCPM's, and of a scaled rotary base in a plain HybridModel."""
+    """Messages on patterns that are not MiniCPM's, and on a scaled rotary base in a plain HybridModel."""
     from megatron.core.models.hybrid.hybrid_model import HybridModel
 
     import minicpm_megatron as library

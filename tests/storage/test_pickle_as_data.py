@@ -65,7 +65,7 @@ def test_objects_are_described(protocol: int) -> None:
 
 
 class Bomb:
-    """What it does where pickle reads it: make a folder."""
+    """Make a folder where pickle reads it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

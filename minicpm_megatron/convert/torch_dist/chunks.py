@@ -148,5 +148,5 @@ def _inner(chunk: Chunk, region: Region) -> tuple[Shape, Shape]:
 
 
 def _meet(first: tuple[Shape, Shape], second: tuple[Shape, Shape]) -> bool:
-    """Whether two boxes have an element in common."""
+    """Return whether two boxes have an element in common."""
     return all(max(o, p) < min(o + s, p + t) for o, s, p, t in zip(*first, *second, strict=True))

@@ -61,7 +61,7 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class Contents:
-    """What a folder holds.
+    """Contents of a folder.
 
     Attributes:
         tensors: name -> global tensor.
@@ -97,7 +97,7 @@ def _allowed(name: str) -> bool:
 
 
 def is_dtype(name: str) -> bool:
-    """Whether it is torch.float32 or one of its kind."""
+    """Return whether a description is torch.float32 or another dtype."""
     return _dtype(name) is not None
 
 

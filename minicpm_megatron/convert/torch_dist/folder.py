@@ -19,7 +19,7 @@ _FIX = "save it in Megatron-LM with --ckpt-format torch_dist"
 
 
 def is_torch_dist(folder: Path) -> bool:
-    """Whether a folder looks like Megatron-LM's, or like one checkpoint in it."""
+    """Return whether a folder looks like Megatron-LM's, or like one checkpoint in it."""
     return any((folder / name).is_file() for name in (TRACKER, METADATA)) or bool(_pickled(folder))
 
 

@@ -35,7 +35,7 @@ def canonical_shapes(model: ModelRecipe) -> dict[str, Shape]:
 
 
 def place_weights(contents: Contents, model: ModelRecipe, args: Mapping[str, Any], where: str) -> tuple[Places, int]:
-    """Where each of the model's tensors is.
+    """Places of the model's tensors.
 
     Args:
         contents: of the checkpoint.
@@ -75,7 +75,7 @@ def place_weights(contents: Contents, model: ModelRecipe, args: Mapping[str, Any
 
 
 def place_state(contents: Contents, weights: Places, kind: str) -> Places:
-    """Where the optimizer has its `kind` of each weight; weights of which it has none, or one of another shape, are
+    """Return the place of the optimizer's `kind` for each weight. Weights that have none, or one of another shape, are
     left out."""
     keys = {}
     for key in contents.tensors:
@@ -94,7 +94,7 @@ def place_state(contents: Contents, weights: Places, kind: str) -> Places:
 
 
 def has_optimizer(contents: Contents) -> bool:
-    """Whether there is optimizer state of any form."""
+    """Return whether the checkpoint has optimizer state of any form."""
     return any(_OPTIMIZER.match(key) for key in (*contents.tensors, *contents.objects))
 
 
