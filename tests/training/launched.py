@@ -62,6 +62,13 @@ class Job:
             time.sleep(0.01)
         self._meet()
 
+    def saved(self) -> None:
+        """Wait until a checkpoint is whole: an asynchronous save ends some steps after it began."""
+        end = time.monotonic() + PATIENCE
+        while all(folder.suffix == ".tmp" for folder in (self.run / "checkpoints").glob("step-*")):
+            assert time.monotonic() < end and self.process.poll() is None, self.log()
+            time.sleep(0.01)
+
     def _meet(self) -> None:
         parent = psutil.Process(self.process.pid)
         now = [parent, *parent.children(recursive=True)]
