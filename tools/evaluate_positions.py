@@ -2,9 +2,9 @@
 
     python tools/evaluate_positions.py --checkpoint RUN... --data PREFIX --length 4096 --output DIR
 
-Takes runs (their newest checkpoints), checkpoints, or exported or downloaded Hugging Face folders, and tokens of
-tools/preprocess_data.py. Prints a table, and writes NAME.json for each model and positions.png. Killed and run again,
-it goes on with the first model that is missing.
+Takes runs (their newest checkpoints), RUN@STEP, checkpoints, or exported or downloaded Hugging Face folders, and
+tokens of tools/preprocess_data.py. Prints a table, and writes NAME.json for each model and positions.png. Killed and
+run again, it goes on with the first model that is missing.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from minicpm_megatron.checkpoint.find import newest_checkpoint
+from minicpm_megatron.checkpoint.find import find_source
 from minicpm_megatron.cli.entry import run
 from minicpm_megatron.convert.generation import Generator
 from minicpm_megatron.data.indexed_format import bin_path
@@ -33,7 +33,7 @@ def main() -> None:
     """Parse the command line and evaluate."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--checkpoint", type=Path, nargs="+", required=True, help="runs, checkpoints or Hugging Face folders"
+        "--checkpoint", nargs="+", required=True, help="runs, RUN@STEP, checkpoints or Hugging Face folders"
     )
     parser.add_argument("--data", type=Path, required=True, help="prefix of held-out tokens (.bin and .idx)")
     parser.add_argument("--length", type=int, required=True, help="positions; longer documents alone are read")
@@ -44,15 +44,15 @@ def main() -> None:
     for name in ("length", "samples"):
         if getattr(options, name) < 1:
             raise UserError("must be at least 1", where=f"--{name}")
-    names = [path.resolve().name for path in options.checkpoint]
+    names = [Path(text).resolve().name for text in options.checkpoint]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise UserError(f"two models are called {twice}", where="--checkpoint", fix="give folders of different names")
     windows = read_windows(options.data, options.length, options.samples)
     curves = []
-    for name, path in zip(names, options.checkpoint, strict=True):
-        folder = newest_checkpoint(path)
+    for name, text in zip(names, options.checkpoint, strict=True):
+        folder = find_source(text)
         if not folder.is_dir():
-            raise UserError("no such folder", where=str(path))
+            raise UserError("no such folder", where=text)
         identity = {
             "model": str(folder.resolve()),
             "model_files": fingerprint(folder),

@@ -2,8 +2,8 @@
 
     python tools/evaluate_retrieval.py --checkpoint RUN --set DIR --output DIR
 
-Takes a run (its newest checkpoint), one checkpoint, or an exported or downloaded Hugging Face folder, and a set of
-tools/build_retrieval_set.py. Prints accuracy by length and depth, and writes every answer, results.json and
+Takes a run (its newest checkpoint), RUN@STEP, one checkpoint, or an exported or downloaded Hugging Face folder, and a
+set of tools/build_retrieval_set.py. Prints accuracy by length and depth, and writes every answer, results.json and
 heat_map.png. Killed and run again, it goes on where it was.
 """
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from minicpm_megatron.checkpoint.find import newest_checkpoint
+from minicpm_megatron.checkpoint.find import find_source
 from minicpm_megatron.cli.entry import run
 from minicpm_megatron.convert.generation import Generator
 from minicpm_megatron.data.retrieval_set import SET, open_set
@@ -26,7 +26,7 @@ from minicpm_megatron.storage.checksum import file_sha256, fingerprint
 def main() -> None:
     """Parse the command line and evaluate."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, required=True, help="run, checkpoint or Hugging Face folder")
+    parser.add_argument("--checkpoint", required=True, help="run, RUN@STEP, checkpoint or Hugging Face folder")
     parser.add_argument("--set", type=Path, required=True, help="folder of tools/build_retrieval_set.py")
     parser.add_argument("--output", type=Path, required=True, help="folder of the results")
     parser.add_argument("--tokenizer", type=Path, help="tokenizer folder (default: the one that belongs to the model)")
@@ -35,7 +35,7 @@ def main() -> None:
     if options.max_length is not None and options.max_length < 1:
         raise UserError("must be at least 1", where="--max-length")
     questions = open_set(options.set)
-    folder = newest_checkpoint(options.checkpoint)
+    folder = find_source(options.checkpoint)
     generator = Generator(folder, options.tokenizer)
     identity = {
         "task": questions.task,
@@ -50,7 +50,7 @@ def main() -> None:
         print("note: the set's lengths were counted with another tokenizer than the model's")
     print(f"{questions.task}, {folder}")
     print(table(cells))
-    picture = draw_heat_map(cells, f"{questions.task}: {options.checkpoint.name}", options.output)
+    picture = draw_heat_map(cells, f"{questions.task}: {Path(options.checkpoint).name}", options.output)
     print(f"results: {options.output / RESULTS}, picture: {picture}")
 
 

@@ -2,7 +2,7 @@
 
     python tools/generate.py --checkpoint runs/quickstart --prompt "import os"
 
-Takes a run (its newest checkpoint), one checkpoint, or an exported or downloaded Hugging Face folder.
+Takes a run (its newest checkpoint), RUN@STEP, one checkpoint, or an exported or downloaded Hugging Face folder.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import argparse
 import math
 from pathlib import Path
 
-from minicpm_megatron.checkpoint.find import newest_checkpoint
+from minicpm_megatron.checkpoint.find import find_source
 from minicpm_megatron.cli.entry import run
 from minicpm_megatron.convert.generation import Generator, Sampling
 from minicpm_megatron.errors import UserError
@@ -21,7 +21,7 @@ def main() -> None:
     """Parse the command line and generate."""
     default = Sampling()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, required=True, help="run, checkpoint or Hugging Face folder")
+    parser.add_argument("--checkpoint", required=True, help="run, RUN@STEP, checkpoint or Hugging Face folder")
     parser.add_argument("--prompt", required=True, nargs="+", help="text to continue; several are done in turn")
     parser.add_argument("--tokenizer", type=Path, help="tokenizer folder (default: the one that belongs to the model)")
     parser.add_argument("--max-new-tokens", type=int, default=default.max_new_tokens)
@@ -37,7 +37,7 @@ def main() -> None:
         raise UserError("temperature must be 0 or more and top-p in (0, 1]", where="--temperature, --top-p")
     if not 0 <= options.seed < 1 << 63:
         raise UserError("must be 0 or more and fit 63 bits", where="--seed")
-    generator = Generator(newest_checkpoint(options.checkpoint), options.tokenizer)
+    generator = Generator(find_source(options.checkpoint), options.tokenizer)
     sampling = Sampling(options.max_new_tokens, options.temperature, options.top_p, options.seed)
     for prompt in options.prompt:
         print(generator.continue_text(prompt, sampling), flush=True)

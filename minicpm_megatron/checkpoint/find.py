@@ -125,7 +125,7 @@ def resolve_reference(reference: str, runs: Path) -> Path:
     """RUN@STEP -> the checkpoint's folder.
 
     Args:
-        reference: RUN is a run's folder, or its name below `runs`; STEP a number or "latest".
+        reference: RUN is a run's folder, or its name below `runs` or ./runs; STEP a number or "latest".
 
     Raises:
         UserError: there is no such run or no such checkpoint, naming those there are.
@@ -133,7 +133,8 @@ def resolve_reference(reference: str, runs: Path) -> Path:
     run, at, step = reference.rpartition("@")
     if not at or not run or not (step == "latest" or step.isdecimal() and len(step) < 19):
         raise UserError("not of the form RUN@STEP", where=reference, fix="for instance quickstart@300 or RUN@latest")
-    folder = next((path for path in (Path(run), runs / run) if (path / CHECKPOINTS).is_dir()), None)
+    places = (Path(run), runs / run, Path(RunRecipe().directory) / run)
+    folder = next((path for path in places if (path / CHECKPOINTS).is_dir()), None)
     if folder is None:
         raise UserError(f"no run {run!r} with checkpoints, here or in {runs}", where=reference, fix="check the name")
     steps = published_steps(folder / CHECKPOINTS)

@@ -19,10 +19,11 @@ from minicpm_megatron.convert.rewriting import Rewrite, bytes_of, has_moments, w
 from minicpm_megatron.convert.source import Source
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.methods.mup import rates_with_roles
-from minicpm_megatron.recipe import ModelRecipe, Recipe, build, dump_recipe, recipe_hash
+from minicpm_megatron.recipe import BatchPlan, ModelRecipe, Recipe, build, dump_recipe, recipe_hash
 from minicpm_megatron.recipe.dump import RECIPE
 from minicpm_megatron.recipe.load import apply_override
 from minicpm_megatron.storage.atomic import write_bytes
+from minicpm_megatron.storage.manifest import TOKENIZER_SHA256
 from minicpm_megatron.storage.sharded import CheckpointReader
 from minicpm_megatron.training.start import check_same_past
 
@@ -38,7 +39,7 @@ class DerivedRun:
         step: steps done.
         model: what it trains.
         has_moments: whether optimizer state was carried over.
-        has_recipe: whether RUN/recipe.yaml was written.
+        recipe: that was written to RUN/recipe.yaml; None where none was.
         notes: things worth knowing that are no errors, one line each.
     """
 
@@ -46,14 +47,40 @@ class DerivedRun:
     step: int
     model: ModelRecipe
     has_moments: bool
-    has_recipe: bool
+    recipe: Recipe | None
     notes: tuple[str, ...] = ()
+
+    @property
+    def has_recipe(self) -> bool:
+        """Whether RUN/recipe.yaml was written."""
+        return self.recipe is not None
 
     def how_to_go_on(self) -> str:
         """One line for the user."""
-        if self.has_recipe:
-            return f"go on with: examples/train.py --recipe {self.run / RECIPE} [section.key=value ...]"
-        return f"go on with a recipe of this model whose run is {self.run} (name and run.directory)"
+        if self.recipe is None:
+            return f"go on with a recipe of this model whose run is {self.run} (name and run.directory)"
+        command = f"examples/train.py --recipe {self.run / RECIPE}"
+        if self.step < BatchPlan(self.recipe).total_steps():
+            return f"go on with: {command} [section.key=value ...]"
+        ended = f"its schedule has ended at step {self.step}"
+        if _can_be_longer(self.recipe, self.step):
+            return f"{ended}; go on with: {command} schedule.total=MORE [section.key=value ...]"
+        # a longer one would have given the steps of the decay other learning rates
+        return (
+            f"{ended} and cannot be made longer; begin a stage with its weights and moments: {command}"
+            f" --init-from {self.run}@{self.step} name=NEW [section.key=value ...]"
+        )
+
+
+def _can_be_longer(recipe: Recipe, step: int) -> bool:
+    """Whether the schedule may end later without having given the `step` steps that are done other rates."""
+    fields = recipe.model_dump(mode="json")
+    fields["schedule"]["total"] *= 2
+    try:
+        check_same_past(recipe, build(fields), step)
+    except UserError:
+        return False
+    return True
 
 
 def check_new_run(run: Path) -> None:
@@ -124,7 +151,8 @@ def write_run(
         )
     manifest = _manifest(source)
     step = _step(manifest)
-    facts = {key: manifest[key] for key in ("data",) if key in manifest} | {"model": model.model_dump(mode="json")}
+    carried = {key: manifest[key] for key in ("data", TOKENIZER_SHA256) if key in manifest}
+    facts = carried | {"model": model.model_dump(mode="json")}
     if recipe:
         facts |= {"recipe": recipe.model_dump(mode="json"), "recipe_hash": recipe_hash(recipe)}
     amount = bytes_of(source, model)
@@ -142,7 +170,7 @@ def write_run(
         if recipe:
             write_bytes(partial / RECIPE, dump_recipe(recipe).encode())
     notes = (*source.notes, *source.left_behind)
-    return DerivedRun(run, step, model, has_moments(source), recipe is not None, notes)
+    return DerivedRun(run, step, model, has_moments(source), recipe, notes)
 
 
 def _manifest(source: Source) -> dict[str, Any]:

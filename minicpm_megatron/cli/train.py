@@ -6,11 +6,13 @@ import argparse
 import logging
 import os
 import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minicpm_megatron.cli.dry_run import format_dry_run
+from minicpm_megatron.cli.moved_run import load_recipe_of_run
 from minicpm_megatron.errors import UserError
-from minicpm_megatron.recipe import Recipe, load_recipe
+from minicpm_megatron.recipe import Recipe
 from minicpm_megatron.versions import check_versions
 
 if TYPE_CHECKING:
@@ -21,7 +23,7 @@ DESCRIPTION = """Train a MiniCPM model as a recipe says.
   deepspeed --num_gpus 2 examples/train.py --recipe examples/recipes/quickstart.yaml
   deepspeed --num_gpus 2 examples/train.py --recipe R.yaml name=try optimizer.lr=0.02      (overrides)
   deepspeed --num_gpus 2 examples/train.py --recipe R.yaml --from RUN@STEP name=decay-a schedule.decay=100
-  deepspeed --num_gpus 2 examples/train.py --recipe LONGER.yaml --init-from RUN@STEP
+  deepspeed --num_gpus 2 examples/train.py --recipe LONGER.yaml --init-from RUN@STEP       (or a Hugging Face folder)
   python examples/train.py --recipe R.yaml --dry-run                                       (nothing is started)
 
 Started again with the same recipe, a run goes on from its newest checkpoint. Ctrl-C or SIGTERM saves and stops after
@@ -42,9 +44,9 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--init-from",
         dest="weights",
-        metavar="RUN@STEP",
-        help="begin at step 0 with the weights and moments of another run's checkpoint: a new stage, whose data,"
-        " lengths, RoPE, batches and schedule are the recipe's own",
+        metavar="RUN@STEP|FOLDER",
+        help="begin at step 0 with the weights and moments of another run's checkpoint, or the weights in a Hugging"
+        " Face folder: a new stage, whose data, lengths, RoPE, batches and schedule are the recipe's own",
     )
     result.add_argument("--dry-run", action="store_true", help="print what would be run, and exit")
     result.add_argument(
@@ -63,7 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
     """
     options = parser().parse_intermixed_args(arguments)
     check_versions()
-    recipe = load_recipe(options.recipe, options.overrides)
+    recipe = load_recipe_of_run(Path(options.recipe), options.overrides)
     origin = None
     if options.reference is not None and options.weights is not None:
         raise UserError("a run starts in one way", where="--from and --init-from", fix="give one of them")
@@ -73,9 +75,10 @@ def main(arguments: list[str] | None = None) -> int:
         recipe, folder, step = branch_recipe(recipe, options.reference)
         origin = Origin(folder, step, options.reference, goes_on=True)
     elif options.weights is not None:
+        from minicpm_megatron.cli.published_weights import open_published_weights
         from minicpm_megatron.training.start import initial_weights
 
-        origin = initial_weights(recipe, options.weights)
+        origin = initial_weights(recipe, options.weights, open_published_weights)
     if options.dry_run:
         parallel = recipe.parallel
         fewest = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size

@@ -5,11 +5,11 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from tqdm import tqdm
 
+from minicpm_megatron.convert.recorded_tokenizer import recorded_tokenizer
 from minicpm_megatron.convert.source import Source
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.recipe import ModelRecipe, build_section
@@ -20,7 +20,7 @@ MEGATRON = "megatron"
 
 
 def open_checkpoint(folder: Path) -> Source:
-    """A checkpoint folder; its tokenizer is the one its recipe, or the conversion that made it, names.
+    """A checkpoint folder; its tokenizer is found as `recorded_tokenizer` says.
 
     Raises:
         UserError: the manifest is malformed, or a file is not what was written.
@@ -31,22 +31,15 @@ def open_checkpoint(folder: Path) -> Source:
     reader = CheckpointReader(folder)
     manifest = reader.manifest
     model = build_section(ModelRecipe, manifest["model"], where=str(folder / MANIFEST))
-    tokenizer = _recorded_tokenizer(manifest)
+    tokenizer, notes = recorded_tokenizer(manifest, folder)
     return Source(
         format=MEGATRON,
         folder=folder,
         model=model,
         tensors=reader,
-        tokenizer=Path(tokenizer) if tokenizer else None,
+        tokenizer=tokenizer,
+        notes=notes,
     )
-
-
-def _recorded_tokenizer(manifest: dict[str, Any]) -> str | None:
-    for section in (manifest.get("recipe"), manifest.get("state")):
-        data = section.get("data") if isinstance(section, dict) else None
-        if isinstance(data, dict) and isinstance(data.get("tokenizer"), str):
-            return data["tokenizer"]
-    return None
 
 
 def write_checkpoint(output: Path, source: Source, *, tokenizer: Path | None, progress: bool) -> None:

@@ -148,6 +148,15 @@ class TokenDataset:
         lengths = [length for _, _, length in self._spans(sample, self.sequence_length)]
         return np.repeat(np.cumsum([0, *lengths[:-1]]), lengths)
 
+    def document_places(self, sample: int, offset: int) -> np.ndarray:
+        """Where sample k holds token number `offset` (from 0) of a document: int64 in [0, sequence_length]."""
+        places, start = [], 0
+        for _, first, length in self._spans(sample, self.sequence_length + 1):
+            if first <= offset < first + length:
+                places.append(start + offset - first)
+            start += length
+        return np.array(places, dtype=np.int64)
+
     def _spans(self, sample: int, length: int) -> list[tuple[int, int, int]]:
         """(document, offset, tokens) of the first `length` tokens of sample k."""
         if sample < 0:

@@ -10,10 +10,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from fractions import Fraction
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 
+from minicpm_megatron.data.mixture_tree import MixtureTree
 from minicpm_megatron.errors import UserError
 
 _ROUNDS = 8
@@ -93,9 +94,13 @@ def _mix_array(values: np.ndarray) -> np.ndarray:
 class Mixture:
     """Which source sample k is of, and which sample of that source it is.
 
+    At every prefix each source is within 3 samples of its share.
+
     Time is cut into blocks. How many samples of a source the first b blocks hold is its exact share rounded, so the
     realised shares never drift; inside a block the samples of a source are spread evenly with a jitter from the
-    seed. At every prefix each source is within 3 samples of its share.
+    seed. Such a source is less than 1 + (1 - p) + p (n - 1) samples away from its share p among n sources: 1 by
+    rounding the blocks, and in the block less than 1 by its own jitter, times 1 - p, and less than 1 by that of each
+    other, times p. Where that is more than 3, `MixtureTree` mixes instead.
 
     Args:
         weights: share of each source, in any unit.
@@ -129,15 +134,20 @@ class Mixture:
                 where="data.train",
                 fix="give weights that differ less",
             )
+        # 1 + (1 - p) + p (n - 1) <= 3
+        jittered = max(exact) * (len(exact) - 2) <= total
+        self._tree = None if jittered else MixtureTree(exact, partial(key, seed, "mixture tree"))
         self._order = lru_cache(maxsize=4)(self._block_order)
 
     def consumed(self, blocks: int) -> list[int]:
-        """Samples of each source in the first `blocks` blocks."""
+        """Samples of each source in the first `blocks` blocks, where these decide the order."""
         edges = [math.floor(bound * blocks * self.block) for bound in self.bounds]
         return [after - before for before, after in zip(edges, edges[1:], strict=False)]
 
     def __call__(self, sample: int) -> tuple[int, int]:
         """(source, index within the source) of sample k >= 0."""
+        if self._tree is not None:
+            return self._tree(sample)
         block, place = divmod(sample, self.block)
         sources, ranks, before = self._order(block)
         source = int(sources[place])

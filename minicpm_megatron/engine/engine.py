@@ -161,9 +161,9 @@ class Engine:
             share = self._share * self.layout.context_parallel_size
             set_auxiliary_loss_scale(share / micro_batches, device.device())
 
-    def loss_sum(self, *batch: torch.Tensor) -> torch.Tensor:
-        """Sum of the losses of a micro-batch's tokens, fp64, without gradients."""
-        return self.losses(*batch).double().sum()
+    def loss_sum(self, rows: int, *batch: torch.Tensor) -> torch.Tensor:
+        """Sum of the losses of the tokens in the first `rows` rows of a micro-batch, fp64, without gradients."""
+        return self.losses(*batch)[:rows].double().sum()
 
     def losses(self, tokens: torch.Tensor, labels: torch.Tensor, starts: torch.Tensor | None = None) -> torch.Tensor:
         """Cross-entropy in nats of every token of a micro-batch: fp32 [b, s]."""

@@ -64,7 +64,13 @@ class MiniCPMPipeline(PipelineModule):
 
     def __init__(self, config: MiniCPMConfig, bounds: list[int], labels: Labels, **keywords: Any) -> None:
         self.config, self.bounds, self.labels = config, bounds, labels
-        super().__init__(loss_fn=lambda outputs, labels: self.losses(outputs, labels).mean(), **keywords)
+        self.counted_rows: int | None = None
+        """None: the loss is the mean over a micro-batch's tokens. Otherwise: the sum over those of so many rows."""
+        super().__init__(loss_fn=self._loss, **keywords)
+
+    def _loss(self, outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        losses = self.losses(outputs, labels)
+        return losses.mean() if self.counted_rows is None else losses[: self.counted_rows].sum()
 
     def losses(self, outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Of the last stage's outputs: fp32 [b, s] in nats."""
@@ -159,11 +165,15 @@ class PipelinedEngine(Engine):
         with torch.no_grad():
             return engine._aggregate_total_loss()
 
-    def loss_sum(self, *batch: torch.Tensor) -> torch.Tensor:
-        """As `Engine.loss_sum`, for the mean over all data-parallel ranks."""
+    def loss_sum(self, rows: int, *batch: torch.Tensor) -> torch.Tensor:
+        """As `Engine.loss_sum`, of which the last stages' mean over data-parallel ranks is on every rank."""
         self.set_sequence_length(batch[0].size(1))
-        mean = self.deepspeed.eval_batch(iter([batch]), num_micro_batches=1)
-        return mean.double().sum() * batch[0].numel()
+        pipeline: Any = self.module
+        pipeline.counted_rows = rows
+        try:
+            return self.deepspeed.eval_batch(iter([batch]), num_micro_batches=1).double().sum()
+        finally:
+            pipeline.counted_rows = None
 
     def _update(self) -> None:
         self.deepspeed._exec_optimizer_step()

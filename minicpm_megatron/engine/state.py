@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from megatron.core import parallel_state
@@ -18,9 +18,16 @@ from torch.nn import Parameter
 from minicpm_megatron.engine import experts
 from minicpm_megatron.engine.engine import Engine
 from minicpm_megatron.model.sharding import shard_spec
-from minicpm_megatron.storage.sharded import WEIGHT, CheckpointReader, Fragment, ShardSpec
+from minicpm_megatron.storage.sharded import WEIGHT, Fragment, ShardSpec
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class ShardReader(Protocol):
+    """Where weights and moments are loaded from; a `CheckpointReader` is one."""
+
+    def read_shard(self, spec: ShardSpec, kind: str, padded_shape: tuple[int, ...] | None) -> Tensor:
+        """One shard in fp32, with rows of zeros at its end up to `padded_shape`."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +83,7 @@ class EngineState:
         return max((int(state["step"]) for state in self.inner.state.values() if "step" in state), default=0)
 
     @torch.no_grad()
-    def load(self, reader: CheckpointReader, updates: int | None) -> None:
+    def load(self, reader: ShardReader, updates: int | None) -> None:
         """Take weights and, unless `updates` is None, Adam's moments from a checkpoint of any layout."""
         if updates:
             self._allocate_moments(updates)

@@ -172,7 +172,7 @@ class DataRecipe(Section):
     validation: dict[MetricName, PathText] = Field(default_factory=dict)
     """Held-out corpora: name in the logs -> prefix."""
     tokenizer: PathText | None = None
-    """Tokenizer directory; checked against the data's, and copied into exports."""
+    """Tokenizer directory; checked against the data's, copied into exports, and needed for a loss per byte."""
     sequence_length: Count
     """Tokens a sample."""
     reset_attention_mask: bool = False
@@ -301,7 +301,7 @@ class EvaluationRecipe(Section):
     interval: Count | None = None
     """Steps between evaluations; null for none."""
     batches: Count = 8
-    """Global batches read from each validation set."""
+    """Global batches read from each validation set; of a set that has less, all of it."""
 
 
 class CheckpointRecipe(Section):

@@ -18,6 +18,8 @@ from minicpm_megatron.storage.checksum import file_sha256
 from minicpm_megatron.storage.safetensors_file import FileRecord
 
 MANIFEST = "manifest.json"
+TOKENIZER_SHA256 = "tokenizer_sha256"
+"""Key of a manifest: SHA-256 of the tokenizer.model that a run was started with; absent where it named none."""
 CHECKSUM = "checksum"
 FORMAT = "minicpm_megatron checkpoint 1"
 LIBRARIES = ("minicpm_megatron", "torch", "deepspeed", "megatron-core", "numpy", "safetensors")

@@ -56,19 +56,38 @@ class BatchReader:
         """
         mine = batch(first_sample, global_batch_size, self.rank, self.size, self.micro_batch_size)
         for indices in mine:
-            both = device.from_host(torch.from_numpy(np.stack([self.samples[int(index)] for index in indices])))
-            wholes = [both[:, :-1], both[:, 1:]]
-            if self.documents:
-                starts = np.stack([self.samples.starts(int(index)) for index in indices])
-                wholes.append(device.from_host(torch.from_numpy(starts)))
-            if row_length is not None:
-                wholes = [whole.reshape(-1, row_length) for whole in wholes]
-            if row_length is not None and self.documents:
-                rows = torch.arange(wholes[2].size(0), device=wholes[2].device)
-                first = rows * row_length % self.samples.sequence_length
-                # of a document that began before it, a row sees what is in it
-                wholes[2] = (wholes[2] - first[:, None]).clamp(min=0)
-            yield tuple(self._part(whole) for whole in wholes)
+            yield self._tensors(indices.tolist(), row_length)
+
+    def first_samples(self, count: int) -> Iterator[tuple[list[int], tuple[torch.Tensor, ...]]]:
+        """Samples 0 to count - 1, each on one data-parallel rank, in equally many micro-batches on every rank.
+
+        Where `count` is no multiple of micro_batch_size x data-parallel size, the last micro-batches are filled with
+        repetitions of the last sample: ranks that had fewer would leave the others waiting in their collectives.
+
+        Yields:
+            The samples that count, which are the first rows of the micro-batch, and (tokens, labels) as of
+            `micro_batches`.
+        """
+        together = self.micro_batch_size * self.size
+        for first in range(self.rank * self.micro_batch_size, -(-count // together) * together, together):
+            indices = range(first, first + self.micro_batch_size)
+            counted = [index for index in indices if index < count]
+            yield counted, self._tensors([min(index, count - 1) for index in indices], None)
+
+    def _tensors(self, indices: list[int], row_length: int | None) -> tuple[torch.Tensor, ...]:
+        both = device.from_host(torch.from_numpy(np.stack([self.samples[index] for index in indices])))
+        wholes = [both[:, :-1], both[:, 1:]]
+        if self.documents:
+            starts = np.stack([self.samples.starts(index) for index in indices])
+            wholes.append(device.from_host(torch.from_numpy(starts)))
+        if row_length is not None:
+            wholes = [whole.reshape(-1, row_length) for whole in wholes]
+        if row_length is not None and self.documents:
+            rows = torch.arange(wholes[2].size(0), device=wholes[2].device)
+            first = rows * row_length % self.samples.sequence_length
+            # of a document that began before it, a row sees what is in it
+            wholes[2] = (wholes[2] - first[:, None]).clamp(min=0)
+        return tuple(self._part(whole) for whole in wholes)
 
     def _part(self, whole: torch.Tensor) -> torch.Tensor:
         if self.context_size > 1:

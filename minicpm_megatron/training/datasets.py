@@ -6,12 +6,10 @@ from typing import Any
 
 from megatron.core import parallel_state
 
-from minicpm_megatron.data.statistics import bytes_per_token
-from minicpm_megatron.errors import UserError
 from minicpm_megatron.recipe import Recipe
 from minicpm_megatron.training.batches import BatchReader
 from minicpm_megatron.training.evaluate import HeldOut
-from minicpm_megatron.training.run_data import RunData
+from minicpm_megatron.training.run_data import RunData, label_bytes, validation_samples
 
 
 def train_reader(recipe: Recipe, data: RunData) -> BatchReader:
@@ -20,29 +18,16 @@ def train_reader(recipe: Recipe, data: RunData) -> BatchReader:
 
 
 def held_out_sets(recipe: Recipe, data: RunData) -> dict[str, HeldOut]:
-    """This rank's part of every held-out set.
-
-    A set smaller than evaluation.batches global batches is read once, in global batches as small as one micro-batch a
-    rank.
-    """
+    """This rank's part of every held-out set."""
     keywords = _rank_keywords(recipe)
-    sets = {}
-    for name, dataset in data.validation.items():
-        smallest = recipe.training.micro_batch_size * keywords["size"]
-        size = min(recipe.training.global_batch_size, dataset.samples_per_epoch // smallest * smallest)
-        if size == 0:
-            raise UserError(
-                f"{dataset.samples_per_epoch} samples are fewer than the {smallest} of one micro-batch on every rank",
-                where=f"data.validation.{name}",
-                fix="give a larger set, or a smaller training.micro_batch_size",
-            )
-        sets[name] = HeldOut(
+    return {
+        name: HeldOut(
             reader=BatchReader(dataset, **keywords),
-            batches=min(recipe.evaluation.batches, dataset.samples_per_epoch // size),
-            global_batch_size=size,
-            bytes_per_token=bytes_per_token(dataset.prefix),
+            samples=validation_samples(recipe, dataset),
+            label_bytes=label_bytes(recipe, dataset),
         )
-    return sets
+        for name, dataset in data.validation.items()
+    }
 
 
 def _rank_keywords(recipe: Recipe) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -19,41 +20,45 @@ class HeldOut:
 
     Attributes:
         reader: its samples, in a fixed order.
-        batches: global batches to read, never more than the set has.
-        global_batch_size: samples a global batch.
-        bytes_per_token: of its text, to express the loss per byte, which tokenizers share (section 4.5 of the paper).
+        samples: how many of them are read, from the first on; never more than the set has.
+        label_bytes: sample -> UTF-8 bytes of text that its labels stand for, to express the loss per byte, which
+            tokenizers share (section 4.5 of the paper); None where they are not known.
     """
 
     reader: BatchReader
-    batches: int
-    global_batch_size: int
-    bytes_per_token: float
+    samples: int
+    label_bytes: Callable[[int], float] | None
 
 
 @torch.no_grad()
 def evaluate(
     engine: Engine, sets: dict[str, HeldOut], on_batch: Callable[[str], None] = lambda name: None
-) -> dict[str, dict[str, float]]:
+) -> dict[str, dict[str, float | None]]:
     """Mean cross-entropy of every set in nats: name -> {"loss_per_token", "loss_per_byte"}; the same on all ranks.
 
+    Every sample counts once, whatever the micro-batch size and the number of ranks. The loss per byte is None where
+    the bytes of the tokens are not known.
+
     Args:
-        on_batch: called with the name of the set before each global batch.
+        on_batch: called with the name of the set before each micro-batch.
     """
     engine.eval()
-    results = {}
+    results: dict[str, dict[str, float | None]] = {}
     for name, held_out in sets.items():
         total = torch.zeros((), dtype=torch.float64, device=device.device())
-        count = torch.zeros_like(total)
-        for batch in range(held_out.batches):
+        tokens, size = 0, 0.0
+        for counted, micro_batch in held_out.reader.first_samples(held_out.samples):
             on_batch(name)
-            first = batch * held_out.global_batch_size
-            for micro_batch in held_out.reader.micro_batches(first, held_out.global_batch_size):
-                total += engine.loss_sum(*micro_batch)
-                count += micro_batch[0].numel()
-        both = torch.stack([total, count])
-        # ranks of one copy of the model see the same tokens: numerator and denominator grow alike
-        dist.all_reduce(both)
-        per_token = float(both[0] / both[1])
-        results[name] = {"loss_per_token": per_token, "loss_per_byte": per_token / held_out.bytes_per_token}
+            total += engine.loss_sum(len(counted), *micro_batch)
+            tokens += len(counted) * micro_batch[0].size(1)
+            if held_out.label_bytes is not None:
+                # context-parallel ranks share the tokens of a sample, and so its bytes
+                size += sum(map(held_out.label_bytes, counted)) / held_out.reader.context_size
+        sums = torch.stack([total, *torch.tensor([tokens, size], dtype=total.dtype, device=total.device)])
+        # ranks of one copy of the model see the same tokens: numerator and denominators grow alike
+        dist.all_reduce(sums)
+        per_token, per_byte = (sums[0] / sums[1:]).tolist()
+        # without bytes it is infinite
+        results[name] = {"loss_per_token": per_token, "loss_per_byte": per_byte if math.isfinite(per_byte) else None}
     engine.train()
     return results

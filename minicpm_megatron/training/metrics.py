@@ -178,15 +178,16 @@ class MetricsLog:
             self._tokens = self._seconds = 0.0
             self._steps = 0
 
-    def evaluation(self, step: int, tokens: int, results: dict[str, dict[str, float]]) -> None:
-        """Note the losses on every held-out set: name -> {"loss_per_token", "loss_per_byte"} in nats."""
+    def evaluation(self, step: int, tokens: int, results: Mapping[str, Mapping[str, float | None]]) -> None:
+        """Note the losses on every held-out set: name -> {"loss_per_token", "loss_per_byte"} in nats, None: unknown."""
         if self._file is None or not results:
             return
         for name, values in results.items():
             self._write("evaluation", step, {"set": name, "tokens": tokens, **values})
             self._scalars(f"evaluation/{name}", step, values)
         parts = [
-            f"{name} {values['loss_per_token']:.4f} ({values['loss_per_byte']:.4f}/byte)"
+            f"{name} {values['loss_per_token']:.4f}"
+            + ("" if values["loss_per_byte"] is None else f" ({values['loss_per_byte']:.4f}/byte)")
             for name, values in results.items()
         ]
         print(f"evaluation at step {step}, nats per token: " + ", ".join(parts), flush=True)

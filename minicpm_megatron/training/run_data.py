@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from minicpm_megatron.data.dataset import Blend, TokenDataset, open_training_data
 from minicpm_megatron.data.metadata import data_fingerprint
-from minicpm_megatron.data.tokenizer import tokenizer_sha256
+from minicpm_megatron.data.statistics import bytes_per_token
+from minicpm_megatron.data.text_bytes import TextBytes
+from minicpm_megatron.data.tokenizer import Tokenizer, tokenizer_sha256
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.recipe import Recipe
 
@@ -22,11 +26,13 @@ class RunData:
         train: training samples in order.
         validation: held-out sets by name, by prefix.
         fingerprint: prefix -> what identifies its content; kept in checkpoints.
+        tokenizer_sha256: what identifies data.tokenizer, None where the recipe names none; kept in checkpoints, too.
     """
 
     train: Blend
     validation: dict[str, TokenDataset]
     fingerprint: dict[str, str]
+    tokenizer_sha256: str | None
 
 
 def open_data(recipe: Recipe) -> RunData:
@@ -49,7 +55,31 @@ def open_data(recipe: Recipe) -> RunData:
             for name, prefix in data.validation.items()
         },
         fingerprint={prefix: data_fingerprint(prefix) for prefix, _ in sources},
+        tokenizer_sha256=check["tokenizer_sha256"],
     )
+
+
+def validation_samples(recipe: Recipe, dataset: TokenDataset) -> int:
+    """Samples of a validation set that an evaluation reads: evaluation.batches global batches, or all there are."""
+    return min(recipe.evaluation.batches * recipe.training.global_batch_size, dataset.samples_per_epoch)
+
+
+def label_bytes(recipe: Recipe, dataset: TokenDataset) -> Callable[[int], float] | None:
+    """sample -> UTF-8 bytes of text that its labels stand for; None where they are not known.
+
+    They are counted with data.tokenizer. Without it only those of the whole set are known, from PREFIX.json: then each
+    sample of a set that is read to its end is given the same number. Tokens of another program have no PREFIX.json.
+    """
+    metadata = dataset.metadata
+    if metadata is None:
+        return None
+    if recipe.data.tokenizer is not None:
+        count = TextBytes(Tokenizer(recipe.data.tokenizer)).of_labels
+        return functools.cache(lambda sample: count(dataset, metadata, sample))
+    if validation_samples(recipe, dataset) < dataset.samples_per_epoch:
+        return None
+    mean = bytes_per_token(dataset.prefix) * dataset.sequence_length
+    return lambda sample: mean
 
 
 def check_unchanged(saved: dict[str, str], now: dict[str, str]) -> None:

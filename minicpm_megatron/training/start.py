@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import json
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from minicpm_megatron.checkpoint.find import CHECKPOINTS, resolve_reference
 from minicpm_megatron.checkpoint.names import published_steps, step_folder
@@ -12,6 +13,9 @@ from minicpm_megatron.errors import UserError
 from minicpm_megatron.methods.schedules import build_schedule
 from minicpm_megatron.recipe import BatchPlan, ModelRecipe, Recipe, build, build_section
 from minicpm_megatron.storage.manifest import read_manifest
+
+if TYPE_CHECKING:
+    from minicpm_megatron.engine.state import ShardReader
 
 # sections that decide what the steps already done were; everything else may change between two starts of a run
 PAST = (
@@ -37,6 +41,10 @@ ADAPTABLE = (
 )
 
 
+# what decides how weights begin or how they are trained, and so nothing about weights that are there
+INITIAL = ("init_method_std", "embedding_role")
+
+
 class Origin(NamedTuple):
     """A checkpoint of another run that a run starts from.
 
@@ -45,29 +53,41 @@ class Origin(NamedTuple):
         reference: what the user called it.
         goes_on: the run is a branch, whose steps go on from the checkpoint's; else one of its own from step 0, with
             the checkpoint's weights and Adam's moments.
+        weights: opens the weights of a folder that is no checkpoint of ours, and has no moments.
     """
 
     folder: Path
     step: int
     reference: str
     goes_on: bool
+    weights: Callable[[], ShardReader] | None = None
 
 
-def initial_weights(recipe: Recipe, reference: str) -> Origin:
+def initial_weights(
+    recipe: Recipe, reference: str, open_folder: Callable[[Path], tuple[ModelRecipe, ShardReader]]
+) -> Origin:
     """Where a run of its own takes its weights and moments from, to go on with other data, lengths, RoPE or schedule.
 
     Args:
-        reference: RUN@STEP, as for `branch_recipe`.
+        reference: RUN@STEP, as for `branch_recipe`; or a Hugging Face folder, which has weights alone.
+        open_folder: such a folder -> its model, and its weights.
 
     Raises:
-        UserError: no such checkpoint, one of another model (but for `ADAPTABLE`), or the run has checkpoints already
-            and did not begin so.
+        UserError: no such checkpoint or folder, one of another model (but for `ADAPTABLE`), or the run has checkpoints
+            already and did not begin so.
     """
-    started = _started(recipe, reference)
+    published = Path(reference).is_dir()
+    # a folder may be gone when the run is started again
+    of_a_folder = published or "@" not in reference
+    started = _started(recipe, f"{Path(reference).resolve()}@0" if of_a_folder else reference)
     if started is not None:
         return Origin(
             step_folder(Path(started["run"]) / CHECKPOINTS, started["step"]), started["step"], reference, False
         )
+    if published:
+        model, weights = open_folder(Path(reference))
+        _check_same_model(model, recipe.model, reference, free=(*ADAPTABLE, *INITIAL))
+        return Origin(Path(reference).resolve(), 0, reference, False, lambda: weights)
     folder = resolve_reference(reference, Path(recipe.run.directory))
     manifest = read_manifest(folder)
     # a checkpoint from before a key existed has its default
@@ -81,6 +101,22 @@ def initial_weights(recipe: Recipe, reference: str) -> Origin:
             " tools/convert_checkpoint.py --untie do more",
         )
     return Origin(folder, int(manifest["step"]), reference, False)
+
+
+def _check_same_model(found: ModelRecipe, asked: ModelRecipe, reference: str, *, free: Collection[str]) -> None:
+    """Refuse a published model that is not the recipe's, with everything that makes it so."""
+    keys = [key for key in ModelRecipe.model_fields if key not in free and getattr(found, key) != getattr(asked, key)]
+    if keys:
+        raise UserError(
+            f"is another model than the one in {reference}: "
+            + ", ".join(f"{key} is {_yaml(getattr(asked, key))}" for key in keys),
+            where="model",
+            fix="give " + " ".join(f"model.{key}={_yaml(getattr(found, key))}" for key in keys),
+        )
+
+
+def _yaml(value: Any) -> str:
+    return json.dumps(value)
 
 
 def changed_key(before: ModelRecipe, now: ModelRecipe, *, free: Collection[str]) -> str | None:
@@ -189,13 +225,21 @@ def _branch_of(recipe: Recipe, trunk: Recipe, step: int) -> Recipe:
     return build(fields)
 
 
-def check_same_past(before: Recipe, now: Recipe, step: int, *, changed_data: bool = False) -> None:
+def check_same_past(
+    before: Recipe,
+    now: Recipe,
+    step: int,
+    *,
+    changed_data: bool = False,
+    data: tuple[Mapping[str, str], Mapping[str, str]] = ({}, {}),
+) -> None:
     """Refuse a recipe under which the `step` steps already done would have been others.
 
     Layout, ZeRO stage, logging, evaluation and the future of the schedule may change.
 
     Args:
         changed_data: a decay stage may read other data than the trunk did (section 5 of the paper).
+        data: prefix -> fingerprint, of `before` and of `now`: equal data may lie under another path.
 
     Raises:
         UserError: naming the first key that differs.
@@ -205,6 +249,8 @@ def check_same_past(before: Recipe, now: Recipe, step: int, *, changed_data: boo
         if changed_data and dotted == "data.train":
             continue
         first, second = _get(old, dotted), _get(new, dotted)
+        if dotted == "data.train":
+            second = _under_old_paths(first, second, *data)
         if first != second:
             key, was, wanted = _first_difference(dotted, first, second)
             raise UserError(
@@ -237,6 +283,15 @@ def check_same_past(before: Recipe, now: Recipe, step: int, *, changed_data: boo
                 where="schedule",
                 fix="branch instead: --from RUN@STEP name=NEW, or set the schedule back",
             )
+
+
+def _under_old_paths(
+    before: list[dict[str, Any]], now: list[dict[str, Any]], saved: Mapping[str, str], found: Mapping[str, str]
+) -> list[dict[str, Any]]:
+    """The sources of `now`, those with the content of the source in the same place before under its prefix."""
+    same = [saved.get(old["prefix"], "") == found.get(new["prefix"]) for old, new in zip(before, now, strict=False)]
+    same += [False] * (len(now) - len(same))
+    return [new | {"prefix": before[place]["prefix"]} if same[place] else new for place, new in enumerate(now)]
 
 
 def _get(fields: dict[str, Any], dotted: str) -> Any:

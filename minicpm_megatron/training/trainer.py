@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import functools
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch.distributed as dist
 from minicpm_megatron.checkpoint import Checkpointer
 from minicpm_megatron.checkpoint.find import CHECKPOINTS
 from minicpm_megatron.engine.build import build_engine, build_model
-from minicpm_megatron.engine.state import EngineState
+from minicpm_megatron.engine.state import EngineState, ShardReader
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.methods.schedules import build_schedule
 from minicpm_megatron.model.config import MiniCPMConfig
@@ -24,6 +25,7 @@ from minicpm_megatron.recipe import BatchPlan, Recipe, build, count_parameters, 
 from minicpm_megatron.recipe.dump import RECIPE
 from minicpm_megatron.recipe.parameters import CHECKPOINT_BYTES
 from minicpm_megatron.storage.atomic import write_bytes, write_json
+from minicpm_megatron.storage.manifest import TOKENIZER_SHA256
 from minicpm_megatron.training import guards
 from minicpm_megatron.training.datasets import held_out_sets, train_reader
 from minicpm_megatron.training.evaluate import HeldOut, evaluate
@@ -277,7 +279,7 @@ class Trainer:
             "fault": fault,
             "faults": self.faults.state(),
         }
-        facts = {
+        facts: dict[str, Any] = {
             "model": self.recipe.model.model_dump(mode="json"),
             "recipe": self.recipe.model_dump(mode="json"),
             "recipe_hash": recipe_hash(self.recipe),
@@ -288,6 +290,8 @@ class Trainer:
             },
             "data": self.data.fingerprint,
         }
+        if self.data.tokenizer_sha256 is not None:
+            facts[TOKENIZER_SHA256] = self.data.tokenizer_sha256
         return self.checkpointer.save(
             self.step, self.state.fragments(), rank_tensors=device.rng_state(), state=state, facts=facts, wait=wait
         )
@@ -295,7 +299,12 @@ class Trainer:
     def _resume(self, folder: Path) -> None:
         loaded = self.checkpointer.open(folder)
         if "recipe" in loaded.manifest:
-            check_same_past(build(loaded.manifest["recipe"]), self.recipe, int(loaded.state["step"]))
+            check_same_past(
+                build(loaded.manifest["recipe"]),
+                self.recipe,
+                int(loaded.state["step"]),
+                data=(loaded.manifest.get("data") or {}, self.data.fingerprint),
+            )
         self._load(loaded)
         self.origin = loaded.state.get("origin")
         self.evaluation_due = bool(loaded.state.get("evaluation_due"))
@@ -303,6 +312,9 @@ class Trainer:
             print(f"resuming from {folder} at step {self.step}", flush=True)
 
     def _start_from(self, origin: Origin) -> None:
+        if origin.weights is not None:
+            self._start_with(origin, origin.weights)
+            return
         loaded = self.checkpointer.open(origin.folder, verified=False)
         if origin.goes_on:
             self._load(loaded)
@@ -315,6 +327,14 @@ class Trainer:
         self.origin = {"run": str(origin.folder.parent.parent), "step": origin.step}
         if groups.rank() == 0:
             print(said, flush=True)
+
+    def _start_with(self, origin: Origin, weights: Callable[[], ShardReader]) -> None:
+        reader = self.checkpointer.on_all(weights)
+        self.checkpointer.on_all(lambda: self.state.load(reader, 0))
+        self.evaluation_due = self.recipe.evaluation.interval is not None
+        self.origin = {"run": str(origin.folder), "step": origin.step}
+        if groups.rank() == 0:
+            print(f"starting with the weights of {origin.reference}", flush=True)
 
     def _load(self, loaded: Any) -> None:
         state = loaded.state

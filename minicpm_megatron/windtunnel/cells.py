@@ -14,7 +14,7 @@ from minicpm_megatron.errors import UserError
 from minicpm_megatron.methods.schedules import build_schedule
 from minicpm_megatron.recipe import BatchPlan, Recipe, build, count_parameters, recipe_hash
 from minicpm_megatron.recipe.flops import run_flops
-from minicpm_megatron.training.run_data import open_data
+from minicpm_megatron.training.run_data import label_bytes, open_data
 
 CELLS = "cells"  # folder of the runs below the experiment's output
 
@@ -147,6 +147,23 @@ def held_out_samples(base: Recipe) -> int:
     """
     check_base(base)
     return min(each.samples_per_epoch for each in open_data(base).validation.values())
+
+
+def check_loss_per_byte(base: Recipe) -> None:
+    """See that evaluations of runs made of `base` will have a loss per byte.
+
+    Raises:
+        UserError: the bytes of the tokens that they read are not known; or as `check_base`.
+    """
+    check_base(base)
+    for name, dataset in open_data(base).validation.items():
+        if label_bytes(base, dataset) is None:
+            ours = dataset.metadata is not None
+            raise UserError(
+                "the loss per byte needs the bytes of the tokens that are read, and they are not known",
+                where=f"data.validation.{name}",
+                fix="give data.tokenizer" if ours else "make the tokens with tools/preprocess_data.py",
+            )
 
 
 def data_fingerprints(recipe: Recipe) -> dict[str, str]:

@@ -168,11 +168,15 @@ def measured(cell: Cell, step: int | None = None) -> Measured:
 
 
 def per_byte(cell: Cell) -> dict[str, float]:
-    """Held-out loss of every set at the cell's last step, nats per byte; empty where it was not reached."""
+    """Held-out loss of every set at the cell's last step, nats per byte; empty where it was not reached.
+
+    Sets whose bytes were not known are left out.
+    """
     if not is_whole(cell):
         return {}
     records = read_metrics(cell.folder / METRICS, "evaluation")
-    return {record["set"]: record["loss_per_byte"] for record in records if record["step"] == cell.last_step}
+    last = (record for record in records if record["step"] == cell.last_step)
+    return {record["set"]: record["loss_per_byte"] for record in last if record["loss_per_byte"] is not None}
 
 
 def evaluations(cell: Cell) -> list[tuple[int, float]]:

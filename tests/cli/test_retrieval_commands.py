@@ -60,6 +60,11 @@ def test_a_set_and_its_evaluation(here: Path, capfd: pytest.CaptureFixture[str])
     assert command_with("evaluate_retrieval.py", EVALUATE | {"--output": "results"}) == 0
     assert tree(here / "results") == before
 
+    (here / "runs" / "one" / "checkpoints").mkdir(parents=True)
+    (here / "runs" / "one" / "checkpoints" / "step-0").symlink_to(here / "model")
+    assert command_with("evaluate_retrieval.py", EVALUATE | {"--checkpoint": "one@0", "--output": "of-run"}) == 0
+    assert json.loads((here / "of-run" / "results.json").read_text())["cells"] == results["cells"]
+
     # an exported folder gives the same numbers
     convert(here / "model", here / "llama", "llama", dtype="fp32", tokenizer=here / "tokenizer")
     options = {"--checkpoint": "llama", "--set": "set", "--output": "of-llama", "--max-length": "249"}

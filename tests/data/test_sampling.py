@@ -63,6 +63,60 @@ def test_mixture_follows_the_weights_at_every_prefix(weights: list[float]) -> No
         assert np.abs(counts - shares * (sample + 1)).max() < 3
 
 
+def drift(mixture: Mixture, weights: list[float], samples: int) -> float:
+    """The most that any source is away from its share at any prefix."""
+    taken = np.array([mixture(sample) for sample in range(samples)])
+    shares, number = np.array(weights) / np.sum(weights), np.arange(1, samples + 1)
+    worst = 0.0
+    for source, share in enumerate(shares):
+        mine = taken[:, 0] == source
+        counts = np.cumsum(mine)
+        assert (taken[mine, 1] == np.arange(counts[-1])).all()  # in order, without a gap
+        worst = max(worst, float(np.abs(counts - share * number).max()))
+    return worst
+
+
+@pytest.mark.parametrize("sources", [4, 30, 100, 1000])
+@pytest.mark.parametrize("shape", ["one large", "zipf", "powers", "equal"])
+def test_no_number_of_sources_makes_a_mixture_drift(sources: int, shape: str) -> None:
+    ranks = np.arange(1, sources + 1)
+    weights = {
+        "one large": np.where(ranks == 1, sources - 1.0, 1.0),  # half of all, and many that come at the same time
+        "zipf": 1.0 / ranks,
+        "powers": 0.7 ** np.minimum(ranks, 30),
+        "equal": np.ones(sources),
+    }[shape].tolist()
+    assert drift(Mixture(weights, seed=3), weights, 20_000) < 3
+
+
+def test_the_tree_stays_within_its_bound_wherever_it_is_looked_at() -> None:
+    weights = [0.9, 0.05, 0.02, 0.02, 0.01]
+    mixture = Mixture(weights, seed=1)
+    assert [mixture(sample) for sample in reversed(range(300))] == [mixture(sample) for sample in range(300)][::-1]
+    far = 10**13
+    taken = [mixture(far + step) for step in range(2000)]
+    for source, index in taken[-1:]:
+        assert abs(index - weights[source] * (far + 2000)) < 3
+    assert [mixture(sample) for sample in range(300)] != [Mixture(weights, seed=2)(sample) for sample in range(300)]
+
+
+KNOWN = {
+    (1.0, 1.0, 1.0): "01110001102212221202011101122001200211222020121110",
+    (0.7, 0.2, 0.1): "00100000100020020000000021000020000100010002011001",
+    (3.0, 1.0): "00000000000000000000000100001000000110010000100000",
+}
+
+
+def test_mixtures_of_few_sources_are_what_they_were() -> None:
+    """Their order decides what runs have read: a change here makes them read other samples when they are resumed."""
+    orders = {
+        weights: "".join(str(mixture(sample)[0]) for sample in range(0, 40_000, 800))
+        for weights in [(1.0, 1.0, 1.0), (0.7, 0.2, 0.1), (3.0, 1.0)]
+        for mixture in [Mixture(weights, seed=7)]
+    }
+    assert orders == KNOWN
+
+
 def test_mixture_does_not_drift() -> None:
     weights = [0.7, 0.2, 0.1]
     mixture = Mixture(weights, seed=0)

@@ -82,7 +82,7 @@ def _rest_of_a_run(engine: Engine) -> list[str]:
     """Run the trainer's work beside plain steps: evaluation, gradient statistics, a step refused, a save."""
     batches = engine.layout.world_size * MICRO_BATCHES
     reader = BatchReader(_Samples(), micro_batch_size=1, rank=0, size=engine.layout.world_size)
-    evaluate(engine, {"set": HeldOut(reader, batches=1, global_batch_size=batches, bytes_per_token=1.0)})
+    evaluate(engine, {"set": HeldOut(reader, samples=batches, label_bytes=None)})
     state = EngineState(engine)
     gradients = ConsecutiveGradients(state)
     applied = []

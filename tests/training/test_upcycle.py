@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch.distributed as dist
 
+from minicpm_megatron.cli.derived_run import DerivedRun
 from minicpm_megatron.cli.upcycle import upcycle
 from minicpm_megatron.convert import convert
 from minicpm_megatron.methods.upcycling import Upcycling
+from minicpm_megatron.recipe import build, load_recipe
 from tests.distributed.forked import Outcome, run_forked
 from tests.distributed.parity import DIGITS, digits
 from tests.training import nano
@@ -22,7 +25,7 @@ pytestmark = pytest.mark.timeout(900)  # one fixture runs every job of the file
 def worker(rank: int, case: dict[str, Any]) -> dict[str, Any]:
     if "upcycle" in case and rank == 0:
         runs = Path(case["runs"])
-        dense, options = runs / "dense" / "checkpoints" / "step-10", dict(case["upcycle"])
+        dense, options = runs / "dense" / "checkpoints" / f"step-{case.get('step', 10)}", dict(case["upcycle"])
         if "published" in case:
             convert(dense, runs / case["published"], case["published"], dtype="fp32")
             dense = runs / case["published"]
@@ -55,10 +58,31 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list
         "granite": nano.case(recipe, "hf", "model.num_moe_experts=4", "training.stop_after=2", "evaluation.interval=2")
         | {"runs": str(runs), "upcycle": {}, "published": "granite"},
         "branch": nano.case(runs / "ep1" / "recipe.yaml", "branch", "--from", "ep1@10", "schedule.decay=4"),
+        # of the end of a decay: a stage of its own, as the tool says
+        "stage": nano.case(
+            runs / "ended" / "recipe.yaml", "stage", "--init-from", f"{runs / 'ended'}@20", "training.stop_after=1"
+        )
+        | {"runs": str(runs), "run": "ended", "upcycle": {}, "step": 20},
+        "longer": nano.case(runs / "ended" / "recipe.yaml", "ended", "schedule.total=40"),
         "again": nano.case(runs / "ep2" / "recipe.yaml", "ep2", "schedule.total=22", "schedule.decay=12"),
     }
     outcomes = run_forked("tests.training.test_upcycle:worker", list(cases.values()))
     return runs, dict(zip(cases, outcomes, strict=True))
+
+
+def test_a_decayed_run_goes_on_as_a_stage_and_in_no_other_way(jobs: tuple[Path, dict[str, list[Outcome]]]) -> None:
+    runs, outcomes = jobs
+    nano.check(outcomes["stage"])
+    assert nano.held_out(runs / "stage", 0) == pytest.approx(nano.held_out(runs / "dense", 20), rel=2e-6)
+    nano.check(outcomes["longer"], 2, 2)
+    assert "schedule: would have given step" in outcomes["longer"][0].log
+    recipe = load_recipe(runs / "ended" / "recipe.yaml")
+    done = DerivedRun(runs / "ended", 20, recipe.model, True, recipe)
+    assert f"--init-from {runs / 'ended'}@20 name=NEW" in done.how_to_go_on()
+    assert "go on with: " in replace(done, step=19).how_to_go_on()
+    constant = build(recipe.model_dump(mode="json") | {"schedule": {"shape": "constant", "total": 20, "warmup": 4}})
+    assert "go on with: examples/train.py" in (line := replace(done, recipe=constant).how_to_go_on())
+    assert " schedule.total=MORE" in line
 
 
 def test_a_mixture_goes_on_where_the_dense_run_stood(jobs: tuple[Path, dict[str, list[Outcome]]]) -> None:

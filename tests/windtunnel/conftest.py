@@ -15,6 +15,7 @@ model: {vocab_size: 600, dim_model_base: 32}
 data:
   train: [{prefix: tokens}]
   validation: {held-out: held-out}
+  tokenizer: tokenizer
   sequence_length: 32
 training: {global_batch_size: 4, micro_batch_size: 4, precision: fp32}
 schedule: {warmup: 2, total: 12, decay: 4, decay_shape: linear}

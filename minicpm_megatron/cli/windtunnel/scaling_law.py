@@ -15,6 +15,7 @@ from minicpm_megatron.cli.windtunnel.options import (
     run_queue,
 )
 from minicpm_megatron.recipe import Recipe
+from minicpm_megatron.windtunnel.cells import check_loss_per_byte
 from minicpm_megatron.windtunnel.experiment import Experiment
 from minicpm_megatron.windtunnel.law.runs import (
     POINTS,
@@ -49,6 +50,7 @@ def add(commands: Subparsers) -> None:
             method=options.method,
             compute=parse_compute(options.compute),
         )
+        check_loss_per_byte(base)
         return plan_scaling(base, settings, options.output)
 
     command.set_defaults(run=run_queue, plan=plan)

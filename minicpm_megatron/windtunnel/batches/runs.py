@@ -66,7 +66,7 @@ def plan_batches(
 
     Raises:
         UserError: a size that does not divide into heads, a batch that is no whole number of samples, a batch or
-            samples that grow, held-out text that is less than a batch, or runs that are too short.
+            samples that grow, or runs that are too short.
     """
     timeline = Timeline(base)
     require(not base.data.curriculum, "data.curriculum", "the loss of shorter samples is another one")
@@ -75,7 +75,7 @@ def plan_batches(
     require(not odd, "--batches", f"{odd} tokens are no whole samples of {length}", f"give multiples of {length}")
     samples = [batch // length for batch in settings.batches]
     interval = _interval(settings, samples, length)
-    held_out = _held_out(base, samples, held_out_samples)
+    held_out = _held_out(base, samples)
     warmup = timeline.warmup_steps * timeline.tokens_per_step
     total = math.ceil(settings.tokens / interval) * interval
     evaluations = (total - warmup) // interval
@@ -97,9 +97,10 @@ def plan_batches(
         labels = {"width": width, "layers": layers, "batch_tokens": batch, "seed": seed}
         cells.append(make_cell(base, output, f"{size_name(*size)}-batch{batch}-s{seed}", overrides, labels))
     names = ", ".join(size_name(*each) for each in settings.sizes)
+    read = min(held_out, held_out_samples)
     title = f"Batch size over loss of {names} (section 3.2 of arXiv 2404.06395)"
     notes = (
-        f"every run: {total:,} tokens at a constant rate, {evaluations} evaluations on {held_out:,} samples a set,"
+        f"every run: {total:,} tokens at a constant rate, {evaluations} evaluations on {read:,} samples a set,"
         " which are not in the FLOPs",
     )
     evaluate = partial(evaluate_batches, reading=reading)
@@ -112,14 +113,10 @@ def _interval(settings: BatchSettings, samples: Sequence[int], length: int) -> i
     return math.ceil(settings.tokens / settings.evaluations / common) * common
 
 
-def _held_out(base: Recipe, samples: Sequence[int], there: int) -> int:
-    """Samples of each evaluation: as many as the recipe asks for or more, and whole batches of every size.
+def _held_out(base: Recipe, samples: Sequence[int]) -> int:
+    """Samples of each evaluation: as many as the recipe asks for or more, in whole batches of every size.
 
-    All runs must be judged on the same text, and the trainer reads whole batches only.
+    All runs are judged on the same text so; a smaller set is read to its end by all of them.
     """
     common = math.lcm(*samples)
-    asked = math.ceil(base.evaluation.batches * base.training.global_batch_size / common) * common
-    found = min(asked, there // common * common)
-    told = f"{there:,} samples are less than the {common:,} that are whole batches of every size"
-    require(found > 0, "data.validation", told, "give a larger set, or powers of two times a small --batches")
-    return found
+    return math.ceil(base.evaluation.batches * base.training.global_batch_size / common) * common

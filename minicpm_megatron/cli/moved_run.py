@@ -1,0 +1,49 @@
+"""The recipe of a run that was moved or copied to another place, or is started from another directory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from minicpm_megatron.checkpoint.find import CHECKPOINTS
+from minicpm_megatron.recipe import Recipe, build, load_recipe
+from minicpm_megatron.recipe.dump import RECIPE
+
+
+def load_recipe_of_run(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """`load_recipe`, of RUN/recipe.yaml so that RUN is the folder that the file is in.
+
+    A run writes its recipe with the paths that it was started with. Where RUN has checkpoints and is no longer at that
+    place, the run goes on where it is now, unless an override names another one (`name`, `run.directory`); and what
+    the recipe names inside the old place and is no longer there is read from inside the new one. Whether that is the
+    same data and the same tokenizer, their checksums decide.
+
+    Raises:
+        UserError: as `load_recipe`.
+    """
+    recipe = load_recipe(path, overrides)
+    here = path.resolve().parent
+    if path.name != RECIPE or not (here / CHECKPOINTS).is_dir():
+        return recipe
+    before = load_recipe(path).run_directory
+    if before.resolve() == here:
+        return recipe
+    fields = recipe.model_dump(mode="json")
+    if recipe.run_directory == before:
+        fields["name"], fields["run"]["directory"] = here.name, str(here.parent)
+    data = fields["data"]
+    for section, key, file in [
+        *((source, "prefix", ".idx") for source in data["train"]),
+        *((data["validation"], name, ".idx") for name in data["validation"]),
+        (data, "tokenizer", ""),
+        (fields["deepspeed"], "config", ""),
+    ]:
+        section[key] = _found(section[key], file, before, here)
+    return build(fields, origins={"": str(path)})
+
+
+def _found(recorded: Any, suffix: str, before: Path, here: Path) -> Any:
+    if recorded is None or Path(f"{recorded}{suffix}").exists() or not Path(recorded).is_relative_to(before):
+        return recorded
+    return str(here / Path(recorded).relative_to(before))

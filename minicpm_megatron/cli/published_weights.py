@@ -1,0 +1,27 @@
+"""What --init-from takes besides RUN@STEP: a Hugging Face folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from minicpm_megatron.convert import FORMATS, open_source, recognise
+from minicpm_megatron.convert.shards import SourceShards
+from minicpm_megatron.errors import UserError
+from minicpm_megatron.recipe import ModelRecipe
+
+
+def open_published_weights(folder: Path) -> tuple[ModelRecipe, SourceShards]:
+    """The model in a folder of a published format, and its weights.
+
+    Raises:
+        UserError: it is no such folder, or not what the format says it is.
+    """
+    found = recognise(folder)
+    if found not in FORMATS:
+        raise UserError(
+            f"a folder in the format {found}, which has optimizer state beside its weights",
+            where=str(folder),
+            fix="give RUN@STEP; tools/convert_checkpoint.py --to megatron makes a checkpoint of a torch_dist one",
+        )
+    source = open_source(folder)
+    return source.model, SourceShards(source)

@@ -1,0 +1,59 @@
+"""Where the tokenizer of a checkpoint is: at the recorded path, or, of a run that was moved or copied, in the run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from minicpm_megatron.convert.tokenizer_folder import SENTENCEPIECE
+from minicpm_megatron.storage.checksum import file_sha256
+from minicpm_megatron.storage.manifest import TOKENIZER_SHA256
+
+
+def recorded_tokenizer(manifest: dict[str, Any], folder: Path) -> tuple[Path | None, tuple[str, ...]]:
+    """The tokenizer folder that a checkpoint's recipe, or the conversion that made it, names, and notes.
+
+    A path inside the run that saved the checkpoint is looked up inside the run that now holds it, too. Where the
+    manifest has the tokenizer's checksum, a tokenizer of another one is passed over.
+
+    Args:
+        folder: the checkpoint.
+
+    Returns:
+        None where no tokenizer is recorded, or only others were found. Where nothing is there the recorded path.
+    """
+    recorded = _recorded(manifest)
+    if recorded is None:
+        return None, ()
+    there = [path for path in _places(recorded, manifest, folder) if path.is_dir()]
+    if not there:
+        return recorded, ()
+    due = manifest.get(TOKENIZER_SHA256)
+    for path in there:
+        file = path / SENTENCEPIECE
+        if due is None or (file.is_file() and file_sha256(file) == due):
+            return path, ()
+    return None, (f"{there[0]} has another tokenizer than the run's",)
+
+
+def _recorded(manifest: dict[str, Any]) -> Path | None:
+    for section in (manifest.get("recipe"), manifest.get("state")):
+        data = section.get("data") if isinstance(section, dict) else None
+        if isinstance(data, dict) and isinstance(data.get("tokenizer"), str):
+            path = Path(data["tokenizer"])
+            # a recipe may name the sentencepiece model itself
+            return path.parent if path.name == SENTENCEPIECE else path
+    return None
+
+
+def _places(recorded: Path, manifest: dict[str, Any], folder: Path) -> Iterator[Path]:
+    yield recorded
+    folder = folder.resolve()
+    run = folder.parent.parent if folder.parent.name == "checkpoints" else folder.parent
+    recipe = manifest.get("recipe")
+    if isinstance(recipe, dict):  # as a run has written it, with every key
+        before = Path(recipe["run"]["directory"]) / recipe["name"]
+        if recorded.is_relative_to(before):
+            yield run / recorded.relative_to(before)
+    yield run / recorded.name
