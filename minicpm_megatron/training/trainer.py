@@ -156,7 +156,10 @@ class Trainer:
                         break
         finally:
             signals.restore()
-        log.check()
+        if self.step == self.total and log.failure is not None:
+            guards.announce(f"note: the run is finished and saved, but {log.failure.where}: {log.failure.what}")
+        else:
+            log.check()
         return self.step
 
     def _evaluate(self, log: MetricsLog, sets: dict[str, HeldOut]) -> None:
