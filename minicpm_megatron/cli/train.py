@@ -8,6 +8,7 @@ import os
 import warnings
 from typing import TYPE_CHECKING
 
+from minicpm_megatron.cli.arguments import Parser
 from minicpm_megatron.cli.dry_run import format_dry_run
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.recipe import Recipe, load_recipe
@@ -30,7 +31,7 @@ the current step. Works under torchrun, too."""
 
 def parser() -> argparse.ArgumentParser:
     """The parser; `--help` is its documentation."""
-    result = argparse.ArgumentParser(description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result = Parser(description=DESCRIPTION)
     result.add_argument("--recipe", required=True, metavar="FILE", help="YAML recipe; docs/recipes.md lists its keys")
     result.add_argument("overrides", nargs="*", metavar="section.key=value", help="change one value of the recipe")
     result.add_argument(
@@ -62,6 +63,8 @@ def main(arguments: list[str] | None = None) -> int:
         UserError: the recipe, its data or its checkpoints are wrong.
     """
     options = parser().parse_intermixed_args(arguments)
+    if options.world_size is not None and options.world_size < 1:
+        raise UserError(f"{options.world_size} is no number of ranks", where="--world-size", fix="give 1 or more")
     check_versions()
     recipe = load_recipe(options.recipe, options.overrides)
     origin = None
