@@ -6,10 +6,12 @@ ends in a traceback through whatever was being imported, and libraries that try 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
 import threading
+from collections.abc import Iterator
 from types import FrameType
 
 EXIT_INTERRUPTED = 130
@@ -37,6 +39,16 @@ def clean_up_first() -> None:
     """Have Ctrl-C raise KeyboardInterrupt again."""
     if signal.getsignal(signal.SIGINT) is _leave:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@contextlib.contextmanager
+def leaving_at_once() -> Iterator[None]:
+    """`leave_at_once` for a block of imports."""
+    leave_at_once()
+    try:
+        yield
+    finally:
+        clean_up_first()
 
 
 leave_at_once()

@@ -8,10 +8,12 @@ import os
 import warnings
 from typing import TYPE_CHECKING
 
+from minicpm_megatron.cli import interrupts
 from minicpm_megatron.cli.arguments import Parser
 from minicpm_megatron.cli.dry_run import format_dry_run
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.recipe import Recipe, load_recipe
+from minicpm_megatron.training.launcher import Launcher
 from minicpm_megatron.versions import check_versions
 
 if TYPE_CHECKING:
@@ -62,6 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
     Raises:
         UserError: the recipe, its data or its checkpoints are wrong.
     """
+    launcher = Launcher()
     options = parser().parse_intermixed_args(arguments)
     if options.world_size is not None and options.world_size < 1:
         raise UserError(f"{options.world_size} is no number of ranks", where="--world-size", fix="give 1 or more")
@@ -86,24 +89,28 @@ def main(arguments: list[str] | None = None) -> int:
         started = os.environ.get("WORLD_SIZE")
         print(format_dry_run(recipe, options.world_size or int(started or fewest)))
         return 0
-    return _train(recipe, origin)
+    return _train(recipe, origin, launcher)
 
 
-def _train(recipe: Recipe, origin: Origin | None) -> int:
+def _train(recipe: Recipe, origin: Origin | None, launcher: Launcher) -> int:
     only_our_lines()
     # seconds of imports, after everything that can be refused without them
-    from minicpm_megatron.parallel import groups
-    from minicpm_megatron.training.faults import FaultyStep
-    from minicpm_megatron.training.report import finish
-    from minicpm_megatron.training.trainer import Trainer
+    with interrupts.leaving_at_once():
+        from minicpm_megatron.parallel import groups
+        from minicpm_megatron.training.faults import FaultyStep
+        from minicpm_megatron.training.report import finish
+        from minicpm_megatron.training.trainer import Trainer
+        from minicpm_megatron.training.watchdog import Watchdog
 
+    rank, size, folder = groups.rank(), groups.world_size(), recipe.run_directory
     try:
-        trainer = Trainer(recipe, origin)
-        finished = trainer.run() == trainer.total
-        if finished and groups.rank() == 0:
-            finish(trainer.folder, recipe)
+        with Watchdog(folder, rank=rank, size=size, timeout=recipe.training.hang_timeout) as watchdog:
+            trainer = Trainer(recipe, origin, watchdog, launcher)
+            finished = trainer.run() == trainer.total
+        if finished and rank == 0:
+            finish(folder, recipe)
     except FaultyStep as error:
-        if groups.rank() == 0:
+        if rank == 0:
             print(f"stopped: {error}", flush=True)
         return 1
     finally:
