@@ -10,11 +10,13 @@ again, it goes on where it was.
 
 from __future__ import annotations
 
-import argparse
+from minicpm_megatron.cli import interrupts  # noqa: F401  # isort: skip
+
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+from minicpm_megatron.cli.arguments import Parser
 from minicpm_megatron.cli.entry import run
 from minicpm_megatron.data.haystack import Haystack
 from minicpm_megatron.data.retrieval import TASKS
@@ -27,7 +29,7 @@ Number = TypeVar("Number", int, float)
 
 def main() -> None:
     """Parse the command line and write the set."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--task", required=True, choices=tuple(TASKS))
     parser.add_argument(
         "--corpus", nargs="+", required=True, help="files or folders, as tools/preprocess_data.py reads"

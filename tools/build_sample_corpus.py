@@ -6,16 +6,18 @@ each source with its licence.
 
 from __future__ import annotations
 
-import argparse
+from minicpm_megatron.cli import interrupts  # noqa: F401  # isort: skip
+
 from pathlib import Path
 
+from minicpm_megatron.cli.arguments import Parser
 from minicpm_megatron.cli.entry import run
 from minicpm_megatron.data.sample_corpus import build_sample_corpus
 
 
 def main() -> None:
     """Parse the command line and build."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True, help="new folder")
     parser.add_argument("--size-mb", type=float, default=12, help="megabytes of text at most (default: 12)")
     arguments = parser.parse_args()

@@ -7,9 +7,11 @@ Counted are each run's own steps; what was before a branch or an upcycling is co
 
 from __future__ import annotations
 
-import argparse
+from minicpm_megatron.cli import interrupts  # noqa: F401  # isort: skip
+
 from pathlib import Path
 
+from minicpm_megatron.cli.arguments import Parser
 from minicpm_megatron.cli.entry import run
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.training.compare import draw, equal_flops, format_table, read_curve
@@ -17,7 +19,7 @@ from minicpm_megatron.training.compare import draw, equal_flops, format_table, r
 
 def main() -> None:
     """Parse the arguments, print the table and draw."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--runs", type=Path, nargs="+", required=True, help="folders of runs")
     parser.add_argument("--output", type=Path, help="picture to write (.png)")
     parser.add_argument(
@@ -33,12 +35,18 @@ def main() -> None:
         run_folder, other = options.runs
         print(equal_flops(run_folder, other, options.equal_flops))
         return
-    if options.output is not None and not options.output.resolve().parent.is_dir():
-        raise UserError("no such folder", where=str(options.output.parent), fix="give another --output")
+    if options.output is not None:
+        if not options.output.resolve().parent.is_dir():
+            raise UserError("no such folder", where=str(options.output.parent), fix="give another --output")
+        if options.output.is_dir():
+            raise UserError("is a folder, not a picture", where=str(options.output), fix="add a file name to --output")
     curves = [read_curve(folder) for folder in options.runs]
     print(format_table(curves))
     if options.output is not None:
-        draw(curves, options.output)
+        try:
+            draw(curves, options.output)
+        except OSError as error:
+            raise UserError(f"cannot be written: {error.strerror}", where=str(options.output)) from None
         print(f"picture: {options.output}")
 
 

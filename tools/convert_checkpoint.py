@@ -11,12 +11,15 @@ embedding. To megatron that makes a run, with step, data position, schedule and 
 
 from __future__ import annotations
 
+from minicpm_megatron.cli import interrupts  # noqa: F401  # isort: skip
+
 import argparse
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 
 from minicpm_megatron.checkpoint.find import find_source
+from minicpm_megatron.cli.arguments import Parser
 from minicpm_megatron.cli.entry import run
 from minicpm_megatron.cli.untie import HEAD_MOMENTS, untie
 from minicpm_megatron.convert import TARGETS, convert
@@ -29,7 +32,7 @@ from minicpm_megatron.recipe import ModelRecipe, count_parameters, get_preset, l
 
 def main() -> int:
     """Parse the arguments and convert."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument(
         "--input",
         required=True,

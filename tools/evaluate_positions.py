@@ -9,10 +9,12 @@ run again, it goes on with the first model that is missing.
 
 from __future__ import annotations
 
-import argparse
+from minicpm_megatron.cli import interrupts  # noqa: F401  # isort: skip
+
 from pathlib import Path
 
 from minicpm_megatron.checkpoint.find import find_source
+from minicpm_megatron.cli.arguments import Parser
 from minicpm_megatron.cli.entry import run
 from minicpm_megatron.convert.generation import Generator
 from minicpm_megatron.data.indexed_format import bin_path
@@ -31,7 +33,7 @@ from minicpm_megatron.storage.checksum import fingerprint
 
 def main() -> None:
     """Parse the command line and evaluate."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument(
         "--checkpoint", nargs="+", required=True, help="runs, RUN@STEP, checkpoints or Hugging Face folders"
     )

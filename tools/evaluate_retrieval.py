@@ -9,10 +9,12 @@ heat_map.png. Killed and run again, it goes on where it was.
 
 from __future__ import annotations
 
-import argparse
+from minicpm_megatron.cli import interrupts  # noqa: F401  # isort: skip
+
 from pathlib import Path
 
 from minicpm_megatron.checkpoint.find import find_source
+from minicpm_megatron.cli.arguments import Parser
 from minicpm_megatron.cli.entry import run
 from minicpm_megatron.convert.generation import Generator
 from minicpm_megatron.data.retrieval_set import SET, open_set
@@ -25,7 +27,7 @@ from minicpm_megatron.storage.checksum import file_sha256, fingerprint
 
 def main() -> None:
     """Parse the command line and evaluate."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--checkpoint", required=True, help="run, RUN@STEP, checkpoint or Hugging Face folder")
     parser.add_argument("--set", type=Path, required=True, help="folder of tools/build_retrieval_set.py")
     parser.add_argument("--output", type=Path, required=True, help="folder of the results")

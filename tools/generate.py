@@ -7,20 +7,24 @@ Takes a run (its newest checkpoint), RUN@STEP, one checkpoint, or an exported or
 
 from __future__ import annotations
 
-import argparse
+from minicpm_megatron.cli import interrupts  # noqa: F401  # isort: skip
+
 import math
 from pathlib import Path
 
 from minicpm_megatron.checkpoint.find import find_source
+from minicpm_megatron.cli.arguments import Parser
 from minicpm_megatron.cli.entry import run
 from minicpm_megatron.convert.generation import Generator, Sampling
 from minicpm_megatron.errors import UserError
+
+COLDEST = 1e-6  # logits divided by less leave the range of fp32
 
 
 def main() -> None:
     """Parse the command line and generate."""
     default = Sampling()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--checkpoint", required=True, help="run, RUN@STEP, checkpoint or Hugging Face folder")
     parser.add_argument("--prompt", required=True, nargs="+", help="text to continue; several are done in turn")
     parser.add_argument("--tokenizer", type=Path, help="tokenizer folder (default: the one that belongs to the model)")
@@ -35,12 +39,28 @@ def main() -> None:
         raise UserError("must be at least 1", where="--max-new-tokens")
     if not (0 <= options.temperature < math.inf and 0 < options.top_p <= 1):
         raise UserError("temperature must be 0 or more and top-p in (0, 1]", where="--temperature, --top-p")
+    if 0 < options.temperature < COLDEST:
+        raise UserError(
+            f"{options.temperature} is too small to divide by",
+            where="--temperature",
+            fix=f"give {COLDEST} or 0, greedy",
+        )
+    for prompt in options.prompt:
+        _check_text(prompt)
     if not 0 <= options.seed < 1 << 63:
         raise UserError("must be 0 or more and fit 63 bits", where="--seed")
     generator = Generator(find_source(options.checkpoint), options.tokenizer)
     sampling = Sampling(options.max_new_tokens, options.temperature, options.top_p, options.seed)
     for prompt in options.prompt:
         print(generator.continue_text(prompt, sampling), flush=True)
+
+
+def _check_text(prompt: str) -> None:
+    """Refuse bytes of the command line that are not UTF-8, which Python hands on as lone surrogates."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"character {error.start + 1} is not UTF-8 text", where="--prompt") from None
 
 
 if __name__ == "__main__":

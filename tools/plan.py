@@ -8,10 +8,13 @@ Predictions, not measurements (docs/plan.md).
 
 from __future__ import annotations
 
+from minicpm_megatron.cli import interrupts  # noqa: F401  # isort: skip
+
 import argparse
 import json
 from pathlib import Path
 
+from minicpm_megatron.cli.arguments import Parser
 from minicpm_megatron.cli.entry import run
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.planning import GPUS, Cluster, find_layouts
@@ -45,7 +48,7 @@ def main() -> None:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--recipe", type=Path, help="recipe file; its layout, micro-batch and ZeRO stage are replaced")
     source.add_argument("--preset", help="a model by name; needs the next two")

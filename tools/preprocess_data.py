@@ -9,9 +9,12 @@ run again, it goes on where it was.
 
 from __future__ import annotations
 
+from minicpm_megatron.cli import interrupts  # noqa: F401  # isort: skip
+
 import argparse
 import os
 
+from minicpm_megatron.cli.arguments import Parser
 from minicpm_megatron.cli.entry import run
 from minicpm_megatron.data.join_units import rejected_path
 from minicpm_megatron.data.preprocess import Options, preprocess
@@ -20,7 +23,7 @@ from minicpm_megatron.data.preprocess import Options, preprocess
 def main() -> None:
     """Parse the command line and tokenise."""
     default = Options()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--input", nargs="+", required=True, metavar="CORPUS", help="files or folders")
     parser.add_argument("--tokenizer", required=True, help="tokenizer folder, or a sentencepiece model")
     parser.add_argument("--output-prefix", required=True, help="path of the outputs without suffix")

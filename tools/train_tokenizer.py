@@ -6,9 +6,11 @@ tokenizer_report.json, and prints how many bytes of each input a token holds.
 
 from __future__ import annotations
 
-import argparse
+from minicpm_megatron.cli import interrupts  # noqa: F401  # isort: skip
+
 from pathlib import Path
 
+from minicpm_megatron.cli.arguments import Parser
 from minicpm_megatron.cli.entry import run
 from minicpm_megatron.data.corpus_files import SUFFIXES
 from minicpm_megatron.data.tokenizer_training import compression_table, train_tokenizer
@@ -17,7 +19,7 @@ from minicpm_megatron.errors import UserError
 
 def main() -> None:
     """Parse the command line and train."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument(
         "--input",
         nargs="+",

@@ -9,11 +9,13 @@ new model computes what the dense one did. Step, data position, schedule and opt
 
 from __future__ import annotations
 
-import argparse
+from minicpm_megatron.cli import interrupts  # noqa: F401  # isort: skip
+
 import sys
 from pathlib import Path
 
 from minicpm_megatron.checkpoint.find import find_source
+from minicpm_megatron.cli.arguments import Parser
 from minicpm_megatron.cli.entry import run
 from minicpm_megatron.cli.upcycle import MOMENTS, upcycle
 from minicpm_megatron.methods.upcycling import Upcycling
@@ -23,7 +25,7 @@ from minicpm_megatron.recipe import count_parameters
 def main() -> int:
     """Parse the arguments and upcycle."""
     default = Upcycling()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument(
         "--input",
         required=True,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from minicpm_megatron.cli import interrupts  # noqa: F401  # isort: skip
+
 from pathlib import Path
 
 from minicpm_megatron.cli.entry import run

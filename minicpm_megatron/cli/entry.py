@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import time
 from collections.abc import Callable
 
+from minicpm_megatron.cli.interrupts import EXIT_INTERRUPTED, clean_up_first, say_interrupted
 from minicpm_megatron.errors import UserError
 
 EXIT_USER_ERROR = 2
-EXIT_INTERRUPTED = 130
 RANK_0_GRACE = 15.0  # seconds; ranks of a busy machine start seconds apart
 
 
@@ -21,6 +22,11 @@ def run(main: Callable[[], int | None]) -> None:
     rank 0 speaks; the others leave it the time to, and then speak for themselves, because a mistake can be one
     machine's alone.
     """
+    clean_up_first()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # a path or a text that the terminal has no characters for must not end the command that prints it
+            stream.reconfigure(errors="backslashreplace")
     try:
         status = main() or 0
     except UserError as error:
@@ -34,6 +40,6 @@ def run(main: Callable[[], int | None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 0
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr, flush=True)
+        say_interrupted()
         status = EXIT_INTERRUPTED
     sys.exit(status)

@@ -9,10 +9,13 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from minicpm_megatron.cli import interrupts
+from minicpm_megatron.cli.arguments import Parser
 from minicpm_megatron.cli.dry_run import format_dry_run
 from minicpm_megatron.cli.moved_run import load_recipe_of_run
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.recipe import Recipe
+from minicpm_megatron.training.launcher import Launcher
 from minicpm_megatron.versions import check_versions
 
 if TYPE_CHECKING:
@@ -32,7 +35,7 @@ the current step. Works under torchrun, too."""
 
 def parser() -> argparse.ArgumentParser:
     """The parser; `--help` is its documentation."""
-    result = argparse.ArgumentParser(description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result = Parser(description=DESCRIPTION)
     result.add_argument("--recipe", required=True, metavar="FILE", help="YAML recipe; docs/recipes.md lists its keys")
     result.add_argument("overrides", nargs="*", metavar="section.key=value", help="change one value of the recipe")
     result.add_argument(
@@ -63,7 +66,10 @@ def main(arguments: list[str] | None = None) -> int:
     Raises:
         UserError: the recipe, its data or its checkpoints are wrong.
     """
+    launcher = Launcher()
     options = parser().parse_intermixed_args(arguments)
+    if options.world_size is not None and options.world_size < 1:
+        raise UserError(f"{options.world_size} is no number of ranks", where="--world-size", fix="give 1 or more")
     check_versions()
     recipe = load_recipe_of_run(Path(options.recipe), options.overrides)
     origin = None
@@ -86,24 +92,28 @@ def main(arguments: list[str] | None = None) -> int:
         started = os.environ.get("WORLD_SIZE")
         print(format_dry_run(recipe, options.world_size or int(started or fewest)))
         return 0
-    return _train(recipe, origin)
+    return _train(recipe, origin, launcher)
 
 
-def _train(recipe: Recipe, origin: Origin | None) -> int:
+def _train(recipe: Recipe, origin: Origin | None, launcher: Launcher) -> int:
     only_our_lines()
     # seconds of imports, after everything that can be refused without them
-    from minicpm_megatron.parallel import groups
-    from minicpm_megatron.training.faults import FaultyStep
-    from minicpm_megatron.training.report import finish
-    from minicpm_megatron.training.trainer import Trainer
+    with interrupts.leaving_at_once():
+        from minicpm_megatron.parallel import groups
+        from minicpm_megatron.training.faults import FaultyStep
+        from minicpm_megatron.training.report import finish
+        from minicpm_megatron.training.trainer import Trainer
+        from minicpm_megatron.training.watchdog import Watchdog
 
+    rank, size, folder = groups.rank(), groups.world_size(), recipe.run_directory
     try:
-        trainer = Trainer(recipe, origin)
-        finished = trainer.run() == trainer.total
-        if finished and groups.rank() == 0:
-            finish(trainer.folder, recipe)
+        with Watchdog(folder, rank=rank, size=size, timeout=recipe.training.hang_timeout) as watchdog:
+            trainer = Trainer(recipe, origin, watchdog, launcher)
+            finished = trainer.run() == trainer.total
+        if finished and rank == 0:
+            finish(folder, recipe)
     except FaultyStep as error:
-        if groups.rank() == 0:
+        if rank == 0:
             print(f"stopped: {error}", flush=True)
         return 1
     finally:

@@ -149,7 +149,14 @@ def preprocess(
             results = _tokenize(units, setup, plan, workers, show_progress)
             if _plan(files, unread, model, options) != plan:
                 raise UserError("an input has changed while it was read", where=", ".join(inputs), fix="run again")
-            metadata = join_units(units, [results[unit.number] for unit in units], unread, setup, model, plan, prefix)
+            try:
+                metadata = join_units(
+                    units, [results[unit.number] for unit in units], unread, setup, model, plan, prefix
+                )
+            except UserError:
+                if not any(result.documents for result in results.values()):
+                    shutil.rmtree(work)  # nothing is left of the input that another start could go on from
+                raise
         shutil.rmtree(work)
     except OSError as error:
         raise UserError(

@@ -164,6 +164,7 @@ def _refuse_unknown_keys(section: type[Section], fields: Mapping[str, Any], pref
 
 
 def _suggestion(section: type[Section], key: str, prefix: str) -> str:
+    key = key.lower()
     near = difflib.get_close_matches(key, section.model_fields, n=1, cutoff=0.5)  # "rl" must still find "lr"
     if near:
         return f"did you mean {prefix}{near[0]}?"
@@ -183,17 +184,51 @@ def _validate[S: Section](section: type[S], fields: dict[str, Any]) -> S:
         raise _first_error(section, error.errors(include_url=False)) from None
 
 
+_RULES = {
+    "int_type": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "float_type": "must be a number",
+    "bool_type": "must be true or false",
+    "string_type": "must be text",
+    "string_unicode": "must be text that UTF-8 has bytes for",
+    "string_too_short": "must not be empty",
+    "tuple_type": "must be a list",
+    "too_short": "must have {min_length} entries or more",
+    "too_long": "must have {max_length} entries or fewer",
+    "dict_type": "must be a mapping",
+    "model_type": "must be a mapping",
+    "literal_error": "must be {expected}",
+    "finite_number": "must be finite",
+    "greater_than": "must be greater than {gt}",
+    "greater_than_equal": "must be greater than or equal to {ge}",
+    "less_than": "must be less than {lt}",
+    "less_than_equal": "must be less than or equal to {le}",
+}
+"""Type of pydantic's error -> what it asks for, as a format of the error's context."""
+
+
 def _first_error(section: type[Section], errors: list[ErrorDetails]) -> UserError:
     error = errors[0]
-    dotted = ".".join(str(part) for part in error["loc"])
+    dotted = ".".join(str(part) for part in error["loc"] if part != "[key]")
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
     if error["type"] == "missing":
         fix = "give it, or a preset" if dotted == "model" or dotted.startswith("model.") else "give it"
         return UserError(f"missing{more}", where=dotted, fix=fix)
-    message = error["msg"].replace("Input should", "must").replace("Value error, ", "")
     shown = repr(error["input"])
     shown = shown if len(shown) <= SHOWN_VALUE else shown[:SHOWN_VALUE] + "..."
-    return UserError(f"{shown} is refused, it {message[:1].lower()}{message[1:]}{more}", where=dotted)
+    return UserError(f"{shown} is refused, it {_rule(error)}{more}", where=dotted)
+
+
+def _rule(error: ErrorDetails) -> str:
+    """Say in the words of a recipe what pydantic asks of a value."""
+    rule = _RULES.get(error["type"])
+    if rule is not None:
+        return rule.format(**{key: _with_commas(value) for key, value in error.get("ctx", {}).items()})
+    return error["msg"].replace("Input should", "must").removeprefix("Value error, ")
+
+
+def _with_commas(value: Any) -> Any:
+    return f"{int(value):,}" if isinstance(value, (int, float)) and value == int(value) else value
 
 
 def _over_preset(preset: dict[str, Any], model: dict[str, Any]) -> dict[str, Any]:

@@ -80,7 +80,7 @@ class Registry[T]:
         known = self.names()
         if name in known:
             return
-        nearest = difflib.get_close_matches(name, known, n=1)
+        nearest = difflib.get_close_matches(name.lower(), known, n=1)
         fix = f"did you mean {nearest[0]}?" if nearest else f"known are {', '.join(known)}"
         raise UserError(f"unknown {self.kind} {name!r}", where=where, fix=fix)
 
@@ -96,7 +96,8 @@ class Registry[T]:
             )
         try:
             return self._validate(points[0].load())
-        except Exception as error:  # a plugin may fail in any way at all; whichever it is, the plugin is to name
+        # a plugin may fail in any way at all, or leave; whichever it is, the plugin is to name
+        except (Exception, SystemExit) as error:
             raise UserError(
                 f"plugin {owners[0]} cannot provide the {self.kind} {name!r} ({points[0].value}):"
                 f" {type(error).__name__}: {error}",

@@ -9,27 +9,56 @@ description says "common practice, not published".
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from minicpm_megatron.recipe import checks, rope_checks
 
+MOST = 2**31 - 1  # of what is counted; libraries keep counts in 32 or 64 bits, and products of two must fit 64
+FARTHEST = 2**53  # position in a schedule, up to which every whole number is a float
+
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
-Count = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(gt=0, le=MOST)]
+
+
+def _word_of(characters: str) -> AfterValidator:
+    """Let words pass that begin with a letter or a digit and may hold `characters` besides."""
+    pattern = re.compile(rf"[A-Za-z0-9][A-Za-z0-9{re.escape(characters)}]{{0,99}}")
+
+    def check(word: str) -> str:
+        if pattern.fullmatch(word) is None:
+            others = " ".join(characters)
+            raise ValueError(
+                f"must begin with a letter or digit and have letters, digits and {others} alone, 100 characters at most"
+            )
+        return word
+
+    return AfterValidator(check)
+
+
 # the name becomes a folder under run.directory, a validation name becomes part of a metric's name
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
-MetricName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,99}$")]
-PathText = Annotated[str, Field(min_length=1)]
+Name = Annotated[str, _word_of("._-")]
+MetricName = Annotated[str, _word_of("_-")]
+
+
+def _without_nul(path: str) -> str:
+    if "\0" in path:
+        raise ValueError("must not contain the character NUL, which no file system takes")
+    return path
+
+
+PathText = Annotated[str, Field(min_length=1), AfterValidator(_without_nul)]
 
 
 def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-Length = Annotated[int, BeforeValidator(_whole), Field(ge=0)]  # 20e9 is how people write tokens
+Length = Annotated[int, BeforeValidator(_whole), Field(ge=0, le=FARTHEST)]  # 20e9 is how people write tokens
 
 
 class Section(BaseModel):
@@ -67,7 +96,7 @@ class ModelRecipe(Section):
     """Key/value heads n_kv; defaults to num_attention_heads (no grouping)."""
     kv_channels: Count = Field(default=0)
     """d_head, channels a head; defaults to hidden_size / num_attention_heads (64 in every published size)."""
-    vocab_size: Annotated[int, Field(ge=2)]
+    vocab_size: Annotated[int, Field(ge=2, le=MOST)]
     """Rows of the embedding before any padding; never fewer than the tokenizer's pieces."""
     max_position_embeddings: Count = 4096
     """Longest sequence in tokens the model is meant for (released configurations); with dynamic rope_scaling the
@@ -88,7 +117,7 @@ class ModelRecipe(Section):
     """d_base: widths count relative to it in muP (all released configurations)."""
     init_method_std: Positive = 0.1
     """Initial standard deviation at width dim_model_base (appendix A.1)."""
-    num_moe_experts: Annotated[int, Field(ge=2)] | None = None
+    num_moe_experts: Annotated[int, Field(ge=2, le=MOST)] | None = None
     """Experts a layer; null is a dense model."""
     moe_router_topk: Count = 2
     """Experts that serve a token (section 7.3); without effect in a dense model, as are the other moe_ keys."""
@@ -234,7 +263,7 @@ class TrainingRecipe(Section):
     slower. On CPU runs are so anyway."""
     stop_after: Count | None = None
     """End after this many steps, the schedule unchanged."""
-    hang_timeout: Positive = 600.0
+    hang_timeout: Annotated[float, Field(ge=1, le=1e9)] = 600.0
     """Seconds without progress after which the run ends and names the ranks that the others wait for."""
 
 
@@ -333,10 +362,10 @@ class FaultsRecipe(Section):
     spike_sigmas: Positive = 6.0
     """A spike lies more than this many standard deviations above the mean of the last steps (OLMo-core's
     SkipStepOptimizer)."""
-    spike_window: Annotated[int, Field(ge=4)] = 128
+    spike_window: Annotated[int, Field(ge=4, le=MOST)] = 128
     """Steps, skipped ones left out, that the mean is taken over; without half of them there is no judgement
     (OLMo-core's SkipStepOptimizer)."""
-    rollback_skip: Annotated[int, Field(ge=0)] = 100
+    rollback_skip: Annotated[int, Field(ge=0, le=MOST)] = 100
     """Global batches that a rollback passes over after the faulty one, besides those since the checkpoint (PaLM, arXiv
     2204.02311, section 5.1: went back about 100 steps and passed over 200 to 500 batches)."""
     max_consecutive: Count = 3

@@ -69,13 +69,13 @@ def read_curve(run: Path) -> RunCurve:
         UserError: it is no run, or has made no step.
     """
     recipe = run_recipe(run)
-    steps = read_metrics(run / METRICS) if (run / METRICS).is_file() else []
+    steps = read_metrics(run / METRICS, needs=("tokens", "loss")) if (run / METRICS).is_file() else []
     if not steps:
         raise UserError("has made no step", where=str(run), fix="start it first")
     count, first = count_parameters(recipe.model), steps[0]["step"] - 1
     begin = steps[0]["tokens"] - (steps[-1]["tokens"] - steps[0]["tokens"]) // max(1, len(steps) - 1)
     by_step: dict[int, list[tuple[str, int, float]]] = {}
-    for record in read_metrics(run / METRICS, "evaluation"):
+    for record in read_metrics(run / METRICS, "evaluation", ("set", "tokens", "loss_per_token")):
         by_step.setdefault(record["step"], []).append((record["set"], record["tokens"], record["loss_per_token"]))
     points = []
     for step, sets in sorted(by_step.items()):

@@ -12,11 +12,11 @@ import time
 from dataclasses import dataclass
 from types import FrameType
 
-import psutil
 import torch
 import torch.distributed as dist
 
 from minicpm_megatron.parallel import device
+from minicpm_megatron.training.launcher import Launcher
 
 # A launcher may pass one Ctrl-C on twice, as SIGINT and then SIGTERM; only the same signal again, later than this
 # many seconds, means that the user does not want to wait.
@@ -29,13 +29,17 @@ class SignalGuard:
 
     The same signal a second time, after a second, aborts at once with its default action. The `deepspeed` command
     does not pass signals on when it is killed itself, so its death counts as SIGTERM, too.
+
+    Args:
+        launcher: as it was when the command began.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, launcher: Launcher) -> None:
         self.received: str | None = None
         self._when: dict[int, float] = {}
         self._previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
-        self._launchers = _ancestors(2) if "RANK" in os.environ else []
+        self._launcher = launcher
+        launcher.take_over()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
@@ -47,7 +51,7 @@ class SignalGuard:
 
     def requested(self) -> bool:
         """Whether this rank was asked to stop."""
-        if self.received is None and any(not _alive(process) for process in self._launchers):
+        if self.received is None and self._launcher.is_dead():
             self.received = "the launcher's death"
         return self.received is not None
 
@@ -55,27 +59,6 @@ class SignalGuard:
         """Give the signals back to whoever had them."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
-
-
-def _ancestors(generations: int) -> list[psutil.Process]:
-    """The processes above this one that belong to a launcher: deepspeed's per-node launcher and its front end."""
-    found = []
-    for process in psutil.Process().parents()[:generations]:
-        try:
-            words = " ".join(process.cmdline())
-        except psutil.Error:
-            break
-        if "deepspeed" not in words and "torchrun" not in words and "torch.distributed" not in words:
-            break
-        found.append(process)
-    return found
-
-
-def _alive(process: psutil.Process) -> bool:
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 @dataclass(frozen=True)

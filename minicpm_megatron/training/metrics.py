@@ -8,11 +8,13 @@ dropped first, so each step stands once. What undid them is told in a line of it
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
+import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -270,33 +272,69 @@ def _finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-def read_metrics(path: Path, kind: str = "train") -> list[dict[str, Any]]:
-    """The lines of one kind in a metrics.jsonl, in order; a line cut short by a kill is left out."""
-    records = []
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                record = json.loads(line)
-            except ValueError:
-                continue
-            if record["kind"] == kind:
-                records.append(record)
-    return records
+def read_metrics(path: Path, kind: str = "train", needs: Collection[str] = ()) -> list[dict[str, Any]]:
+    """Return the lines of one kind in a metrics.jsonl, in order.
+
+    A line that is no metrics line, for instance since a bit of it flipped, is left out and named once on standard
+    error. A last line that a kill cut short is left out without a word.
+
+    Args:
+        path: the file; there need not be one.
+        kind: of the lines.
+        needs: keys that the caller reads besides "kind" and "step". A line without one of them is no metrics line.
+    """
+    if not path.exists():
+        return []
+    return [record for record, _ in _lines(path, {kind: needs}) if record["kind"] == kind]
+
+
+def parse_line(line: bytes, needs: Mapping[str, Collection[str]] | None = None) -> dict[str, Any] | None:
+    """Return a line of metrics.jsonl as a dict with "kind" (str) and "step" (int, 0 or more), or None if it is none.
+
+    Args:
+        line: without its end.
+        needs: kind -> keys that a line of it must have: a text for "set", a number or null for any other.
+    """
+    try:
+        record = json.loads(line)
+        kind, step = record["kind"], record["step"]
+        if not isinstance(kind, str) or type(step) is not int or step < 0:
+            return None
+        return record if all(_fits(key, record[key]) for key in (needs or {}).get(kind, ())) else None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def _fits(key: str, value: Any) -> bool:
+    return isinstance(value, str) if key == "set" else value is None or type(value) in (int, float)
+
+
+def _lines(path: Path, needs: Mapping[str, Collection[str]] | None = None) -> Iterator[tuple[dict[str, Any], bytes]]:
+    """Yield (record, line) of every metrics line; name the others, but for a last one without an end."""
+    *whole, rest = path.read_bytes().split(b"\n")  # in bytes, since a flipped bit makes text that is not UTF-8
+    for number, line in enumerate([*whole, rest], start=1):
+        record = parse_line(line, needs)
+        if record is not None:
+            yield record, line
+        elif number <= len(whole):
+            _name(f"{path}:{number}: not a metrics line, left out")
+
+
+@functools.cache  # a command reads the file several times
+def _name(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def truncate_after(path: Path, step: int, *, evaluate_again: bool = False) -> None:
-    """Drop the lines of steps after `step` (the evaluation at it, too), and a last line that a kill cut short."""
+    """Drop the lines of steps after `step` (the evaluation at it, too), and those that are no metrics lines."""
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            record = json.loads(line)
-            if record["step"] < step + (record["kind"] != "evaluation" or not evaluate_again):
-                kept.append(line)
-        except ValueError:
-            continue
-    write_bytes(path, "".join(line + "\n" for line in kept).encode())
+    kept = [
+        line
+        for record, line in _lines(path)
+        if record["step"] < step + (record["kind"] != "evaluation" or not evaluate_again)
+    ]
+    write_bytes(path, b"".join(line + b"\n" for line in kept))
 
 
 def human(value: float) -> str:

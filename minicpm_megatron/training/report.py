@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import bisect
+import contextlib
 import math
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +14,7 @@ from minicpm_megatron.data.statistics import blend_entropy
 from minicpm_megatron.methods.schedules import WSD, build_schedule
 from minicpm_megatron.recipe import BatchPlan, Recipe
 from minicpm_megatron.storage.picture import offscreen_pyplot, save_picture
+from minicpm_megatron.training.expert_picture import PICTURE as EXPERT_PICTURE
 from minicpm_megatron.training.expert_picture import finish_experts
 from minicpm_megatron.training.metrics import METRICS, read_metrics
 
@@ -18,19 +23,44 @@ DECAY_COLOUR = "#e8eef7"
 
 
 def finish(folder: Path, recipe: Recipe) -> None:
-    """Draw the loss curve of a run and print where its results are."""
+    """Draw the loss curve of a run and print where its results are.
+
+    The last checkpoint is whole by now. So what goes wrong here is said in a line, and the run has not failed.
+    """
+    with best_effort(f"{folder / PICTURE} could not be drawn"):
+        if _updates(folder):
+            draw_loss(folder, recipe, _entropy(recipe))
+    with best_effort(f"{folder / EXPERT_PICTURE} could not be drawn"):
+        finish_experts(folder)
+    with best_effort("the results could not be summed up"):
+        _sum_up(folder, recipe)
+
+
+@contextlib.contextmanager
+def best_effort(what: str) -> Iterator[None]:
+    """Print any error of the block on standard error, as a line that begins with `what`, instead of raising it."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__} {error}".split())
+        print(f"note: the run is finished and saved, but {what} ({reason})", file=sys.stderr, flush=True)
+
+
+def _entropy(recipe: Recipe) -> float:
+    return blend_entropy([(source.prefix, source.weight) for source in recipe.data.train])
+
+
+def _sum_up(folder: Path, recipe: Recipe) -> None:
     records = _updates(folder)
     if not records:
         return
-    entropy = blend_entropy([(source.prefix, source.weight) for source in recipe.data.train])
-    draw_loss(folder, recipe, entropy)
+    entropy = _entropy(recipe)
     last = [record["loss"] for record in records[-10:]]
     loss = sum(last) / len(last)
     print(
         f"loss {loss:.3f} nats per token over the last {len(last)} steps; unigram entropy of the training data "
         f"{entropy:.3f} (a model that ignores context cannot do better)"
     )
-    finish_experts(folder)
     effect = decay_effect(folder, recipe)
     if effect:
         print("held-out loss over the decay stage, nats per token: " + ", ".join(effect))
@@ -39,7 +69,8 @@ def finish(folder: Path, recipe: Recipe) -> None:
 
 def _updates(folder: Path) -> list[dict[str, Any]]:
     """The metrics of the steps that were not skipped."""
-    return [record for record in read_metrics(folder / METRICS) if not record.get("skipped")]
+    records = read_metrics(folder / METRICS, needs=("loss", "lr"))
+    return [record for record in records if not record.get("skipped") and record["loss"] is not None]
 
 
 def decay_effect(folder: Path, recipe: Recipe) -> list[str]:
@@ -57,7 +88,7 @@ def decay_effect(folder: Path, recipe: Recipe) -> list[str]:
 def _evaluations(folder: Path) -> dict[str, list[tuple[int, float]]]:
     """Held-out set -> (step, loss per token) in order."""
     found: dict[str, list[tuple[int, float]]] = {}
-    for record in read_metrics(folder / METRICS, "evaluation"):
+    for record in read_metrics(folder / METRICS, "evaluation", ("set", "loss_per_token")):
         found.setdefault(record["set"], []).append((record["step"], record["loss_per_token"]))
     return found
 
@@ -107,4 +138,4 @@ def _decay_start(recipe: Recipe) -> int | None:
     schedule, plan = build_schedule(recipe.schedule), BatchPlan(recipe)
     if not isinstance(schedule, WSD) or not recipe.schedule.decay:
         return None
-    return next(step for step in range(plan.total_steps()) if plan.position(step) > schedule.stable_end)
+    return bisect.bisect_right(range(plan.total_steps()), schedule.stable_end, key=plan.position)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from minicpm_megatron.checkpoint.find import CHECKPOINTS, resolve_reference
 from minicpm_megatron.checkpoint.names import published_steps, step_folder
-from minicpm_megatron.errors import UserError
+from minicpm_megatron.errors import UserError, require
 from minicpm_megatron.methods.schedules import build_schedule
 from minicpm_megatron.recipe import BatchPlan, ModelRecipe, Recipe, build, build_section
 from minicpm_megatron.storage.manifest import read_manifest
@@ -235,7 +235,7 @@ def check_same_past(
 ) -> None:
     """Refuse a recipe under which the `step` steps already done would have been others.
 
-    Layout, ZeRO stage, logging, evaluation and the future of the schedule may change.
+    Layout, ZeRO stage, logging, evaluation and the future of the schedule may change, but not end before `step`.
 
     Args:
         changed_data: a decay stage may read other data than the trunk did (section 5 of the paper).
@@ -258,6 +258,14 @@ def check_same_past(
                 where=key,
                 fix="set it back, or start a run of another name",
             )
+    ends = {"schedule.total": BatchPlan(now).total_steps(), "training.stop_after": now.training.stop_after}
+    for key, end in ends.items():
+        require(
+            end is None or end >= step,
+            key,
+            f"ends the run after step {end}, and {step} steps are already done",
+            "give a later end, or start a run of another name",
+        )
     plans, schedules = (
         (BatchPlan(before), BatchPlan(now)),
         (build_schedule(before.schedule), build_schedule(now.schedule)),

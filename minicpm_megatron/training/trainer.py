@@ -33,6 +33,7 @@ from minicpm_megatron.training.expert_load import take_loads
 from minicpm_megatron.training.faults import GRADIENT_NORM, LOSS, Fault, FaultPolicy, FaultyStep
 from minicpm_megatron.training.flops import flops_per_token, peak_flops
 from minicpm_megatron.training.gradient_log import GradientLog
+from minicpm_megatron.training.launcher import Launcher
 from minicpm_megatron.training.metrics import MetricsLog, StepRecord
 from minicpm_megatron.training.run_data import check_unchanged, open_data
 from minicpm_megatron.training.start import Origin, check_same_past
@@ -45,24 +46,25 @@ class Trainer:
     Args:
         recipe: what to run; must be trainable and fit the number of ranks.
         origin: the checkpoint that the run starts from where it has none of its own; None: it starts from nothing.
+        watchdog: already watching, over the start, too.
+        launcher: what started this rank.
 
     Raises:
         UserError: data, layout, DeepSpeed JSON or checkpoints do not fit the recipe.
     """
 
-    def __init__(self, recipe: Recipe, origin: Origin | None = None) -> None:
-        self.recipe = recipe
+    def __init__(self, recipe: Recipe, origin: Origin | None, watchdog: Watchdog, launcher: Launcher) -> None:
+        self.recipe, self.watchdog, self.launcher = recipe, watchdog, launcher
         self.layout = recipe.check_world_size(groups.world_size())
+        watchdog.tick("start-up: opening the data")
         self.data = open_data(recipe)  # what is wrong with the data is told before the ranks wait for each other
         # longer than the watchdog's patience, so that it speaks before torch.distributed gives up without a name
         patience = datetime.timedelta(seconds=2 * recipe.training.hang_timeout + 60)
         if recipe.training.deterministic:
             make_deterministic()
+        watchdog.tick("start-up: meeting the other ranks")
         groups.initialize(self.layout, timeout=patience, seed=recipe.training.seed)
         self.folder = recipe.run_directory
-        self.watchdog = Watchdog(
-            self.folder, rank=groups.rank(), size=groups.world_size(), timeout=recipe.training.hang_timeout
-        )
         self.checkpointer = Checkpointer(
             self.folder / CHECKPOINTS,
             keep_last=recipe.checkpoint.keep_last,
@@ -73,6 +75,7 @@ class Trainer:
             group=dist.new_group(backend="gloo", timeout=patience),
             on_phase=lambda phase: self.watchdog.tick(f"saving step {self.step}: {phase}"),
         )
+        watchdog.tick("start-up: looking at the run's folder")
         self.checkpointer.preflight(count_parameters(recipe.model).total * CHECKPOINT_BYTES)
         self.config = MiniCPMConfig.from_recipe(
             recipe.model,
@@ -83,8 +86,11 @@ class Trainer:
             perform_initialization=False,
             deterministic_mode=recipe.training.deterministic,
         )
+        watchdog.tick("start-up: building the model")
         model = build_model(self.config, recipe)
+        watchdog.tick("start-up: verifying the newest checkpoint")
         newest = self.checkpointer.find_latest()
+        watchdog.tick("start-up: building the engine")
         if newest is None and origin is None:
             initialize_parameters(model, self.config, recipe.training.seed)
         self.engine = build_engine(model, self.config, recipe, self.layout)
@@ -97,6 +103,7 @@ class Trainer:
         self.evaluation_due = False
         # what libraries drew at start-up is not the run's; a checkpoint's own state replaces this
         groups.seed_generators(recipe.training.seed)
+        watchdog.tick("start-up: loading the checkpoint")
         if newest is not None:
             self._resume(newest)
         elif origin is not None:
@@ -116,6 +123,7 @@ class Trainer:
             UserError: a checkpoint or the metrics could not be written.
         """
         main = groups.rank() == 0
+        self.watchdog.tick("start-up: writing the run's files")
         self.checkpointer.on_first(self._write_run_files)
         reader, sets = train_reader(self.recipe, self.data), held_out_sets(self.recipe, self.data)
         log = MetricsLog(
@@ -128,9 +136,9 @@ class Trainer:
             evaluate_again=self.evaluation_due,
         )
         self.checkpointer.on_all(log.check)
-        signals = guards.SignalGuard()
+        signals = guards.SignalGuard(self.launcher)
         try:
-            with log, self.watchdog:
+            with log:
                 self.engine.train()
                 if self.evaluation_due:
                     self._evaluate(log, sets)
@@ -158,7 +166,10 @@ class Trainer:
                         break
         finally:
             signals.restore()
-        log.check()
+        if self.step == self.total and log.failure is not None:
+            guards.announce(f"note: the run is finished and saved, but {log.failure.where}: {log.failure.what}")
+        else:
+            log.check()
         return self.step
 
     def _evaluate(self, log: MetricsLog, sets: dict[str, HeldOut]) -> None:

@@ -12,6 +12,7 @@ the others wait for. Torch does not count messages between two ranks (pipeline s
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -27,16 +28,17 @@ from torch.distributed import distributed_c10d
 from minicpm_megatron.checkpoint import background
 from minicpm_megatron.storage.atomic import write_json
 
-COLLECTIVES = os.path.join("torch", "distributed", "distributed_c10d.py")
+# modules of torch in which a rank waits for others: collectives, and the meeting before them
+COLLECTIVES = tuple(os.path.join("torch", "distributed", name) for name in ("distributed_c10d.py", "rendezvous.py"))
 EXIT_HANG = 1
 _LONGEST_LOOK = 5.0  # seconds between two looks at the clock
 
 
 class Watchdog:
-    """Watches this rank from a thread of its own; use as a context manager.
+    """Watches this rank from a thread of its own; use as a context manager, before anything that waits for other ranks.
 
     Args:
-        folder: shared by all ranks of the run.
+        folder: shared by all ranks of the run; made if need be.
         rank, size: of the job.
         timeout: seconds without a `tick` after which the run is ended with status 1.
     """
@@ -48,7 +50,9 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> Watchdog:
-        self._file(self.rank).unlink(missing_ok=True)
+        # of a start before this one; of this one there is none before `timeout`
+        for path in self.folder.glob("hang-rank-*.json"):
+            path.unlink(missing_ok=True)
         self._thread.start()
         return self
 
@@ -71,6 +75,7 @@ class Watchdog:
     def _end(self) -> None:
         """Write down what this rank does, wait for the others to do so, and leave; the lowest rank speaks."""
         try:
+            self.folder.mkdir(parents=True, exist_ok=True)
             write_json(self._file(self.rank), {"doing": self._doing, "host": socket.gethostname(), **_whereabouts()})
             # the others noticed their last progress at most one look earlier or later
             deadline = time.monotonic() + 2 * min(_LONGEST_LOOK, self.timeout / 4) + 1
@@ -143,7 +148,11 @@ def _launched() -> dict[str, list[Any]]:
     Torch 2.13 has no public list of its groups. The names agree between ranks, since all ranks make all groups.
     """
     groups: Any = distributed_c10d._world.pg_names
-    return {name: [group.group_desc, group._get_sequence_number_for_group()] for group, name in groups.items()}
+    launched = {}
+    for group, name in list(groups.items()):
+        with contextlib.suppress(RuntimeError):  # a group that is still being made has no number
+            launched[name] = [group.group_desc, group._get_sequence_number_for_group()]
+    return launched
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from minicpm_megatron.checkpoint.names import published_steps, step_folder
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.storage.atomic import write_json
 from minicpm_megatron.storage.manifest import MANIFEST, read_manifest
-from minicpm_megatron.training.metrics import METRICS, read_metrics
+from minicpm_megatron.training.metrics import METRICS, parse_line, read_metrics
 from minicpm_megatron.windtunnel.cells import Cell
 from minicpm_megatron.windtunnel.launch import LOG
 
@@ -127,10 +127,9 @@ def steps_done(cell: Cell) -> int:
     except OSError:
         return cell.first_step
     for line in reversed(lines):
-        try:
-            return max(cell.first_step, int(json.loads(line)["step"]))
-        except (ValueError, KeyError, TypeError):
-            continue
+        record = parse_line(line)
+        if record is not None:
+            return max(cell.first_step, record["step"])
     return cell.first_step
 
 
@@ -154,10 +153,10 @@ class Measured:
 
 def measured(cell: Cell, step: int | None = None) -> Measured:
     """What is known of a cell, at its last evaluation or at that of `step`."""
-    evaluations = read_metrics(cell.folder / METRICS, "evaluation")
+    evaluations = read_metrics(cell.folder / METRICS, "evaluation", ("set", "loss_per_token"))
     wanted = cell.last_step if step is None else step
     per_set = {record["set"]: record["loss_per_token"] for record in evaluations if record["step"] == wanted}
-    seconds = sum(record["seconds"] for record in read_metrics(cell.folder / METRICS))
+    seconds = sum(record["seconds"] for record in read_metrics(cell.folder / METRICS, needs=("seconds",)))
     diverged = divergence(cell) is not None or not per_set
     return Measured(
         held_out=math.nan if diverged else sum(per_set.values()) / len(per_set),
@@ -174,7 +173,7 @@ def per_byte(cell: Cell) -> dict[str, float]:
     """
     if not is_whole(cell):
         return {}
-    records = read_metrics(cell.folder / METRICS, "evaluation")
+    records = read_metrics(cell.folder / METRICS, "evaluation", ("set", "loss_per_byte"))
     last = (record for record in records if record["step"] == cell.last_step)
     return {record["set"]: record["loss_per_byte"] for record in last if record["loss_per_byte"] is not None}
 
@@ -182,7 +181,7 @@ def per_byte(cell: Cell) -> dict[str, float]:
 def evaluations(cell: Cell) -> list[tuple[int, float]]:
     """(step, mean held-out loss in nats per token) of every evaluation, in order."""
     by_step: dict[int, list[float]] = {}
-    for record in read_metrics(cell.folder / METRICS, "evaluation"):
+    for record in read_metrics(cell.folder / METRICS, "evaluation", ("loss_per_token",)):
         by_step.setdefault(record["step"], []).append(record["loss_per_token"])
     return [(step, sum(losses) / len(losses)) for step, losses in sorted(by_step.items())]
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 
 from minicpm_megatron.cli.dry_run import format_dry_run
+from minicpm_megatron.cli.train import main
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.recipe import build, load_recipe
 from tests.recipe.fields import minimal_fields
@@ -67,3 +69,11 @@ def test_a_machine_that_does_not_fit() -> None:
 def test_no_line_ends_in_blanks() -> None:
     report = format_dry_run(build(minimal_fields()), 1)
     assert [line for line in report.splitlines() if line != line.rstrip()] == []
+
+
+@pytest.mark.parametrize("size", [0, -1])
+def test_no_ranks_are_refused(size: int, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(minimal_fields()))
+    with pytest.raises(UserError, match=f"--world-size: {size} is no number of ranks"):
+        main(["--recipe", str(path), "--dry-run", "--world-size", str(size)])

@@ -10,7 +10,7 @@ import pytest
 
 from minicpm_megatron.data.tokenizer_training import train_tokenizer
 from minicpm_megatron.storage.sharded import write_single
-from tests.cli.commands import Mistake, check_mistake, command_with, untouched
+from tests.cli.commands import ROOT, Mistake, check_mistake, command, command_with, untouched
 from tests.convert.conftest import random_tensors, small_model
 from tests.data.conftest import texts, write_jsonl
 
@@ -146,6 +146,18 @@ CASES: dict[str, Mistake] = {
     ),
     "text: flipped bit": ("generate.py", GENERATE, flip_a_bit(MODEL_FILE), "the checkpoint is damaged"),
     "text: temperature": ("generate.py", GENERATE | {"--temperature": "nan"}, untouched, "--temperature"),
+    "text: a temperature that fp32 cannot divide by": (
+        "generate.py",
+        GENERATE | {"--temperature": "1e-300"},
+        untouched,
+        "--temperature: 1e-300 is too small",
+    ),
+    "text: a prompt that is no text": (
+        "generate.py",
+        GENERATE | {"--prompt": "caf\udce9"},
+        untouched,
+        "--prompt: character 4 is not UTF-8 text",
+    ),
     "text: top-p": ("generate.py", GENERATE | {"--top-p": "0"}, untouched, "--top-p"),
     "text: seed": ("generate.py", GENERATE | {"--seed": str(1 << 70)}, untouched, "--seed"),
     "text: a prompt beyond the context": ("generate.py", GENERATE | {"--prompt": "x y " * 200}, untouched, "--prompt"),
@@ -164,3 +176,21 @@ def test_each_mistake_is_one_line(case: str, here: Path, capfd: pytest.CaptureFi
 )
 def test_the_same_commands_run_when_nothing_is_wrong(script: str, options: dict[str, str], here: Path) -> None:
     assert command_with(script, options) == 0
+
+
+def test_nothing_stays_of_an_input_without_documents(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (here / "empty.jsonl").write_text('{"text": ""}\n' * 3)
+    assert command_with("preprocess_data.py", PREPROCESS | {"--input": "empty.jsonl"}) == 2
+    assert "no document in 3 records" in capfd.readouterr().err
+    assert not list(here.glob("out*"))
+
+
+SCRIPTS = sorted(path.name for path in (ROOT / "tools").glob("*.py"))
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, "train.py"])
+def test_a_mistake_in_the_arguments_is_one_line(script: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert command(script, "--no-such-option") == 2
+    said = capfd.readouterr()
+    assert said.out == "" and said.err.startswith(f"error: {script}: ") and said.err.count("\n") == 1
+    assert said.err.endswith("; --help says more\n")

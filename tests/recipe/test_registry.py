@@ -40,6 +40,7 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         ("def size(): return {'num_layers': 2}", "TypeError: a preset must be a ModelRecipe, not dict"),
         ("def size(needed): return needed", "TypeError"),
         ("syntax error here", "SyntaxError"),
+        ("import sys; sys.exit('not on this machine')", "SystemExit: not on this machine"),
     ],
 )
 def test_broken_preset_plugin_is_named_in_one_line(install, module: str, reason: str, request) -> None:

@@ -54,6 +54,21 @@ class Job:
         """What this start has written."""
         return self.output.read_bytes()[self.begins :].decode(errors="replace")
 
+    def start(self) -> None:
+        """Wait until both ranks are processes, which is long before their first step."""
+        end = time.monotonic() + PATIENCE
+        while not all(any(_is_rank(process, number) for process in self.family) for number in range(2)):
+            assert time.monotonic() < end and self.process.poll() is None, self.log()
+            time.sleep(0.01)
+            self._meet()
+
+    def say(self, text: str) -> None:
+        """Wait until the job has written `text`."""
+        end = time.monotonic() + PATIENCE
+        while text not in self.log():
+            assert time.monotonic() < end, self.log()
+            time.sleep(0.05)
+
     def reach(self, step: int) -> None:
         """Wait until the metrics say that `step` is done, then note every process of the job."""
         end = time.monotonic() + PATIENCE

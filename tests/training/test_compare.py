@@ -91,6 +91,7 @@ def test_the_command_prints_a_table_and_draws(tmp_path: Path, capfd: pytest.Capt
         (["--runs", "nowhere"], "nowhere: no recipe.yaml in it"),
         (["--runs", "empty"], "empty: has made no step; start it first"),
         (["--runs", "run", "--output", "none/x.png"], "none: no such folder"),
+        (["--runs", "run", "--output", "run"], "run: is a folder, not a picture"),
         (["--runs", "run", "--equal-flops", "3"], "--equal-flops: takes two runs and a number of steps"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,8 +13,19 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.recipe import Recipe, load_recipe
-from minicpm_megatron.training.metrics import METRICS, MetricsLog, StepRecord, duration, human, read_metrics
-from minicpm_megatron.training.report import draw_loss
+from minicpm_megatron.recipe.dump import RECIPE, dump_recipe
+from minicpm_megatron.training import report
+from minicpm_megatron.training.compare import read_curve
+from minicpm_megatron.training.metrics import (
+    METRICS,
+    MetricsLog,
+    StepRecord,
+    duration,
+    human,
+    read_metrics,
+    truncate_after,
+)
+from minicpm_megatron.training.report import PICTURE, decay_effect, draw_loss, finish
 from tests.training import nano
 
 FLOPS, PEAK = 2e6, 4e9
@@ -158,3 +170,87 @@ def test_numbers_are_told_with_their_units() -> None:
         "6 P",
     ]
     assert [duration(seconds) for seconds in (0, 61.9, 3600, 360_000)] == ["0:00:00", "0:01:01", "1:00:00", "100:00:00"]
+
+
+def flipped(content: bytes) -> Iterator[bytes]:
+    """The content with one bit of one byte changed, another bit in each byte."""
+    for place in range(len(content)):
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << (place * 5 + place // 8) % 8
+        yield bytes(damaged)
+
+
+NO_METRICS_LINES = (
+    b"\xff",
+    b"7",
+    b"[]",
+    b"null",
+    b'{"kind": "train"}',
+    b'{"kind": ["train"], "step": 1}',
+    b'{"kind": "train", "step": "1"}',
+    b'{"kind": "train", "step": true}',
+    b'{"kind": "train", "step": -1}',
+    b'{"kind": "train", "step": 1e999}',
+    b"[" * 100_000,
+    b'{"kind": "train", "step": 1, "lo\xf3s": 3.0}',
+)
+
+
+@pytest.mark.parametrize("line", NO_METRICS_LINES, ids=lambda line: line[:32].decode(errors="replace"))
+def test_a_line_that_is_no_metrics_line_is_dropped_and_named(
+    line: bytes, recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path, recipe, range(0, 2))
+    path = tmp_path / METRICS
+    first, rest = path.read_bytes().split(b"\n", 1)
+    path.write_bytes(first + b"\n" + line + b"\n" + rest)
+    capsys.readouterr()
+    assert [record["step"] for record in read_metrics(path, needs=("loss",))] == [1, 2]
+    assert f"{path}:2: not a metrics line, left out" in capsys.readouterr().err
+    write(tmp_path, recipe, range(2, 3))
+    assert path.read_bytes().startswith(first + b"\n" + rest), "a restart drops it, and nothing else"
+
+
+def test_what_a_kill_cut_short_is_not_named(recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path, recipe, range(0, 1))
+    with open(tmp_path / METRICS, "a") as handle:
+        handle.write('{"kind": "train", "st')
+    write(tmp_path, recipe, range(1, 2))
+    assert [record["step"] for record in read_metrics(tmp_path / METRICS)] == [1, 2]
+    assert capsys.readouterr().err == ""
+
+
+def test_no_flipped_bit_stops_whoever_reads_them(recipe: Recipe, tmp_path: Path) -> None:
+    write(tmp_path, recipe, range(0, 3))
+    (tmp_path / RECIPE).write_text(dump_recipe(recipe))
+    path = tmp_path / METRICS
+    whole = path.read_bytes()
+    lines = len(whole.splitlines())
+    for damaged in flipped(whole):
+        path.write_bytes(damaged)
+        curve = read_curve(tmp_path)
+        assert len(curve.held_out) == 1 and math.isfinite(curve.loss)
+        assert decay_effect(tmp_path, recipe) is not None
+        truncate_after(path, 100)
+        left = path.read_bytes().splitlines()
+        assert set(left) <= set(damaged.splitlines()) and len(left) >= lines - 2
+
+
+def test_what_follows_the_last_checkpoint_fails_no_run(
+    recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, recipe, range(0, 3))
+    (tmp_path / PICTURE).mkdir()
+    capsys.readouterr()
+    finish(tmp_path, recipe)
+    said = capsys.readouterr()
+    assert said.err.startswith("note: the run is finished and saved, but ") and said.err.count("\n") == 1
+    assert f"{tmp_path / PICTURE} could not be drawn (IsADirectoryError " in said.err
+    assert said.out.startswith("loss 3.000 nats per token over the last 3 steps"), "the rest is still said"
+
+    def out_of_memory(*_: object) -> float:
+        raise MemoryError
+
+    monkeypatch.setattr(report, "blend_entropy", out_of_memory)
+    finish(tmp_path, recipe)
+    assert capsys.readouterr().err.count("(MemoryError)") == 2

@@ -26,7 +26,8 @@ STAGES = {"first": ["deepspeed.zero_stage=1"], "third": ["deepspeed.zero_stage=3
 GUARDED = """
 import sys, time
 from minicpm_megatron.training.guards import SignalGuard
-guard = SignalGuard()
+from minicpm_megatron.training.launcher import Launcher
+guard = SignalGuard(Launcher())
 print("ready", flush=True)
 while True:
     time.sleep(0.05)

@@ -68,6 +68,18 @@ def test_the_stable_stage_may_be_made_longer_until_the_decay_has_begun(tmp_path:
         check_same_past(before, now, 11)
 
 
+@pytest.mark.parametrize("key", ["schedule.total", "training.stop_after"])
+def test_a_run_cannot_end_before_the_steps_that_are_done(key: str, tmp_path: Path) -> None:
+    path = nano.write_recipe(tmp_path)
+    trunk, longer, shorter = (
+        load_recipe(path, ["name=x", "schedule.decay=0", *ends])
+        for ends in ([], [f"{key}={DONE}"], [f"{key}={DONE - 1}"])
+    )
+    check_same_past(trunk, longer, DONE)
+    with pytest.raises(UserError, match=f"{key}: ends the run after step 11, and 12 steps are already done"):
+        check_same_past(trunk, shorter, DONE)
+
+
 def test_changed_data_is_refused_by_its_prefix() -> None:
     check_unchanged({"a": "1", "b": "2"}, {"a": "1", "c": "3"})
     with pytest.raises(UserError, match="b: the data changed since the checkpoint was saved"):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
+from minicpm_megatron.cli.arguments import Parser
 from minicpm_megatron.cli.windtunnel import (
     batches,
     coordinates,
@@ -21,7 +21,6 @@ from minicpm_megatron.cli.windtunnel import (
     search,
 )
 from minicpm_megatron.cli.windtunnel.options import Run
-from minicpm_megatron.errors import UserError
 from minicpm_megatron.windtunnel.experiment import Ended
 
 DESCRIPTION = """The paper's experiments (arXiv 2404.06395, sections 3 and 4) on models as small as your machine wants.
@@ -41,19 +40,9 @@ SUBCOMMANDS = (rates, batches, search, decays, decay_study, coordinates, scaling
 STATUS: dict[Ended, int] = {"done": 0, "stopped": 0, "failed": 1}
 
 
-class Parser(argparse.ArgumentParser):
-    """Mistakes end as those in recipes do: in one line, whoever made them."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raise UserError."""
-        raise UserError(message, where=self.prog, fix="--help says more")
-
-
 def parser() -> argparse.ArgumentParser:
     """The parser; `--help` of each subcommand is its documentation."""
-    result: argparse.ArgumentParser = Parser(
-        description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    result: argparse.ArgumentParser = Parser(description=DESCRIPTION)
     commands = result.add_subparsers(dest="command", required=True, metavar="SUBCOMMAND")
     for module in SUBCOMMANDS:
         module.add(commands)

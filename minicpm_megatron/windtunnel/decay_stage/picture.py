@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections import defaultdict
 from collections.abc import Sequence
@@ -63,11 +64,13 @@ def draw_updates(experiment: Experiment, runs: Sequence[Around], updates: Sequen
     upper.legend(frameon=False, fontsize=8, loc="lower left")
     trunk, decay = finished_pairs(experiment)[0]
     start = int(first.before["step"][0])
-    whole = [each for each in read_metrics(trunk.folder / METRICS) if each["step"] >= start]
-    decayed = [each for each in whole if each["step"] <= first.leaves] + read_metrics(decay.folder / METRICS)
+    needs = ("loss", "lr")
+    whole = [each for each in read_metrics(trunk.folder / METRICS, needs=needs) if each["step"] >= start]
+    decayed = [each for each in whole if each["step"] <= first.leaves]
+    decayed += read_metrics(decay.folder / METRICS, needs=needs)
     for records, begin, colour, line in ((whole, first.leaves, GREY, ":"), (decayed, start, BLUE, "-")):
         steps = [each["step"] for each in records]
-        shown = slice(steps.index(begin), None)
+        shown = slice(bisect.bisect_left(steps, begin), None)
         losses, rates = smooth([each["loss"] for each in records]), [each["lr"] for each in records]
         middle.plot(steps[shown], losses[shown], color=colour, linestyle=line, linewidth=1.4)
         lower.plot(steps[shown], rates[shown], color=colour, linestyle=line, linewidth=1.4)

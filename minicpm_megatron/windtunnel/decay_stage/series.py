@@ -73,15 +73,17 @@ def finished_pairs(experiment: Experiment) -> list[tuple[Cell, Cell]]:
     return [pair for pair in pairs if all(map(is_whole, pair))]
 
 
-_NAMES = (
-    *("step", "loss", "lr", "gradient_norm", "max_gradient", "gradient_cosine"),
+_OF_GRADIENTS = (
+    *("gradient_norm", "max_gradient", "gradient_cosine"),
     *("first_derivative", "second_derivative", "curvature", "update_norm"),
 )
+_NAMES = ("step", "loss", "lr", *_OF_GRADIENTS)
 
 
 def _steps(cell: Cell) -> Steps:
-    trained = {record["step"]: record for record in read_metrics(cell.folder / METRICS)}
-    records = [trained[each["step"]] | each for each in read_metrics(cell.folder / METRICS, GRADIENTS)]
+    trained = {record["step"]: record for record in read_metrics(cell.folder / METRICS, needs=("loss", "lr"))}
+    compared = read_metrics(cell.folder / METRICS, GRADIENTS, _OF_GRADIENTS)
+    records = [trained[each["step"]] | each for each in compared if each["step"] in trained]
     return {name: np.array([each[name] for each in records], dtype=np.float64) for name in _NAMES}
 
 

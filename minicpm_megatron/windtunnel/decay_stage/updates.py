@@ -79,7 +79,7 @@ def _open(cell: Cell, step: int) -> CheckpointReader:
 
 def _updates(cell: Cell, window: str, checkpoints: Mapping[int, CheckpointReader]) -> list[MatrixUpdate]:
     """From each of the checkpoints, by rising step, to the next."""
-    rates = {record["step"]: record["lr"] for record in read_metrics(cell.folder / METRICS)}
+    rates = {record["step"]: record["lr"] for record in read_metrics(cell.folder / METRICS, needs=("lr",))}
     seed, found = cell.labels["seed"], []
     for (first, one), (last, other) in pairwise(checkpoints.items()):
         mean_rate = float(np.mean([rate for step, rate in rates.items() if first < step <= last]))
