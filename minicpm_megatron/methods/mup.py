@@ -170,7 +170,9 @@ def mup_param_groups(
         if parameter.requires_grad:
             # ZeRO-3 leaves an empty placeholder behind; the full shape is then in ds_shape
             found = role(name, len(getattr(parameter, "ds_shape", parameter.shape)))
-            require(found in members, "role=", f"{name!r} is given the role {found!r}", f"return one of {', '.join(ROLES)}")
+            require(
+                found in members, "role=", f"{name!r} is given the role {found!r}", f"return one of {', '.join(ROLES)}"
+            )
             members[found].append(parameter)
     groups = []
     for name, parameters in members.items():
