@@ -28,7 +28,7 @@ from minicpm_megatron.recipe import Recipe, build, count_parameters
 from minicpm_megatron.recipe.flops import flops_per_token
 from minicpm_megatron.recipe.memory import estimate_memory
 from minicpm_megatron.training import guards
-from minicpm_megatron.training.flops import peak_flops
+from minicpm_megatron.training.flops import device_peak
 
 WARMUP = 2  # steps: kernels are compiled and chosen, Adam's moments made
 FILL = 0.9  # of the device's memory
@@ -151,7 +151,7 @@ def main() -> None:
         "parts": {part: statistics.median(times) for part, times in clock.parts.items()},
         "tokens_per_second": tokens / seconds,
         "tflops": flops / 1e12,
-        "utilisation": flops / peak_flops("bf16"),
+        "utilisation": flops / device_peak("bf16").flops,
         "peak_gib": device.peak_memory_bytes() / GIB,
         "planned_gib": planned / GIB,
         "loss": loss,

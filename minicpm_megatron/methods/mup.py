@@ -21,11 +21,12 @@ scale_emb, block outputs times scale_depth / sqrt(num_layers), the hidden state 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from minicpm_megatron.errors import UserError
+from minicpm_megatron.errors import UserError, require
 
 ROLES = ("embedding", "hidden", "expert", "vector", "router", "head")
 RATE_TOLERANCE = 1e-9  # relative; rates are products of three doubles
@@ -94,17 +95,46 @@ def mup_table(shape: Shape) -> dict[str, RoleRule]:
     }
 
 
+# Names of the modules that own a matrix. Megatron-Core's come first, then those of transformers' decoders (Llama, GPT-2,
+# GPT-NeoX, OPT, Mixtral), of Meta's Llama, of nanoGPT (GPT-2's) and of torch.nn's transformer layers. A name that also
+# means other things ("proj", "linear") is left out on purpose: a guess would put a matrix into the wrong group silently.
+_OWNERS = {
+    "embedding": """word_embeddings position_embeddings embed_tokens embed_positions tok_embeddings token_embedding
+        tok_emb embed_in wte wpe embedding embeddings embed""",
+    "head": "output_layer lm_head embed_out output head unembed",
+    "router": "router gate",
+    "hidden": """linear_qkv linear_proj linear_fc1 linear_fc2
+        q_proj k_proj v_proj o_proj qkv_proj out_proj gate_proj up_proj down_proj gate_up_proj
+        c_attn c_proj c_fc query_key_value dense dense_h_to_4h dense_4h_to_h fc1 fc2
+        wq wk wv wo wqkv w1 w2 w3 in_proj in_proj_weight linear1 linear2""",
+}
+_ROLE_OF_OWNER = {owner: role for role, owners in _OWNERS.items() for owner in owners.split()}
+
+
 def role_of(name: str, dimensions: int) -> str:
-    """Role of the parameter `name` (Megatron-Core's names) with that many dimensions."""
+    """Role of the parameter `name` with that many dimensions, by the common names of language models.
+
+    Raises:
+        UserError: a matrix of a name that no rule knows.
+
+    >>> role_of("model.embed_tokens.weight", 2), role_of("transformer.h.0.mlp.c_fc.weight", 2)
+    ('embedding', 'hidden')
+    """
     if dimensions < 2:
         return "vector"
-    if "word_embeddings" in name:
-        return "embedding"
-    if "output_layer" in name:
-        return "head"
-    if ".router." in name:
-        return "router"
-    return "expert" if ".experts." in name else "hidden"
+    parts = name.split(".")
+    if "experts" in parts:
+        return "expert"
+    # Megatron-Core's grouped experts number their weights; a bare parameter of a module has no ".weight"
+    owner = parts[-2] if len(parts) > 1 and re.fullmatch(r"weight\d*", parts[-1]) else parts[-1]
+    role = _ROLE_OF_OWNER.get(owner)
+    if role is None:
+        raise UserError(
+            f"the matrix {name!r} has a name that no rule knows",
+            where="roles of the muP table",
+            fix=f"give mup_param_groups role=, a function of (name, dimensions) that returns one of {', '.join(ROLES)}",
+        )
+    return role
 
 
 def mup_param_groups(
@@ -125,17 +155,25 @@ def mup_param_groups(
         weight_decay: tied: an AdamW step shrinks a weight by (group's rate) x weight_decay. Independent: by
             weight_decay x f(t), whatever the rate, which AdamW does when the group's own weight_decay is divided
             by its rate at f = 1.
-        role: parameter name and number of dimensions -> role, for models with other names.
+        role: parameter name and number of dimensions -> role, for models with other names than `role_of` knows
+            (Megatron-Core's, and those of transformers, GPT-2, Llama and nanoGPT).
 
     Returns:
         Groups with `name` (the role), `params`, `lr`, `lr_multiplier` and `weight_decay`; empty roles are left out.
+
+    Raises:
+        UserError: a matrix whose name `role_of` does not know, or a role that is none.
     """
     table = mup_table(shape)
     members: dict[str, list[Any]] = {name: [] for name in ROLES}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             # ZeRO-3 leaves an empty placeholder behind; the full shape is then in ds_shape
-            members[role(name, len(getattr(parameter, "ds_shape", parameter.shape)))].append(parameter)
+            found = role(name, len(getattr(parameter, "ds_shape", parameter.shape)))
+            require(
+                found in members, "role=", f"{name!r} is given the role {found!r}", f"return one of {', '.join(ROLES)}"
+            )
+            members[found].append(parameter)
     groups = []
     for name, parameters in members.items():
         if parameters:

@@ -40,7 +40,7 @@ class MiniCPMEnds(LanguageModule):
             self.output_layer = LanguageModelHead.of(self.get_submodule("output_layer"))
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
-        """`loss.token_losses` of [s, b, local vocabulary] logits against [b, s] labels."""
+        """`loss.token_losses` of [s, b, local or whole vocabulary] logits against [b, s] labels."""
         return token_losses(self.config, logits, labels)
 
     def fused_losses(self, hidden_states: Tensor, labels: Tensor, loss_mask: Tensor | None) -> Tensor:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.recipe.checks import refuse_unless
-from minicpm_megatron.recipe.flops import PEAK_FLOPS
+from minicpm_megatron.recipe.gpu_peaks import PEAK_FLOPS
 
 # Fractions of a stated peak that are taken to be reached. Assumptions: none is measured here.
 MATRIX_PRODUCT_FRACTION = 0.6
@@ -37,16 +37,16 @@ class Gpu:
 # Data sheets state NVLink and PCIe for both directions together, network ports in bits per second and direction.
 GPUS = {
     # NVIDIA A100 data sheet, SXM: 40 GB, 1,555 GB/s, NVLink 600 GB/s; DGX A100 data sheet: 8 x 200 Gb/s for 8 GPUs
-    "a100-40": Gpu(PEAK_FLOPS["A100"], 40e9, 1555e9, 300e9, 25e9),
+    "a100-40": Gpu(PEAK_FLOPS["NVIDIA A100-SXM4-40GB"], 40e9, 1555e9, 300e9, 25e9),
     # the same: 80 GB, 2,039 GB/s
-    "a100-80": Gpu(PEAK_FLOPS["A100"], 80e9, 2039e9, 300e9, 25e9),
+    "a100-80": Gpu(PEAK_FLOPS["NVIDIA A100-SXM4-80GB"], 80e9, 2039e9, 300e9, 25e9),
     # NVIDIA H100 data sheet, SXM: 80 GB, 3.35 TB/s, NVLink 900 GB/s; DGX H100 user guide: 8 x 400 Gb/s for 8 GPUs
-    "h100": Gpu(PEAK_FLOPS["H100"], 80e9, 3350e9, 450e9, 50e9),
+    "h100": Gpu(PEAK_FLOPS["NVIDIA H100 80GB HBM3"], 80e9, 3350e9, 450e9, 50e9),
     # NVIDIA H200 data sheet, SXM: 141 GB, 4.8 TB/s, NVLink 900 GB/s; DGX H200 user guide: 8 x 400 Gb/s for 8 GPUs
-    "h200": Gpu(PEAK_FLOPS["H200"], 141e9, 4800e9, 450e9, 50e9),
+    "h200": Gpu(PEAK_FLOPS["NVIDIA H200"], 141e9, 4800e9, 450e9, 50e9),
     # NVIDIA L40S data sheet: 48 GB, 864 GB/s, PCIe 4.0 x16 64 GB/s, no NVLink; it names no network: one 200 Gb/s port
     # for two GPUs is assumed
-    "l40s": Gpu(PEAK_FLOPS["L40S"], 48e9, 864e9, 32e9, 12.5e9),
+    "l40s": Gpu(PEAK_FLOPS["NVIDIA L40S"], 48e9, 864e9, 32e9, 12.5e9),
 }
 
 

@@ -1,13 +1,10 @@
-"""FLOPs of a model and the stated peaks of GPUs. Imports no torch, so that a plan needs none."""
+"""FLOPs of a model. Imports no torch, so that a plan needs none."""
 
 from __future__ import annotations
 
 from minicpm_megatron.recipe.batches import BatchPlan
 from minicpm_megatron.recipe.parameters import count_parameters
 from minicpm_megatron.recipe.schema import ModelRecipe, Recipe
-
-# dense bf16 FLOP/s from NVIDIA's data sheets (without sparsity), by a part of the device's name
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "B200": 2250e12}
 
 
 def flops_per_token(model: ModelRecipe, sequence_length: int) -> float:

@@ -31,7 +31,7 @@ from minicpm_megatron.training.datasets import held_out_sets, train_reader
 from minicpm_megatron.training.evaluate import HeldOut, evaluate
 from minicpm_megatron.training.expert_load import take_loads
 from minicpm_megatron.training.faults import GRADIENT_NORM, LOSS, Fault, FaultPolicy, FaultyStep
-from minicpm_megatron.training.flops import flops_per_token, peak_flops
+from minicpm_megatron.training.flops import device_peak, flops_per_token
 from minicpm_megatron.training.gradient_log import GradientLog
 from minicpm_megatron.training.launcher import Launcher
 from minicpm_megatron.training.metrics import MetricsLog, StepRecord
@@ -126,13 +126,16 @@ class Trainer:
         self.watchdog.tick("start-up: writing the run's files")
         self.checkpointer.on_first(self._write_run_files)
         reader, sets = train_reader(self.recipe, self.data), held_out_sets(self.recipe, self.data)
+        peak = device_peak(self.recipe.training.precision)
+        if main:
+            print(peak.describe(), flush=True)
         log = MetricsLog(
             self.folder if main else None,
             self.recipe,
             start=self.step,
             total=self.total,
             flops_per_token=functools.partial(flops_per_token, self.recipe.model),
-            peak_flops=peak_flops(self.recipe.training.precision) * self.layout.world_size,
+            peak_flops=peak.flops * self.layout.world_size,
             evaluate_again=self.evaluation_due,
         )
         self.checkpointer.on_all(log.check)

@@ -21,6 +21,29 @@ def at_most(limits: Interval, margin: float) -> Verdict:
     return True if limits.high < margin else False if limits.low > margin else "undecided"
 
 
+def holds(limits: Interval, value: float) -> Verdict:
+    """Whether a number can be a value: False where its limits leave the value out, undecided where there are none."""
+    if not limits.is_bounded:
+        return "undecided"
+    return value in limits
+
+
+def within(limits: Interval, low: float, high: float) -> Verdict:
+    """Whether a number lies between two values."""
+    inside, outside = low < limits.low and limits.high < high, limits.high < low or limits.low > high
+    return True if inside else False if outside else "undecided"
+
+
+def below(limits: Interval, other: Interval) -> Verdict:
+    """Whether a number lies below another one; undecided where their limits overlap."""
+    return True if limits.high < other.low else False if limits.low > other.high else "undecided"
+
+
+def opposite(verdict: Verdict) -> Verdict:
+    """What limits say about the contrary of a claim."""
+    return verdict if verdict == "undecided" else not verdict
+
+
 def all_of(verdicts: Sequence[Verdict | None]) -> Verdict:
     """Agrees where every part does, disagrees where one does; what was not measured (None) leaves it open."""
     if not verdicts or None in verdicts:

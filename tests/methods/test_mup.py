@@ -81,6 +81,68 @@ def test_roles(name, dimensions, role):
     assert role_of(name, dimensions) == role
 
 
+def small_models():
+    """The smallest models of several programs' decoders, as transformers and torch build them."""
+    import transformers
+
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 16}
+    wide, gpt2 = sizes | {"intermediate_size": 16}, {"n_embd": 8, "n_layer": 1, "n_head": 2, "vocab_size": 16}
+    configs = {
+        "Llama": transformers.LlamaConfig(**wide),
+        "Llama, tied": transformers.LlamaConfig(**wide, tie_word_embeddings=True),
+        "GPT-2": transformers.GPT2Config(**gpt2),
+        "GPT-NeoX": transformers.GPTNeoXConfig(**wide),
+        "OPT": transformers.OPTConfig(**sizes, ffn_dim=16, word_embed_proj_dim=8),
+        "Mixtral": transformers.MixtralConfig(**wide, num_local_experts=2, num_key_value_heads=2),
+        "Granite": transformers.GraniteConfig(**wide),
+    }
+    return {name: transformers.AutoModelForCausalLM.from_config(config) for name, config in configs.items()}
+
+
+def test_ends_of_other_programs_models_are_no_hidden_matrices():
+    for program, model in small_models().items():
+        embeddings = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
+        head = {id(model.get_output_embeddings().weight)} - embeddings
+        found = {group["name"]: group for group in mup_param_groups(model, SHAPE, lr=0.01, weight_decay=0.1)}
+        assert {id(each) for each in found["embedding"]["params"]} == embeddings, program
+        assert {id(each) for each in found.get("head", {"params": []})["params"]} == head, program
+        assert found["embedding"]["weight_decay"] == 0.0 and found["hidden"]["weight_decay"] == 0.1
+        routers = {id(each) for name, each in model.named_parameters() if ".gate.weight" in name}
+        assert {id(each) for each in found.get("router", {"params": []})["params"]} == routers, program
+
+
+@pytest.mark.parametrize(
+    ("name", "role"),
+    [
+        ("embed_tokens.weight", "embedding"),
+        ("wte.weight", "embedding"),
+        ("embedding.weight", "embedding"),
+        ("_orig_mod.transformer.wpe.weight", "embedding"),
+        ("tok_embeddings.weight", "embedding"),
+        ("lm_head.weight", "head"),
+        ("output.weight", "head"),
+        ("layers.0.attention.wq.weight", "hidden"),
+        ("layers.0.self_attn.in_proj_weight", "hidden"),
+        ("decoder.layers.0.mlp.experts.linear_fc1.weight0", "expert"),
+        ("model.layers.0.mlp.gate_proj.weight", "hidden"),
+        ("model.layers.0.mlp.gate.weight", "router"),
+    ],
+)
+def test_common_names(name, role):
+    assert role_of(name, 2) == role
+
+
+@pytest.mark.parametrize("name", ["0.weight", "my_table.weight", "blocks.0.lora_A.default.weight", "W"])
+def test_a_matrix_that_no_rule_knows_is_refused(name):
+    model = torch.nn.Module()
+    model.named_parameters = lambda: iter([(name, torch.nn.Parameter(torch.ones(2, 2)))])
+    with pytest.raises(UserError, match=rf"'{name}' has a name that no rule knows; give mup_param_groups role="):
+        mup_param_groups(model, SHAPE, lr=0.01)
+    assert [group["name"] for group in mup_param_groups(model, SHAPE, lr=0.01, role=lambda *_: "head")] == ["head"]
+    with pytest.raises(UserError, match=f"role=: '{name}' is given the role 'matrix'; return one of embedding"):
+        mup_param_groups(model, SHAPE, lr=0.01, role=lambda *_: "matrix")
+
+
 def test_groups_hold_every_parameter_once_with_its_rate():
     found = groups(weight_decay=0.1)
     assert set(found) == {"embedding", "hidden", "vector", "router", "head"}

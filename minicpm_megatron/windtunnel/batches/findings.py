@@ -26,7 +26,7 @@ from minicpm_megatron.windtunnel.cells import Cell, size_name
 from minicpm_megatron.windtunnel.experiment import Experiment, Findings
 from minicpm_megatron.windtunnel.noise import seeds_text
 from minicpm_megatron.windtunnel.results import Finding, Picture, Table, Verdict
-from minicpm_megatron.windtunnel.verdicts import above
+from minicpm_megatron.windtunnel.verdicts import above, all_of, holds, within
 
 OCTAVE = 1.0
 """A best batch that moves by less than an octave over the sizes, at equal loss, does not depend on them: ours, a step
@@ -194,8 +194,7 @@ def _one_line(measured: Measured, law: BootstrappedBatchSize) -> Finding:
     octaves = math.log2(sizes[-1] / sizes[0])
     shift = Interval(*(octaves * value for value in (slope.low, slope.estimate, slope.high)))
     ours = f"{_limits(shift, '+.2f')} octaves over {sizes[-1] / sizes[0]:.2g} times the size"
-    inside, outside = -OCTAVE < shift.low and shift.high < OCTAVE, shift.low > OCTAVE or shift.high < -OCTAVE
-    return Finding(claim, paper, ours, True if inside else False if outside else "undecided")
+    return Finding(claim, paper, ours, within(shift, -OCTAVE, OCTAVE))
 
 
 def _same_exponent(law: BootstrappedBatchSize) -> Finding:
@@ -207,11 +206,8 @@ def _same_exponent(law: BootstrappedBatchSize) -> Finding:
         f"bs = {law.fit.law.a:.3g} / L^{law.fit.law.b:.3g}, b = {_limits(limits)}{within}; losses {min(losses):.3g}"
         f" to {max(losses):.3g} of other text and another vocabulary than the paper's, so at most b can be compared"
     )
-    verdict: Verdict = "undecided"
-    if PUBLISHED.b not in limits:
-        verdict = False
-    elif limits.high - limits.low < SHARP:
-        verdict = True
+    sharp: Verdict = True if limits.high - limits.low < SHARP else "undecided"
+    verdict = all_of((holds(limits, PUBLISHED.b), sharp))
     claim = "The exponent of the batch-size law (section 3.2)"
     return Finding(claim, f"bs = {PUBLISHED.a:g} / L^{PUBLISHED.b:g}, L on C4", ours, verdict)
 

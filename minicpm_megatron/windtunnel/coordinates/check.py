@@ -32,6 +32,7 @@ from minicpm_megatron.windtunnel.experiment import Experiment, Findings
 from minicpm_megatron.windtunnel.queue import Outcome
 from minicpm_megatron.windtunnel.rates.sweep import NAMES, PARAMETRIZATIONS
 from minicpm_megatron.windtunnel.results import Finding, Picture, Table, Verdict
+from minicpm_megatron.windtunnel.verdicts import all_of, below, opposite, within
 from minicpm_megatron.windtunnel.settings import check_different
 
 KIND = "coord-check"
@@ -231,12 +232,9 @@ def evaluate_coordinates(experiment: Experiment) -> Findings:
 
 def _level_over_width(slopes: Slopes) -> Finding:
     found = [slopes.get(("mup", "width", "end", quantity)) for quantity in QUANTITIES]
-    known = [each for each in found if each is not None]
-    verdict: Verdict = "undecided"
-    if any(each.low > LEVEL or each.high < -LEVEL for each in known):
-        verdict = False
-    elif len(known) == len(found) and all(abs(each.estimate) < LEVEL for each in known):
-        verdict = True
+    level = [None if each is None else within(each, -LEVEL, LEVEL) for each in found]
+    # one quantity that is known to grow or to fall contradicts the claim, whatever the others do
+    verdict = False if False in level else all_of(level)
     return Finding(
         "Under muP sizes after a few steps do not depend on the width (Table 7; Tensor Programs V)",
         f"slopes of 0; level is below {LEVEL:g}",
@@ -247,8 +245,9 @@ def _level_over_width(slopes: Slopes) -> Finding:
 
 def _control(slopes: Slopes) -> Finding:
     found = [slopes.get(("standard", "width", "end", quantity)) for quantity in QUANTITIES]
-    steepest = max((abs(each.estimate) for each in found if each is not None), default=math.nan)
-    verdict: Verdict = steepest > 2 * LEVEL if math.isfinite(steepest) else "undecided"
+    # the opposite of all being nearly level
+    level = [None if each is None else within(each, -2 * LEVEL, 2 * LEVEL) for each in found]
+    verdict = True if False in level else opposite(all_of(level))
     claim = "In standard parametrisation they do (the control)"
     return Finding(claim, "not measured in the paper", _slopes_text(found), verdict)
 
@@ -260,7 +259,8 @@ def _slopes_text(found: Sequence[Interval | None]) -> str:
 
 
 def _limits(slope: Interval) -> str:
-    return f"{slope.estimate:+.2f}" + (f" ({slope.low:+.2f} to {slope.high:+.2f})" if slope.is_bounded else "")
+    known = f"{slope.low:+.2f} to {slope.high:+.2f}" if slope.is_bounded else "limits not known"
+    return f"{slope.estimate:+.2f} ({known})"
 
 
 def _depth(slopes: Slopes) -> Finding:
@@ -271,7 +271,7 @@ def _depth(slopes: Slopes) -> Finding:
     verdict: Verdict = "undecided"
     ours = "not measured"
     if start is not None and end is not None and control is not None:
-        verdict = abs(start.estimate) < LEVEL_AT_START and end.estimate < control.estimate
+        verdict = all_of((within(start, -LEVEL_AT_START, LEVEL_AT_START), below(end, control)))
         ours = f"{_limits(start)} at the start, {_limits(end)} after; in standard parametrisation {_limits(control)}"
     return Finding(
         "scale_depth / sqrt(layers) keeps the residual stream level over depth at the start, and less steep than"

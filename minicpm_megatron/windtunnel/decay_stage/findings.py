@@ -43,7 +43,7 @@ from minicpm_megatron.windtunnel.decay_stage.updates import (
 )
 from minicpm_megatron.windtunnel.experiment import Experiment, Findings
 from minicpm_megatron.windtunnel.results import Finding, Picture, Table, Verdict
-from minicpm_megatron.windtunnel.verdicts import above, all_of
+from minicpm_megatron.windtunnel.verdicts import above, all_of, opposite
 
 UPDATES_CSV = "updates.csv"
 A_MAGNITUDE = 10.0  # section 4.4: the curvature "increases by a magnitude"
@@ -100,7 +100,7 @@ def _first_derivative(runs: Sequence[Around]) -> Finding:
     with_rate = slope(runs, logarithm("lr"), logarithm("first_derivative"))
     ours = f"{_ratios(found)}; |D1| ~ rate^{with_rate:.2f} in the decay; negative in {downhill:.0%} of its steps"
     claim = "The first derivative along the update, D1, falls with the rate"
-    follows: Verdict = with_rate > PROPORTIONAL
+    follows = _where_known(found, with_rate > PROPORTIONAL)
     return Finding(claim, "diminishes exponentially, as the rate does", ours, all_of((_falls(found), follows)))
 
 
@@ -142,7 +142,7 @@ def _updates(runs: Sequence[Around], updates: Sequence[MatrixUpdate]) -> Finding
         f" rate {min(related):.2f} or more, median {float(np.median(related)):.2f}"
     )
     claim = "The largest element update between checkpoints follows the rate, in every matrix (figure 7)"
-    every: Verdict = bool(all(falling))
+    every = _where_known(found, all(falling))
     return Finding(claim, "a robust correlation with the rate", ours, all_of((_falls(found), every)))
 
 
@@ -179,7 +179,7 @@ def _loss(experiment: Experiment, runs: Sequence[Around]) -> Finding:
         f" {stable:.3f}"
     )
     claim = "The loss falls faster in the decay although the weights move less"
-    lower, less = _not(above(limits)), _not(above(moved.against))
+    lower, less = opposite(above(limits)), opposite(above(moved.against))
     return Finding(claim, "an accelerated decrease", ours, all_of((lower, less)))
 
 
@@ -188,11 +188,12 @@ def _rises(found: Contrast) -> Verdict:
 
 
 def _falls(found: Contrast) -> Verdict:
-    return all_of((_not(above(found.change)), _not(above(found.against))))
+    return all_of((opposite(above(found.change)), opposite(above(found.against))))
 
 
-def _not(verdict: Verdict) -> Verdict:
-    return verdict if verdict == "undecided" else not verdict
+def _where_known(found: Contrast, holds: bool) -> Verdict:
+    """What a number without limits of its own says: nothing where not even the contrast has limits."""
+    return bool(holds) if found.change.is_bounded and found.against.is_bounded else "undecided"
 
 
 def _ratios(found: Contrast) -> str:

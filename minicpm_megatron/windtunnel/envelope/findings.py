@@ -220,7 +220,7 @@ def _trade_finding(small: Ends, large: Ends, found: list[Trade]) -> Finding:
         f"{at}; {small.name} needs {each.needed / small.parameters:.3g} N, {_ratio(each.ratio)} the training compute;"
         f" {saved}; that has paid after {_break_even(small, large, each.tokens, each.needed):.3g} served tokens"
     )
-    verdict: Verdict = True if each.all_seeds else "undecided"
+    verdict: Verdict = True if each.all_seeds and each.ratio.is_bounded else "undecided"
     return Finding(claim, paper, ours, verdict)
 
 

@@ -12,7 +12,7 @@ from minicpm_megatron.methods.scaling_law import PUBLISHED, PUBLISHED_COMPUTE, M
 from minicpm_megatron.training.text import number
 from minicpm_megatron.windtunnel.law.fits import METHODS, Fit, SetFits
 from minicpm_megatron.windtunnel.results import Finding, Table, Verdict
-from minicpm_megatron.windtunnel.verdicts import above
+from minicpm_megatron.windtunnel.verdicts import above, all_of, holds
 
 PAPER = PUBLISHED["average"]
 HOFFMANN_RATIO = 20.0
@@ -128,7 +128,5 @@ def _limits(estimate: float, limits: Interval | None) -> str:
 def _same_ratio(limits: Interval | None, published: float) -> Verdict:
     if limits is None:
         return "undecided"
-    if published not in limits:
-        return False
-    sharp = limits.low > 0 and math.isfinite(limits.high) and limits.high <= SHARP * limits.low
-    return True if sharp else "undecided"
+    sharp: Verdict = True if limits.low > 0 and limits.high <= SHARP * limits.low < math.inf else "undecided"
+    return all_of((holds(limits, published), sharp))

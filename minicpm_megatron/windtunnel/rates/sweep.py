@@ -36,6 +36,7 @@ from minicpm_megatron.windtunnel.noise import seeds_text
 from minicpm_megatron.windtunnel.rates.picture import PICTURE, draw_rates
 from minicpm_megatron.windtunnel.results import Finding, Picture, Table, Verdict
 from minicpm_megatron.windtunnel.settings import are_different_and_positive, check_different
+from minicpm_megatron.windtunnel.verdicts import above, all_of, below, within
 
 KIND = "lr"
 Parametrization = Literal["mup", "standard"]
@@ -205,13 +206,12 @@ def evaluate_rates(experiment: Experiment) -> Findings:
 
 def _best_rate(sweeps: Sequence[Sweep]) -> Finding:
     default = OptimizerRecipe().lr
-    known = [sweep for sweep in sweeps if sweep.optimum is not None]
+    # a grid step either way: the rate depends on the length, the batch and the data, which are not the paper's
+    nearest, farthest = default / 2**OCTAVE, default * 2**OCTAVE
+    near = [sweep.optimum and within(sweep.optimum.interval(), nearest, farthest) for sweep in sweeps]
+    # one size whose rate is known to lie elsewhere contradicts the claim, whatever the others are
+    verdict = False if False in near else all_of(near)
     ours = "; ".join(f"{sweep.size}: {_optimum_text(sweep)}" for sweep in sweeps)
-    verdict: Verdict = "undecided"
-    if known:
-        # a grid step either way: the rate depends on the length, the batch and the data, which are not the paper's
-        near = [abs(math.log2(sweep.optimum.rate / default)) <= OCTAVE for sweep in known if sweep.optimum]
-        verdict = True if all(near) and len(known) == len(sweeps) else False if not all(near) else "undecided"
     return Finding(
         "Under muP the best base rate is near 0.01 whatever the size (section 3.3)", f"{default:g}", ours, verdict
     )
@@ -220,45 +220,56 @@ def _best_rate(sweeps: Sequence[Sweep]) -> Finding:
 def _no_shift(sweeps: Sequence[Sweep], shift: RateShift | None) -> Finding:
     claim = "Under muP the best base rate does not shift noticeably with the size (section 3.3, figure 3)"
     paper = "no noticeable shift over ten times the size"
-    return Finding(claim, paper, _shift_text(shift), _moves_less(sweeps, shift))
+    spread = spread_of(sweeps)
+    verdict: Verdict = "undecided" if spread is None else within(spread, -math.inf, OCTAVE)
+    return Finding(claim, paper, _shift_text(shift, spread), verdict)
 
 
-def _moves_less(sweeps: Sequence[Sweep], shift: RateShift | None) -> Verdict:
-    """Whether the optima stay within an octave; undecided where their own uncertainty is larger than what is asked."""
-    if shift is None or any(sweep.optimum is None for sweep in sweeps):
-        return "undecided"
-    errors = [sweep.optimum.octaves_error for sweep in sweeps if sweep.optimum is not None]
-    if not all(error < OCTAVE / 2 for error in errors):
-        return "undecided"
-    return shift.spread < OCTAVE
+def spread_of(sweeps: Sequence[Sweep]) -> Interval | None:
+    """Octaves between the highest and the lowest best rate with limits by those of the rates.
+
+    None where fewer than two sizes are there, or the grid of one does not tell its optimum.
+    """
+    rates = [sweep.optimum.interval() for sweep in sweeps if sweep.optimum is not None]
+    if len(rates) < len(sweeps) or len(rates) < 2:
+        return None
+    with np.errstate(divide="ignore"):  # a rate whose limits are not known has a limit of 0
+        low, best, high = (np.log2([getattr(rate, name) for rate in rates]) for name in ("low", "estimate", "high"))
+    # the highest of the lower limits and the lowest of the upper ones are certainly so far apart
+    return Interval(max(0.0, float(low.max() - high.min())), float(np.ptp(best)), float(high.max() - low.min()))
 
 
 def _control(sweeps: Sequence[Sweep], shifts: Mapping[str, RateShift | None]) -> Finding:
     claim = "In standard parametrisation the best rate falls as the model grows (the control; Tensor Programs V)"
-    shift, mup = shifts["standard"], shifts["mup"]
+    shift, mup, spread = shifts["standard"], shifts["mup"], spread_of(sweeps)
     verdict: Verdict = "undecided"
     if shift is not None:
-        falls = shift.slope < 0 and shift.spread >= OCTAVE
-        verdict = True if falls and (mup is None or abs(mup.slope) < abs(shift.slope)) else "undecided"
+        slope = shift.slope_interval()
+        falls = [below(slope, Interval(0.0, 0.0, 0.0)), None if spread is None else above(spread, OCTAVE)]
+        verdict = all_of(falls if mup is None else [*falls, below(slope, mup.slope_interval())])
     edges = [f"{sweep.size} {sweep.why}" for sweep in sweeps if sweep.optimum is None]
-    ours = "; ".join([_shift_text(shift), *edges])
+    ours = "; ".join([_shift_text(shift, spread), *edges])
     return Finding(claim, "not measured in the paper", ours, verdict)
 
 
-def _shift_text(shift: RateShift | None) -> str:
+def _shift_text(shift: RateShift | None, spread: Interval | None) -> str:
     if shift is None:
         return "not known: fewer than two sizes have an optimum inside their grid"
-    limits = shift.slope_interval()
-    known = f" ({_limits(limits)})" if limits.is_bounded else ""
-    return f"slope {shift.slope:+.3f}{known} octaves of the rate an octave of N, spread {shift.spread:.2f} octaves"
+    slope, octaves = shift.slope_interval(), spread or Interval(-math.inf, shift.spread, math.inf)
+    return (
+        f"slope {shift.slope:+.3f}{_known(slope)} octaves of the rate an octave of N,"
+        f" spread {octaves.estimate:.2f}{_known(octaves)} octaves"
+    )
 
 
 def _optimum_text(sweep: Sweep) -> str:
     if sweep.optimum is None:
         return f"not known ({sweep.why})"
-    error = sweep.optimum.octaves_error
-    known = f", give or take {number(error, 2)} octaves" if math.isfinite(error) else " (limits not known)"
-    return f"{sweep.optimum.rate:.3g}{known}"
+    return f"{sweep.optimum.rate:.3g}{_known(sweep.optimum.interval())}"
+
+
+def _known(limits: Interval) -> str:
+    return f" ({_limits(limits)})" if limits.is_bounded else " (limits not known)"
 
 
 def _limits(limits: Interval) -> str:
