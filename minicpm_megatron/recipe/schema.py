@@ -12,7 +12,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
 
 from minicpm_megatron.recipe import checks, rope_checks
 
@@ -30,6 +30,16 @@ def _whole(value: Any) -> Any:
 
 
 Length = Annotated[int, BeforeValidator(_whole), Field(ge=0)]  # 20e9 is how people write tokens
+
+
+def _auto_or_count(value: Any) -> Any:
+    # not a union of two types: pydantic would name both alternatives in the error, and put a type into the key's name
+    if value == "auto" or (type(value) is int and value > 0):
+        return value
+    raise ValueError("must be auto, or an integer greater than 0")
+
+
+AutoOrCount = Annotated[int | Literal["auto"], PlainValidator(_auto_or_count)]
 
 
 class Section(BaseModel):
@@ -215,8 +225,11 @@ class TrainingRecipe(Section):
 
     global_batch_size: Count
     """Samples a step over all ranks."""
-    micro_batch_size: Count
-    """Samples a forward pass on one rank."""
+    micro_batch_size: AutoOrCount
+    """Samples a forward pass on one rank. auto: as many as divide every batch size over the data-parallel ranks, at most
+    max_micro_batch_size."""
+    max_micro_batch_size: Count = 8
+    """The most samples that auto puts into a forward pass, for the memory of one rank."""
     batch_growth: Annotated[tuple[BatchGrowth, ...], Field(strict=False)] = ()
     """Later batch sizes, in order."""
     precision: Literal["fp32", "bf16"] = "bf16"
