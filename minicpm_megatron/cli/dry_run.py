@@ -47,8 +47,7 @@ def check_inputs(recipe: Recipe, layout: Layout) -> str:
         UserError: the start would refuse them.
     """
     data = open_data(recipe)
-    samples = sum(source.samples_per_epoch for source in data.train.datasets)
-    found = f"the data are there: {samples:,} training samples an epoch, {len(data.validation)} validation sets"
+    found = f"the data are there: {len(data.train.datasets)} for training, {len(data.validation)} for validation"
     if recipe.deepspeed.config is None:
         return found
     from minicpm_megatron.engine.config import deepspeed_config  # loads torch, to see whether there is a GPU

@@ -48,7 +48,9 @@ def parser() -> argparse.ArgumentParser:
         help="begin at step 0 with the weights and moments of another run's checkpoint: a new stage, whose data,"
         " lengths, RoPE, batches and schedule are the recipe's own",
     )
-    result.add_argument("--dry-run", action="store_true", help="print what would be run, read the data and the DeepSpeed JSON, and exit")
+    result.add_argument(
+        "--dry-run", action="store_true", help="print what would be run, read the data and the DeepSpeed JSON, and exit"
+    )
     result.add_argument(
         "--world-size", type=int, help="ranks to assume for --dry-run (default: as started, or the fewest that fit)"
     )

@@ -338,7 +338,9 @@ def _buffers(recipe: Recipe, layout: Layout, stage: Stage, parameters: float) ->
         return during, FP32 * min(ALLREDUCE_BUCKET_SIZE, parameters)
     if zero == 1 and half:
         return during, FP32 * parameters
-    during += (element + (FP32 if half else 0)) * (zero_sizes(recipe).reduce_bucket_size or reduce_bucket_size(recipe, layout))
+    during += (element + (FP32 if half else 0)) * (
+        zero_sizes(recipe).reduce_bucket_size or reduce_bucket_size(recipe, layout)
+    )
     if zero == 3:
         during += element * live_parameters(recipe, parameters)
     return during, 0.0
