@@ -14,7 +14,7 @@ from minicpm_megatron.training.run_data import open_data
 WIDTH = 100
 GIB = 2**30
 MIB = 2**20
-# what a process on a CPU holds before its first tensor: interpreter, torch 2.13, Megatron-Core, DeepSpeed, gloo; measured.
+# what a process on a CPU was seen to hold before its first tensor: interpreter, torch 2.13, Megatron-Core, DeepSpeed.
 # On a GPU none of it is in the GPU's memory.
 LIBRARY_BYTES = 768 * MIB
 

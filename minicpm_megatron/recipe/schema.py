@@ -226,8 +226,8 @@ class TrainingRecipe(Section):
     global_batch_size: Count
     """Samples a step over all ranks."""
     micro_batch_size: AutoOrCount
-    """Samples a forward pass on one rank. auto: as many as divide every batch size over the data-parallel ranks, at most
-    max_micro_batch_size."""
+    """Samples a forward pass on one rank. auto: as many as divide every batch size over the data-parallel ranks, at
+    most max_micro_batch_size."""
     max_micro_batch_size: Count = 8
     """The most samples that auto puts into a forward pass, for the memory of one rank."""
     batch_growth: Annotated[tuple[BatchGrowth, ...], Field(strict=False)] = ()
