@@ -267,7 +267,7 @@ def _train(recipe: Recipe) -> dict[str, Any]:
         engine = build_engine(model, config, recipe, layout)
         engine.train()
         count = layout.gradient_accumulation_steps[0]
-        shape = (recipe.training.micro_batch_size, recipe.data.sequence_length // layout.context_parallel_size)
+        shape = (layout.micro_batch_size, recipe.data.sequence_length // layout.context_parallel_size)
         # of all kinds, so that experts are used alike
         chance = torch.Generator().manual_seed(dist.get_rank())
         tokens = [torch.randint(recipe.model.vocab_size, shape, generator=chance) for _ in range(count)]

@@ -30,7 +30,9 @@ done
 
 step "4/6 training under the deepspeed launcher: $RANKS processes, ZeRO 1, WSD schedule"
 if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-  deepspeed --num_gpus "$(python -c 'import torch; print(torch.cuda.device_count())')" examples/train.py --recipe $RECIPE
+  # as many GPUs as divide the 16 samples of a step
+  GPUS=$(python -c 'import math, torch; print(math.gcd(16, 2 ** int(math.log2(torch.cuda.device_count()))))')
+  deepspeed --num_gpus "$GPUS" examples/train.py --recipe $RECIPE
 else
   DS_ACCELERATOR=cpu deepspeed --num_accelerators "$RANKS" examples/train.py --recipe $RECIPE
 fi
@@ -52,9 +54,11 @@ cat <<MESSAGE
   hf-llama/                    AutoModelForCausalLM.from_pretrained("$RUN/hf-llama")
 
 == try next
+  source .venv/bin/activate    (once a shell; the lines below want it)
   tensorboard --logdir $RUN
   deepspeed --num_accelerators $RANKS examples/train.py --recipe $RECIPE name=tp2 parallel.tensor_model_parallel_size=2
   deepspeed --num_accelerators $RANKS examples/train.py --recipe $RECIPE --from quickstart@300 name=short-decay schedule.decay=40 schedule.half_life=8
-  python examples/train.py --recipe examples/recipes/minicpm-2.4b.yaml --dry-run
+  python examples/train.py --recipe $RECIPE optimizer.lr=0.02 --dry-run
+  python tools/plan.py --recipe examples/recipes/minicpm-2.4b.yaml --gpu h100 --gpus 64
   python tools/generate.py --checkpoint $RUN --prompt "import os"
 MESSAGE

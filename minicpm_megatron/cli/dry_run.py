@@ -1,4 +1,4 @@
-"""The report of `--dry-run`: everything a recipe decides, laid out to be read before a single process is started."""
+"""The report of `--dry-run`: everything a recipe decides, and whether a start would find its data and its JSON."""
 
 from __future__ import annotations
 
@@ -8,10 +8,15 @@ from dataclasses import fields
 from minicpm_megatron.methods.schedules import Schedule, build_schedule
 from minicpm_megatron.recipe import BatchPlan, Layout, Recipe, count_parameters, dump_recipe, recipe_hash
 from minicpm_megatron.recipe.memory import MemoryEstimate, estimate_memory, offloaded_bytes
+from minicpm_megatron.training.notes import schedule_note
+from minicpm_megatron.training.run_data import open_data
 
 WIDTH = 100
 GIB = 2**30
 MIB = 2**20
+# what a process on a CPU was seen to hold before its first tensor: interpreter, torch 2.13, Megatron-Core, DeepSpeed.
+# On a GPU none of it is in the GPU's memory.
+LIBRARY_BYTES = 768 * MIB
 
 
 def format_dry_run(recipe: Recipe, world_size: int) -> str:
@@ -29,9 +34,26 @@ def format_dry_run(recipe: Recipe, world_size: int) -> str:
         ("batches", _batches(recipe, layout)),
         ("schedule", _schedule(recipe, schedule)),
         ("memory per rank (estimate)", _memory(estimate_memory(recipe, layout), offloaded_bytes(recipe, layout))),
+        ("memory per rank on a CPU (estimate)", _memory_on_cpu(recipe, layout)),
         ("verdict", _verdict(recipe)),
     )
     return "\n".join(line for title, body in sections for line in (_heading(title), *body, ""))
+
+
+def check_inputs(recipe: Recipe, layout: Layout) -> str:
+    """Read the data and the DeepSpeed JSON as the start does; returns what was found, as one line.
+
+    Raises:
+        UserError: the start would refuse them.
+    """
+    data = open_data(recipe)
+    found = f"the data are there: {len(data.train.datasets)} for training, {len(data.validation)} for validation"
+    if recipe.deepspeed.config is None:
+        return found
+    from minicpm_megatron.engine.config import deepspeed_config  # loads torch, to see whether there is a GPU
+
+    deepspeed_config(recipe, layout)
+    return f"{found}; {recipe.deepspeed.config} agrees with the recipe"
 
 
 def _heading(title: str) -> str:
@@ -61,6 +83,7 @@ def _layout(recipe: Recipe, layout: Layout) -> list[str]:
             ("context parallel", str(layout.context_parallel_size)),
             ("expert parallel", str(layout.expert_model_parallel_size)),
             ("ZeRO stage", str(recipe.deepspeed.zero_stage)),
+            ("micro-batch size", str(layout.micro_batch_size)),
         ]
     )
 
@@ -103,7 +126,9 @@ def _schedule(recipe: Recipe, schedule: Schedule) -> list[str]:
         rows.append((f"{round(position):,}", f"{factor:.4g}", f"{lr * factor:.4g}", event))
     numbers = _table([row[:3] for row in rows])
     events = [f"  {row[3]}".rstrip() for row in rows]
-    return ["  " + schedule.describe(lr), *(line + event for line, event in zip(numbers, events, strict=True))]
+    lines = ["  " + schedule.describe(lr), *(line + event for line, event in zip(numbers, events, strict=True))]
+    note = schedule_note(recipe.schedule)
+    return lines if note is None else [*lines, f"  {note}"]
 
 
 def _memory(estimate: MemoryEstimate, offloaded: int) -> list[str]:
@@ -113,10 +138,16 @@ def _memory(estimate: MemoryEstimate, offloaded: int) -> list[str]:
     return _table([(name, _bytes(size)) for name, size in rows])
 
 
+def _memory_on_cpu(recipe: Recipe, layout: Layout) -> list[str]:
+    tensors = estimate_memory(recipe, layout, fused_norm=False).total + offloaded_bytes(recipe, layout)
+    rows = (("tensors", tensors), ("libraries", LIBRARY_BYTES), ("total", tensors + LIBRARY_BYTES))
+    return _table([(name, _bytes(size)) for name, size in rows])
+
+
 def _bytes(size: int) -> str:
     return f"{size / GIB:,.2f} GiB" if size >= GIB else f"{size / MIB:,.1f} MiB"
 
 
 def _verdict(recipe: Recipe) -> list[str]:
     lines = [f"  run folder   {recipe.run_directory}", f"  recipe hash  {recipe_hash(recipe)}"]
-    return [*lines, "  the recipe is valid; data and devices were not looked at"]
+    return [*lines, "  the recipe is valid"]

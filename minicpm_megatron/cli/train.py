@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING
 
 from minicpm_megatron.cli import interrupts
 from minicpm_megatron.cli.arguments import Parser
-from minicpm_megatron.cli.dry_run import format_dry_run
+from minicpm_megatron.cli.dry_run import check_inputs, format_dry_run
 from minicpm_megatron.cli.moved_run import load_recipe_of_run
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.recipe import Recipe
 from minicpm_megatron.training.launcher import Launcher
+from minicpm_megatron.training.notes import schedule_note
 from minicpm_megatron.versions import check_versions
 
 if TYPE_CHECKING:
@@ -25,7 +26,8 @@ DESCRIPTION = """Train a MiniCPM model as a recipe says.
 
   deepspeed --num_gpus 2 examples/train.py --recipe examples/recipes/quickstart.yaml
   deepspeed --num_gpus 2 examples/train.py --recipe R.yaml name=try optimizer.lr=0.02      (overrides)
-  deepspeed --num_gpus 2 examples/train.py --recipe R.yaml --from RUN@STEP name=decay-a schedule.decay=100
+  deepspeed --num_gpus 2 examples/train.py --recipe R.yaml --from RUN@STEP name=decay-a schedule.decay=100 \\
+      schedule.half_life=20                                            (exponential: five half-lives, to 1/32)
   deepspeed --num_gpus 2 examples/train.py --recipe LONGER.yaml --init-from RUN@STEP       (or a Hugging Face folder)
   python examples/train.py --recipe R.yaml --dry-run                                       (nothing is started)
 
@@ -51,7 +53,9 @@ def parser() -> argparse.ArgumentParser:
         help="begin at step 0 with the weights and moments of another run's checkpoint, or the weights in a Hugging"
         " Face folder: a new stage, whose data, lengths, RoPE, batches and schedule are the recipe's own",
     )
-    result.add_argument("--dry-run", action="store_true", help="print what would be run, and exit")
+    result.add_argument(
+        "--dry-run", action="store_true", help="print what would be run, read the data and the DeepSpeed JSON, and exit"
+    )
     result.add_argument(
         "--world-size", type=int, help="ranks to assume for --dry-run (default: as started, or the fewest that fit)"
     )
@@ -89,10 +93,22 @@ def main(arguments: list[str] | None = None) -> int:
         parallel = recipe.parallel
         fewest = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
         fewest *= parallel.context_parallel_size
-        started = os.environ.get("WORLD_SIZE")
-        print(format_dry_run(recipe, options.world_size or int(started or fewest)))
+        world_size = options.world_size or int(os.environ.get("WORLD_SIZE") or fewest)
+        report = format_dry_run(recipe, world_size)
+        if _is_first_rank():
+            print(report, flush=True)  # whole, also where the data are still to be made
+        inputs = check_inputs(recipe, recipe.check_world_size(world_size))
+        if _is_first_rank():
+            print(f"  {inputs}")
         return 0
+    note = schedule_note(recipe.schedule)
+    if note is not None and _is_first_rank():
+        print(note, flush=True)
     return _train(recipe, origin, launcher)
+
+
+def _is_first_rank() -> bool:
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _train(recipe: Recipe, origin: Origin | None, launcher: Launcher) -> int:

@@ -15,6 +15,7 @@ from minicpm_megatron.errors import UserError
 from minicpm_megatron.parallel import device
 from minicpm_megatron.recipe import Layout, Recipe
 from minicpm_megatron.recipe.deepspeed_json import read_deepspeed_json
+from minicpm_megatron.recipe.memory import reduce_bucket_size
 
 # what a run is, is said by the recipe alone: key of DeepSpeed's JSON -> key of the recipe
 OWNED = {
@@ -66,7 +67,7 @@ def _from_recipe(recipe: Recipe, layout: Layout) -> dict[str, Any]:
     stage, training = recipe.deepspeed.zero_stage, recipe.training
     config: dict[str, Any] = {
         "train_batch_size": training.global_batch_size,
-        "train_micro_batch_size_per_gpu": training.micro_batch_size,
+        "train_micro_batch_size_per_gpu": layout.micro_batch_size,
         "gradient_accumulation_steps": layout.gradient_accumulation_steps[0],
         "gradient_clipping": 0.0 if clips_itself(recipe) else training.gradient_clipping,
         "bf16": {"enabled": training.precision == "bf16"},
@@ -74,7 +75,11 @@ def _from_recipe(recipe: Recipe, layout: Layout) -> dict[str, Any]:
         # DeepSpeed 0.19 otherwise takes the training dtype, to which ZeRO 1 casts the sums that it kept in fp32
         "communication_data_type": "fp32",
         # torch's AdamW takes exactly the groups it is given; overlapping needs streams, which CPU does not have
-        "zero_optimization": {"stage": stage, "overlap_comm": False},
+        "zero_optimization": {
+            "stage": stage,
+            "overlap_comm": False,
+            "reduce_bucket_size": reduce_bucket_size(recipe, layout),
+        },
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": NO_REPORT,
     }

@@ -39,7 +39,7 @@ def overrides(prediction: Prediction) -> list[str]:
     """section.key=value for everything that the search chose."""
     recipe = prediction.recipe
     chosen = {f"parallel.{key}": value for key, value in recipe.parallel.model_dump(mode="json").items()}
-    chosen["training.micro_batch_size"] = recipe.training.micro_batch_size
+    chosen["training.micro_batch_size"] = prediction.layout.micro_batch_size
     chosen["training.recompute"] = recipe.training.recompute
     chosen["deepspeed.zero_stage"] = recipe.deepspeed.zero_stage
     values = {key: "null" if value is None else str(value).lower().replace(" ", "") for key, value in chosen.items()}
@@ -57,7 +57,7 @@ def _row(prediction: Prediction) -> list[str]:
         context,
         str(layout.expert_model_parallel_size),
         str(layout.data_parallel_size),
-        str(recipe.training.micro_batch_size),
+        str(layout.micro_batch_size),
         str(prediction.micro_batches),
         str(recipe.deepspeed.zero_stage),
         recipe.training.recompute,

@@ -6,6 +6,7 @@ Kept apart from the schema so that a rule reads as a rule: `check_recipe` holds 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -27,6 +28,7 @@ class Layout:
     Attributes:
         gradient_accumulation_steps: micro-batches a rank runs in one step, one entry for the first batch size and
             one for each entry of training.batch_growth.
+        micro_batch_size: samples a forward pass on one rank, `auto` resolved.
     """
 
     world_size: int
@@ -36,6 +38,7 @@ class Layout:
     expert_model_parallel_size: int
     data_parallel_size: int
     gradient_accumulation_steps: tuple[int, ...]
+    micro_batch_size: int = 1
 
 
 def refuse_unless(holds: bool, where: str, what: str, fix: str) -> None:
@@ -306,7 +309,7 @@ def _check_batches(recipe: Recipe) -> None:
     before = 0
     for field, samples in batch_sizes(recipe):
         refuse_unless(
-            samples % micro == 0,
+            micro == "auto" or samples % micro == 0,
             field,
             f"{samples} samples are not a multiple of training.micro_batch_size {micro}",
             "change either",
@@ -379,7 +382,7 @@ def layout(recipe: Recipe, world_size: int) -> Layout:
     Raises:
         UserError: one copy of the model does not fit the ranks, or a batch does not divide over the copies.
     """
-    parallel, micro = recipe.parallel, recipe.training.micro_batch_size
+    parallel = recipe.parallel
     copy = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size
     refuse_unless(
         world_size > 0 and world_size % copy == 0,
@@ -396,15 +399,8 @@ def layout(recipe: Recipe, world_size: int) -> Layout:
         f"{parallel.expert_model_parallel_size} does not divide the {replicas} data- and context-parallel ranks",
         "give a divisor of them",
     )
-    steps = []
-    for field, samples in batch_sizes(recipe):
-        refuse_unless(
-            samples % (micro * data_parallel) == 0,
-            field,
-            f"{samples} samples do not divide over {data_parallel} data-parallel ranks in micro-batches of {micro}",
-            f"give a multiple of {micro * data_parallel}",
-        )
-        steps.append(samples // (micro * data_parallel))
+    micro = _micro_batch_size(recipe, data_parallel)
+    steps = tuple(samples // (micro * data_parallel) for _, samples in batch_sizes(recipe))
     return Layout(
         world_size=world_size,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
@@ -412,5 +408,41 @@ def layout(recipe: Recipe, world_size: int) -> Layout:
         context_parallel_size=parallel.context_parallel_size,
         expert_model_parallel_size=parallel.expert_model_parallel_size,
         data_parallel_size=data_parallel,
-        gradient_accumulation_steps=tuple(steps),
+        gradient_accumulation_steps=steps,
+        micro_batch_size=micro,
     )
+
+
+def _micro_batch_size(recipe: Recipe, data_parallel: int) -> int:
+    """Samples of a micro-batch that divides every batch size over `data_parallel` ranks; `auto` is the largest.
+
+    Raises:
+        UserError: a batch size does not divide.
+    """
+    given = recipe.training.micro_batch_size
+    for field, samples in batch_sizes(recipe):
+        if given == "auto":
+            refuse_unless(
+                samples % data_parallel == 0,
+                field,
+                f"{samples} samples do not divide over {data_parallel} data-parallel ranks",
+                f"give a multiple of {data_parallel}",
+            )
+            continue
+        largest = largest_micro_batch(samples // data_parallel, given) if samples % data_parallel == 0 else 0
+        other = f", or training.micro_batch_size={largest} (auto takes the largest that divides)" if largest else ""
+        refuse_unless(
+            samples % (given * data_parallel) == 0,
+            field,
+            f"{samples} samples do not divide over {data_parallel} data-parallel ranks in micro-batches of {given}",
+            f"give a multiple of {given * data_parallel}{other}",
+        )
+    if given != "auto":
+        return given
+    shares = [samples // data_parallel for _, samples in batch_sizes(recipe)]
+    return largest_micro_batch(math.gcd(*shares), recipe.training.max_micro_batch_size)
+
+
+def largest_micro_batch(samples: int, at_most: int) -> int:
+    """The largest divisor of `samples` that is not above `at_most`."""
+    return next(size for size in range(min(samples, at_most), 0, -1) if samples % size == 0)

@@ -16,13 +16,13 @@ class ZeroSizes:
     """Sizes of DeepSpeed's zero_optimization in elements, with the defaults of 0.19.
 
     Attributes:
-        reduce_bucket_size: gradients that are reduced at once.
+        reduce_bucket_size: gradients that are reduced at once; None: `memory.reduce_bucket_size` decides.
         max_live_parameters: stage3_max_live_parameters; as many are gathered at once.
         prefetch_bucket_size: stage3_prefetch_bucket_size; gathered ahead of use in one message.
         param_persistence_threshold: stage3_param_persistence_threshold; smaller parameters stay gathered for good.
     """
 
-    reduce_bucket_size: int = 500_000_000
+    reduce_bucket_size: int | None = None
     max_live_parameters: int = 1_000_000_000
     prefetch_bucket_size: int = 50_000_000
     param_persistence_threshold: int = 100_000

@@ -20,6 +20,7 @@ from minicpm_megatron.recipe.schema import ModelRecipe, Recipe
 
 FP32 = 4
 ELEMENT_BYTES = {"fp32": 4, "bf16": 2}
+REDUCE_BUCKET_SIZE = 500_000_000  # elements; DeepSpeed's default of zero_optimization.reduce_bucket_size
 ALLREDUCE_BUCKET_SIZE = 500_000_000  # elements; DeepSpeed's MEMORY_OPT_ALLREDUCE_SIZE, which no setting changes
 
 
@@ -80,11 +81,10 @@ def pipeline_stages(recipe: Recipe, layout: Layout) -> list[Stage]:
     ]
 
 
-def estimate_memory(recipe: Recipe, layout: Layout) -> MemoryEstimate:
+def estimate_memory(recipe: Recipe, layout: Layout, *, fused_norm: bool = True) -> MemoryEstimate:
     """Bytes on the fullest rank of `layout`; see `stage_memory`."""
-    return max(
-        (stage_memory(recipe, layout, stage) for stage in pipeline_stages(recipe, layout)), key=lambda e: e.total
-    )
+    stages = pipeline_stages(recipe, layout)
+    return max((stage_memory(recipe, layout, each, fused_norm=fused_norm) for each in stages), key=lambda e: e.total)
 
 
 def stage_memory(recipe: Recipe, layout: Layout, stage: Stage, *, fused_norm: bool = True) -> MemoryEstimate:
@@ -170,7 +170,7 @@ def _vocabulary_matrices(model: ModelRecipe, stage: Stage) -> int:
 
 def tokens_on_rank(recipe: Recipe, layout: Layout) -> float:
     """Tokens of one micro-batch that pass through one rank: micro-batch size x sequence length / context parallel."""
-    return recipe.training.micro_batch_size * recipe.data.sequence_length / layout.context_parallel_size
+    return layout.micro_batch_size * recipe.data.sequence_length / layout.context_parallel_size
 
 
 def layer_elements(recipe: Recipe, layout: Layout) -> float:
@@ -294,6 +294,17 @@ def persistent_parameters(recipe: Recipe, layout: Layout, stage: Stage) -> float
     return sum(count * size for count, size in sizes if size < zero_sizes(recipe).param_persistence_threshold)
 
 
+def reduce_bucket_size(recipe: Recipe, layout: Layout) -> int:
+    """Elements of the bucket in which DeepSpeed reduces gradients: its default, or all gradients of a smaller model.
+
+    DeepSpeed 0.19 allocates the whole bucket in every step, 2 GB in fp32, however few gradients there are.
+    """
+    stages = pipeline_stages(recipe, layout)
+    most = max(sum(count for count, _ in parameters_on_rank(recipe.model, layout, stage)) for stage in stages)
+    # tensor parallelism can add a row to the embedding and to the head
+    return min(REDUCE_BUCKET_SIZE, math.ceil(most) + 2 * recipe.model.hidden_size)
+
+
 def live_parameters(recipe: Recipe, parameters: float) -> float:
     """Of `parameters` of a rank those that ZeRO 3 has gathered at once, which forward also keeps for backward.
 
@@ -327,7 +338,9 @@ def _buffers(recipe: Recipe, layout: Layout, stage: Stage, parameters: float) ->
         return during, FP32 * min(ALLREDUCE_BUCKET_SIZE, parameters)
     if zero == 1 and half:
         return during, FP32 * parameters
-    during += (element + (FP32 if half else 0)) * zero_sizes(recipe).reduce_bucket_size
+    during += (element + (FP32 if half else 0)) * (
+        zero_sizes(recipe).reduce_bucket_size or reduce_bucket_size(recipe, layout)
+    )
     if zero == 3:
         during += element * live_parameters(recipe, parameters)
     return during, 0.0

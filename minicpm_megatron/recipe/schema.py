@@ -13,7 +13,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
 
 from minicpm_megatron.recipe import checks, rope_checks
 
@@ -59,6 +59,16 @@ def _whole(value: Any) -> Any:
 
 
 Length = Annotated[int, BeforeValidator(_whole), Field(ge=0, le=FARTHEST)]  # 20e9 is how people write tokens
+
+
+def _auto_or_count(value: Any) -> Any:
+    # not a union of two types: pydantic would name both alternatives in the error, and put a type into the key's name
+    if value == "auto" or (type(value) is int and 0 < value <= MOST):
+        return value
+    raise ValueError(f"must be auto, or a whole number from 1 to {MOST:,}")
+
+
+AutoOrCount = Annotated[int | Literal["auto"], PlainValidator(_auto_or_count)]
 
 
 class Section(BaseModel):
@@ -244,8 +254,11 @@ class TrainingRecipe(Section):
 
     global_batch_size: Count
     """Samples a step over all ranks."""
-    micro_batch_size: Count
-    """Samples a forward pass on one rank."""
+    micro_batch_size: AutoOrCount
+    """Samples a forward pass on one rank. auto: as many as divide every batch size over the data-parallel ranks, at
+    most max_micro_batch_size."""
+    max_micro_batch_size: Count = 8
+    """The most samples that auto puts into a forward pass, for the memory of one rank."""
     batch_growth: Annotated[tuple[BatchGrowth, ...], Field(strict=False)] = ()
     """Later batch sizes, in order."""
     precision: Literal["fp32", "bf16"] = "bf16"

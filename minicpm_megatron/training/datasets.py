@@ -6,6 +6,7 @@ from typing import Any
 
 from megatron.core import parallel_state
 
+from minicpm_megatron.parallel import groups
 from minicpm_megatron.recipe import Recipe
 from minicpm_megatron.training.batches import BatchReader
 from minicpm_megatron.training.evaluate import HeldOut
@@ -33,7 +34,7 @@ def held_out_sets(recipe: Recipe, data: RunData) -> dict[str, HeldOut]:
 def _rank_keywords(recipe: Recipe) -> dict[str, Any]:
     return {
         "documents": recipe.data.reset_attention_mask,
-        "micro_batch_size": recipe.training.micro_batch_size,
+        "micro_batch_size": recipe.check_world_size(groups.world_size()).micro_batch_size,
         "rank": parallel_state.get_data_parallel_rank(),
         "size": parallel_state.get_data_parallel_world_size(),
         "context_rank": parallel_state.get_context_parallel_rank(),

@@ -11,6 +11,7 @@ from minicpm_megatron.cli.dry_run import format_dry_run
 from minicpm_megatron.cli.train import main
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.recipe import build, load_recipe
+from minicpm_megatron.recipe.memory import pipeline_stages, stage_memory
 from tests.recipe.fields import minimal_fields
 
 
@@ -48,6 +49,18 @@ def test_memory_parts_add_up() -> None:
     parts = [line.split() for line in section(report, "memory per rank (estimate)").strip().splitlines()]
     sizes = [float(size.replace(",", "")) * (1 if unit == "GiB" else 1 / 1024) for _, size, unit in parts]
     assert sum(sizes[:-1]) == pytest.approx(sizes[-1], abs=0.05)
+
+
+def test_memory_on_a_cpu_has_the_libraries_and_no_fused_norm() -> None:
+    recipe = load_recipe_of("quickstart")
+    [tensors, libraries, total] = section(
+        format_dry_run(recipe, 2), "memory per rank on a CPU (estimate)"
+    ).splitlines()[:3]
+    layout = recipe.check_world_size(2)
+    [stage] = pipeline_stages(recipe, layout)
+    assert f"{stage_memory(recipe, layout, stage, fused_norm=False).total / 2**20:,.1f} MiB" in tensors
+    # measured with two processes on CPUs: 0.99 and 1.19 GiB at their peak, in runs without and with a save
+    assert float(total.split()[1]) == pytest.approx(1.09, rel=0.1) and total.endswith("GiB")
 
 
 def load_recipe_of(stem: str):

@@ -144,6 +144,38 @@ def test_each_mistake_is_one_line(case, tmp_path):
     assert not [path for path in left if path.name != ".lock"]
 
 
+# a dry run makes no folder, and does not look whether it could
+@pytest.mark.parametrize("case", [case for case in CASES if case != "a file where runs go"])
+def test_a_dry_run_refuses_what_the_start_refuses(case, tmp_path, capsys):
+    recipe = write_recipe(tmp_path)
+    changes, message = CASES[case]
+    arguments = changes(tmp_path) if callable(changes) else changes
+    with pytest.raises(UserError) as refusal:
+        main(["--recipe", str(recipe), "--dry-run", "--world-size", "1", *arguments])
+    assert message in str(refusal.value)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_dry_run_says_what_it_read(tmp_path, capsys):
+    (tmp_path / "ds.json").write_text('{"wall_clock_breakdown": false}')
+    recipe = write_recipe(tmp_path)
+    assert main(["--recipe", str(recipe), "--dry-run", f"deepspeed.config={tmp_path / 'ds.json'}"]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert "the data are there: " in last and last.endswith(f"{tmp_path / 'ds.json'} agrees with the recipe")
+
+
+def test_a_decay_that_hardly_decays_says_so_at_start_and_in_a_dry_run(tmp_path, capsys):
+    recipe = write_recipe(tmp_path)
+    decay = ["schedule={total: 40, warmup: 2, decay: 20, half_life: 15}", "training.stop_after=1"]
+    note = "note: the decay ends at 0.397 of the learning rate: 20 steps are 1.3 half-lives of 15"
+    main(["--recipe", str(recipe), "--dry-run", *decay])
+    assert note in capsys.readouterr().out
+    # what is refused at the start, so that nothing has to be trained
+    with pytest.raises(UserError):
+        main(["--recipe", str(recipe), "data.train=[{prefix: nowhere}]", *decay])
+    assert note in capsys.readouterr().out
+
+
 def test_a_missing_recipe_is_named():
     with pytest.raises(UserError, match=r"nowhere\.yaml"):
         main(["--recipe", "nowhere.yaml"])

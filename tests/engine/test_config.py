@@ -9,6 +9,7 @@ import pytest
 from minicpm_megatron.engine.config import deepspeed_config
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.recipe import build
+from minicpm_megatron.recipe.memory import reduce_bucket_size
 
 
 def recipe(config=None, **training):
@@ -88,3 +89,9 @@ def test_a_missing_file_is_named():
     run = recipe("nowhere.json")
     with pytest.raises(UserError, match="nowhere.json: cannot read the DeepSpeed JSON"):
         deepspeed_config(run, run.check_world_size(2))
+
+
+def test_deepspeed_is_given_the_bucket_that_the_estimate_counts():
+    run = recipe()
+    layout = run.check_world_size(2)
+    assert deepspeed_config(run, layout)["zero_optimization"]["reduce_bucket_size"] == reduce_bucket_size(run, layout)

@@ -7,21 +7,41 @@ from pathlib import Path
 import pytest
 
 from minicpm_megatron.cli.dry_run import format_dry_run
+from minicpm_megatron.errors import UserError
 from minicpm_megatron.methods.schedules import build_schedule
+from minicpm_megatron.planning import Cluster, find_layouts
+from minicpm_megatron.planning.report import overrides
 from minicpm_megatron.recipe import PRESETS, BatchPlan, count_parameters, load_recipe
 
 FOLDER = Path(__file__).parents[2] / "examples" / "recipes"
 RECIPES = sorted(FOLDER.glob("*.yaml"))
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 8])
+# these are for a few processes on CPUs: 16 samples a step
+SMALL = ("quickstart", "extension")
+LARGE = [path for path in RECIPES if path.stem not in SMALL]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 8, 16, 64])
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_dry_run(path: Path, world_size: int) -> None:
-    recipe = load_recipe(path, ["training.micro_batch_size=1"] if world_size == 8 else [])
+    recipe = load_recipe(path)
     world_size = max(world_size, recipe.parallel.context_parallel_size)
+    if path.stem in SMALL and world_size > recipe.training.global_batch_size:
+        with pytest.raises(UserError, match="16 samples do not divide over 64 .* give a multiple of 64"):
+            format_dry_run(recipe, world_size)
+        recipe = load_recipe(path, ["training.global_batch_size=64"])
     report = format_dry_run(recipe, world_size)
     assert f"{count_parameters(recipe.model).non_embedding:,}" in report
     assert f"{build_schedule(recipe.schedule).end_factor:.4g}" in report
+
+
+@pytest.mark.parametrize("path", LARGE, ids=lambda path: path.stem)
+def test_dry_run_of_the_planners_choice(path: Path) -> None:
+    best = find_layouts(load_recipe(path), Cluster.of("h100", 64, 8)).layouts[0]
+    recipe = load_recipe(path, overrides(best))
+    assert recipe.check_world_size(64) == best.layout
+    format_dry_run(recipe, 64)
 
 
 def test_there_is_one_for_every_wind_tunnel_size() -> None:
@@ -52,5 +72,6 @@ def test_1_2b_grows_from_2_to_4_million_tokens_on_a_curve_in_tokens() -> None:
     recipe = load_recipe(FOLDER / "minicpm-1.2b.yaml")
     plan = BatchPlan(recipe)
     batches = [phase.global_batch_size * plan.sequence_length for phase in plan.phases]
-    assert batches == pytest.approx([2e6, 4e6], rel=0.02)
+    # Table 2 has one digit: 2M and 4M are 2^21 and 2^22, which is 4.9 % more
+    assert batches == pytest.approx([2e6, 4e6], rel=0.05)
     assert recipe.schedule.unit == "tokens"

@@ -203,3 +203,35 @@ def test_world_sizes_that_do_not_fit(changes: dict[str, Any], world_size: int, l
     recipe = build(minimal_fields(**changes))
     with pytest.raises(UserError, match=line):
         recipe.check_world_size(world_size)
+
+
+def test_auto_is_the_largest_micro_batch_that_divides_every_batch() -> None:
+    growth = [{"after_tokens": 1024, "global_batch_size": 40}]
+    for ranks, most, size in ((1, 8, 8), (1, 100, 8), (4, 8, 2), (8, 8, 1), (2, 3, 2)):
+        recipe = build(
+            minimal_fields(
+                training__global_batch_size=16,
+                training__batch_growth=growth,
+                training__micro_batch_size="auto",
+                training__max_micro_batch_size=most,
+            )
+        )
+        layout = recipe.check_world_size(ranks)
+        # the definition, tried size by size
+        fitting = [each for each in range(1, most + 1) if 16 % (each * ranks) == 40 % (each * ranks) == 0]
+        assert layout.micro_batch_size == max(fitting) == size
+        assert layout.gradient_accumulation_steps == (16 // (size * ranks), 40 // (size * ranks))
+    with pytest.raises(UserError, match="training.batch_growth.0.global_batch_size: 40 samples .* over 16"):
+        recipe.check_world_size(16)
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.5, True, "4", "automatic", None])
+def test_a_micro_batch_size_is_a_count_or_auto(value: object) -> None:
+    with pytest.raises(UserError, match=r"^training.micro_batch_size: .* is refused, it must be auto, or a whole number"):
+        build(minimal_fields(training__micro_batch_size=value))
+
+
+def test_a_micro_batch_that_does_not_divide_names_one_that_does() -> None:
+    recipe = build(minimal_fields(training__global_batch_size=960, training__micro_batch_size=4))
+    with pytest.raises(UserError, match=r"or training.micro_batch_size=3 \(auto takes the largest that divides\)"):
+        recipe.check_world_size(64)

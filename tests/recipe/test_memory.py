@@ -15,6 +15,7 @@ from minicpm_megatron.recipe.memory import (
     estimate_memory,
     offloaded_bytes,
     pipeline_stages,
+    reduce_bucket_size,
     stage_memory,
 )
 from tests.recipe.fields import minimal_fields
@@ -112,6 +113,16 @@ def test_sizes_in_the_json_are_used(tmp_path: Path) -> None:
     path.write_text('{"zero_optimization": {"reduce_bucket_size": 1e3, "stage3_prefetch_bucket_size": "auto"}}')
     whole, small = (estimate(4, deepspeed={"zero_stage": 2, "config": name}) for name in (None, str(path)))
     assert (whole.buffers, small.buffers) == ((2 + 4) * 500_000_000, (2 + 4) * 1000)
+
+
+def test_a_small_model_gets_a_bucket_of_its_own_size() -> None:
+    recipe = build(minimal_fields(training__precision="fp32"))
+    layout = recipe.check_world_size(2)
+    parameters = count_parameters(recipe.model).total
+    assert parameters <= reduce_bucket_size(recipe, layout) <= parameters + 2 * recipe.model.hidden_size
+    assert estimate_memory(recipe, layout).buffers == 4 * reduce_bucket_size(recipe, layout)
+    large = build(minimal_fields(preset="minicpm-2.4b"))
+    assert reduce_bucket_size(large, large.check_world_size(1)) == 500_000_000, "DeepSpeed's own"
 
 
 def test_activations_of_a_layer_are_those_that_autograd_keeps() -> None:

@@ -84,7 +84,9 @@ def plan_batches(
     cells = []
     for size, batch, seed in itertools.product(settings.sizes, settings.batches, settings.seeds):
         width, layers = size
-        micro = math.gcd(batch // length, base.training.micro_batch_size)
+        # no cell takes more at once than the recipe allows; which of it divides depends on the batch
+        given = base.training.micro_batch_size
+        micro = given if given == "auto" else math.gcd(batch // length, given)
         overrides = {
             **model_of_size(base, width, layers),
             "training.global_batch_size": batch // length,
