@@ -25,6 +25,7 @@ from minicpm_megatron.recipe.load import apply_override
 from minicpm_megatron.storage.atomic import write_bytes
 from minicpm_megatron.storage.manifest import TOKENIZER_SHA256
 from minicpm_megatron.storage.sharded import CheckpointReader
+from minicpm_megatron.training.run_data import MIXTURE
 from minicpm_megatron.training.start import check_same_past
 
 _SMALL_FILES = 1 << 20
@@ -151,7 +152,7 @@ def write_run(
         )
     manifest = _manifest(source)
     step = _step(manifest)
-    carried = {key: manifest[key] for key in ("data", TOKENIZER_SHA256) if key in manifest}
+    carried = {key: manifest[key] for key in ("data", MIXTURE, TOKENIZER_SHA256) if key in manifest}
     facts = carried | {"model": model.model_dump(mode="json")}
     if recipe:
         facts |= {"recipe": recipe.model_dump(mode="json"), "recipe_hash": recipe_hash(recipe)}

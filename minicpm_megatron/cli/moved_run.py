@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from minicpm_megatron.checkpoint.find import CHECKPOINTS
 from minicpm_megatron.recipe import Recipe, build, load_recipe
 from minicpm_megatron.recipe.dump import RECIPE
 
@@ -23,8 +22,12 @@ def load_recipe_of_run(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         UserError: as `load_recipe`.
     """
     recipe = load_recipe(path, overrides)
+    if path.name != RECIPE:
+        return recipe
+    from minicpm_megatron.checkpoint.find import CHECKPOINTS  # seconds, with torch
+
     here = path.resolve().parent
-    if path.name != RECIPE or not (here / CHECKPOINTS).is_dir():
+    if not (here / CHECKPOINTS).is_dir():
         return recipe
     before = load_recipe(path).run_directory
     if before.resolve() == here:
