@@ -7,6 +7,7 @@ checkpoint as the run's own and goes on.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 from minicpm_megatron.checkpoint.find import CHECKPOINTS
 from minicpm_megatron.checkpoint.names import step_folder
+from minicpm_megatron.cli.moved_run import move_paths
 from minicpm_megatron.convert.output_folder import atomic_folder, check_space
 from minicpm_megatron.convert.rewriting import Rewrite, bytes_of, has_moments, write_rewritten
 from minicpm_megatron.convert.source import Source
@@ -25,6 +27,7 @@ from minicpm_megatron.recipe.load import apply_override
 from minicpm_megatron.storage.atomic import write_bytes
 from minicpm_megatron.storage.manifest import TOKENIZER_SHA256
 from minicpm_megatron.storage.sharded import CheckpointReader
+from minicpm_megatron.training.run_data import MIXTURE
 from minicpm_megatron.training.start import check_same_past
 
 _SMALL_FILES = 1 << 20
@@ -151,7 +154,7 @@ def write_run(
         )
     manifest = _manifest(source)
     step = _step(manifest)
-    carried = {key: manifest[key] for key in ("data", TOKENIZER_SHA256) if key in manifest}
+    carried = {key: manifest[key] for key in ("data", MIXTURE, TOKENIZER_SHA256) if key in manifest}
     facts = carried | {"model": model.model_dump(mode="json")}
     if recipe:
         facts |= {"recipe": recipe.model_dump(mode="json"), "recipe_hash": recipe_hash(recipe)}
@@ -174,7 +177,18 @@ def write_run(
 
 
 def _manifest(source: Source) -> dict[str, Any]:
-    return source.tensors.manifest if isinstance(source.tensors, CheckpointReader) else {}
+    """The manifest of a checkpoint of ours, with the paths of its run as that lies now; empty for other sources."""
+    if not isinstance(source.tensors, CheckpointReader):
+        return {}
+    manifest, folder = source.tensors.manifest, source.folder.resolve()
+    if "recipe" not in manifest or folder.parent.name != CHECKPOINTS:
+        return manifest
+    manifest = copy.deepcopy(manifest)
+    before = build(manifest["recipe"]).run_directory
+    moved = move_paths(manifest["recipe"], before, folder.parent.parent)
+    if "data" in manifest:
+        manifest["data"] = {moved.get(prefix, prefix): content for prefix, content in manifest["data"].items()}
+    return manifest
 
 
 def _step(manifest: dict[str, Any]) -> int:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from minicpm_megatron.checkpoint.find import CHECKPOINTS
 from minicpm_megatron.recipe import Recipe, build, load_recipe
 from minicpm_megatron.recipe.dump import RECIPE
 
@@ -23,8 +22,12 @@ def load_recipe_of_run(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         UserError: as `load_recipe`.
     """
     recipe = load_recipe(path, overrides)
+    if path.name != RECIPE:
+        return recipe
+    from minicpm_megatron.checkpoint.find import CHECKPOINTS  # seconds, with torch
+
     here = path.resolve().parent
-    if path.name != RECIPE or not (here / CHECKPOINTS).is_dir():
+    if not (here / CHECKPOINTS).is_dir():
         return recipe
     before = load_recipe(path).run_directory
     if before.resolve() == here:
@@ -32,18 +35,28 @@ def load_recipe_of_run(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     fields = recipe.model_dump(mode="json")
     if recipe.run_directory == before:
         fields["name"], fields["run"]["directory"] = here.name, str(here.parent)
-    data = fields["data"]
-    for section, key, file in [
+    move_paths(fields, before, here)
+    return build(fields, origins={"": str(path)})
+
+
+def move_paths(fields: dict[str, Any], before: Path, here: Path) -> dict[str, str]:
+    """Let a recipe's plain values name files inside `here` where they name such inside `before` that are not there.
+
+    Args:
+        before, here: where a run was and is.
+
+    Returns:
+        Old prefix -> new prefix of the corpora that were found elsewhere.
+    """
+    data, moved = fields["data"], {}
+    for section, key, suffix in [
         *((source, "prefix", ".idx") for source in data["train"]),
         *((data["validation"], name, ".idx") for name in data["validation"]),
         (data, "tokenizer", ""),
         (fields["deepspeed"], "config", ""),
     ]:
-        section[key] = _found(section[key], file, before, here)
-    return build(fields, origins={"": str(path)})
-
-
-def _found(recorded: Any, suffix: str, before: Path, here: Path) -> Any:
-    if recorded is None or Path(f"{recorded}{suffix}").exists() or not Path(recorded).is_relative_to(before):
-        return recorded
-    return str(here / Path(recorded).relative_to(before))
+        recorded = section[key]
+        if recorded is None or Path(f"{recorded}{suffix}").exists() or not Path(recorded).is_relative_to(before):
+            continue
+        section[key] = moved[recorded] = str(here / Path(recorded).relative_to(before))
+    return moved

@@ -2,9 +2,9 @@
 
 Huffman's tree over the shares: the two smallest parts are joined until one is left. A node that has had k samples has
 given its left part floor(k q + u) of them, where q is that part's share in the node and the phase u, between 1/4 and
-3/4, comes from the seed. So at every node a part is less than 3/4 of a sample away from its share.
+3/4, comes from the seed. So at every node a part is at most 3/4 of a sample away from its share.
 
-A source of share w below nodes of shares W_1 < W_2 < ... < W_d = 1 is then away from its share by less than
+A source of share w below nodes of shares W_1 < W_2 < ... < W_d = 1 is then away from its share by at most
 3/4 (1 + w/W_1 + ... + w/W_(d-1)). Huffman's choice makes the sibling of each node no smaller than either of the node's
 own parts, so that W_(i+1) >= W_i + W_(i-1) with W_0 = w: the W_i / w grow at least as 1, 2, 3, 5, 8, ..., and the sum
 stays below that of the reciprocal Fibonacci numbers, 3.36. That is less than 2.52 samples for any number of sources.

@@ -17,6 +17,8 @@ import numpy as np
 from minicpm_megatron.data.mixture_tree import MixtureTree
 from minicpm_megatron.errors import UserError
 
+JITTER, TREE = "jitter", "tree"
+
 _ROUNDS = 8
 _MASK = (1 << 64) - 1
 
@@ -138,6 +140,11 @@ class Mixture:
         jittered = max(exact) * (len(exact) - 2) <= total
         self._tree = None if jittered else MixtureTree(exact, partial(key, seed, "mixture tree"))
         self._order = lru_cache(maxsize=4)(self._block_order)
+
+    @property
+    def method(self) -> str:
+        """Which of the two decides the order: JITTER or TREE."""
+        return JITTER if self._tree is None else TREE
 
     def consumed(self, blocks: int) -> list[int]:
         """Samples of each source in the first `blocks` blocks, where these decide the order."""

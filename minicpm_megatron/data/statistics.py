@@ -66,7 +66,7 @@ def blend_entropy(sources: Sequence[tuple[str | Path, float]]) -> float:
 
 
 def bytes_per_token(prefix: str | Path) -> float:
-    """UTF-8 bytes of text a token, <s> and </s> counted as tokens; loss a byte = loss a token / this.
+    """UTF-8 bytes of text a token of the whole corpus, <s> and </s> counted as tokens; `TextBytes` counts a part's.
 
     Raises:
         UserError: PREFIX.json, which holds the bytes, is missing.

@@ -342,8 +342,8 @@ class EvaluationRecipe(Section):
 
     interval: Count | None = None
     """Steps between evaluations; null for none."""
-    batches: Count = 8
-    """Global batches read from each validation set; of a set that has less, all of it."""
+    batches: Count | None = 8
+    """Global batches read from each validation set; null, or a set that has less: all of it."""
 
 
 class CheckpointRecipe(Section):

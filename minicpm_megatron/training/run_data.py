@@ -9,6 +9,7 @@ from typing import Any
 
 from minicpm_megatron.data.dataset import Blend, TokenDataset, open_training_data
 from minicpm_megatron.data.metadata import data_fingerprint
+from minicpm_megatron.data.sampling import JITTER
 from minicpm_megatron.data.statistics import bytes_per_token
 from minicpm_megatron.data.text_bytes import TextBytes
 from minicpm_megatron.data.tokenizer import Tokenizer, tokenizer_sha256
@@ -16,6 +17,8 @@ from minicpm_megatron.errors import UserError
 from minicpm_megatron.recipe import Recipe
 
 VALIDATION_SEED = 0
+MIXTURE = "mixture"
+"""Key of a manifest: how the corpora are mixed, see `data.sampling.Mixture.method`."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,8 @@ def open_data(recipe: Recipe) -> RunData:
 
 def validation_samples(recipe: Recipe, dataset: TokenDataset) -> int:
     """Samples of a validation set that an evaluation reads: evaluation.batches global batches, or all there are."""
+    if recipe.evaluation.batches is None:
+        return dataset.samples_per_epoch
     return min(recipe.evaluation.batches * recipe.training.global_batch_size, dataset.samples_per_epoch)
 
 
@@ -95,3 +100,21 @@ def check_unchanged(saved: dict[str, str], now: dict[str, str]) -> None:
                 where=prefix,
                 fix="restore the files, or start a run of another name",
             )
+
+
+def check_same_order(manifest: dict[str, Any], recipe: Recipe, data: RunData) -> None:
+    """Refuse to go on with a checkpoint whose run has mixed the same corpora in another order.
+
+    Versions before manifests had `MIXTURE` knew jitter alone.
+
+    Raises:
+        UserError: the order is another one.
+    """
+    before = [source["weight"] for source in manifest.get("recipe", {}).get("data", {}).get("train", ())]
+    same_mixture = before == [source.weight for source in recipe.data.train]
+    if same_mixture and manifest.get(MIXTURE, JITTER) != data.train.mixture.method:
+        raise UserError(
+            "the version that saved the checkpoint mixed so many corpora in another order",
+            where="data.train",
+            fix="begin a stage with the checkpoint: --init-from RUN@STEP name=NEW",
+        )

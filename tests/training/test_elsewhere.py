@@ -11,9 +11,13 @@ import pytest
 import torch.distributed as dist
 
 from minicpm_megatron.checkpoint.find import find_source
+from minicpm_megatron.cli.upcycle import upcycle
 from minicpm_megatron.convert import convert, open_source
+from minicpm_megatron.data.metadata import data_fingerprint
+from minicpm_megatron.methods.upcycling import Upcycling
 from minicpm_megatron.recipe import load_recipe
 from minicpm_megatron.storage.checksum import file_sha256
+from minicpm_megatron.storage.manifest import read_manifest
 from tests.distributed.forked import Outcome, run_forked
 from tests.training import nano
 from tests.training.text_run import write_text_recipe
@@ -23,13 +27,23 @@ def worker(rank: int, case: dict[str, Any]) -> dict[str, Any]:
     """`nano.train` after what rank 0 does to folders."""
     if rank == 0:
         for what, *given in case.get("before", []):
-            {"move": shutil.move, "copy": shutil.copytree, "export": _export, "remove": shutil.rmtree}[what](*given)
+            {
+                "move": shutil.move,
+                "copy": shutil.copytree,
+                "export": _export,
+                "remove": shutil.rmtree,
+                "upcycle": _upcycle,
+            }[what](*given)
     dist.barrier()
     return nano.train(rank, case)
 
 
 def _export(run: str, output: str) -> None:
     convert(find_source(run), Path(output), "minicpm", dtype="fp32")
+
+
+def _upcycle(run: str, output: str) -> None:
+    upcycle(find_source(f"{run}@4"), Path(output), Upcycling(copies=2, top_k=2))
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +66,8 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list
         "renamed": of(copied, "name=fourth", stop.format(1)),
         # the old place has the data no more
         "moved": of(moved, stop.format(8), before=[["move", f"{runs}/first", moved]]),
+        # the checkpoint was saved where the run no longer is
+        "upcycled": of(str(folder / "moe"), stop.format(5), before=[["upcycle", moved, str(folder / "moe")]]),
         "paths": of(f"{runs}/whole", stop.format(12), elsewhere, *begin, before=[["copy", f"{moved}/data", other]]),
         "other data": of(
             moved, stop.format(12), f"data.train=[{{prefix: {folder}/data/train}}]", "data.tokenizer=null"
@@ -89,6 +105,18 @@ def test_a_run_goes_on_where_it_lies(name: str, place: str, jobs: Jobs) -> None:
     # a copy reads what is still where it was; what was moved with the run is read from inside it
     home = run if name == "moved" else folder / "runs" / "first"
     assert (written.data.train[0].prefix, written.data.tokenizer) == (f"{home}/data/text", f"{home}/tokenizer")
+
+
+def test_what_is_made_of_a_moved_run_reads_its_data_where_they_lie(jobs: Jobs) -> None:
+    folder, outcomes = jobs
+    nano.check(outcomes["upcycled"])
+    run = folder / "moved" / "second"
+    recipe, manifest = (
+        load_recipe(folder / "moe" / "recipe.yaml"),
+        read_manifest(folder / "moe" / "checkpoints" / "step-4"),
+    )
+    assert (recipe.data.train[0].prefix, recipe.data.tokenizer) == (f"{run}/data/text", f"{run}/tokenizer")
+    assert manifest["data"] == {f"{run}/data/text": data_fingerprint(run / "data" / "text")}
 
 
 def test_another_name_is_another_run(jobs: Jobs) -> None:

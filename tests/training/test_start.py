@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.recipe import load_recipe
-from minicpm_megatron.training.run_data import check_unchanged
+from minicpm_megatron.training.run_data import check_same_order, check_unchanged, open_data
 from minicpm_megatron.training.start import check_same_past
 from tests.training import nano
 
@@ -78,6 +79,37 @@ def test_a_run_cannot_end_before_the_steps_that_are_done(key: str, tmp_path: Pat
     check_same_past(trunk, longer, DONE)
     with pytest.raises(UserError, match=f"{key}: ends the run after step 11, and 12 steps are already done"):
         check_same_past(trunk, shorter, DONE)
+
+
+def test_equal_data_under_another_path_is_the_same_past(tmp_path: Path) -> None:
+    path = nano.write_recipe(tmp_path)
+    before, now = (load_recipe(path, ["name=x", f"data.train=[{{prefix: {prefix}}}]"]) for prefix in ("old", "new"))
+    check_same_past(before, now, DONE, data=({"old": "1"}, {"new": "1"}))
+    for data in (({"old": "1"}, {"new": "2"}), ({}, {}), ({"old": "1"}, {}), ({}, {"new": "1"})):
+        with pytest.raises(UserError, match=r"data\.train: was"):
+            check_same_past(before, now, DONE, data=data)
+    heavier = load_recipe(path, ["name=x", "data.train=[{prefix: new, weight: 2.0}]"])
+    with pytest.raises(UserError, match=r"data\.train: was"):
+        check_same_past(before, heavier, DONE, data=({"old": "1"}, {"new": "1"}))
+
+
+def test_corpora_that_were_mixed_in_another_order_are_refused(tmp_path: Path) -> None:
+    path = nano.write_recipe(tmp_path)
+    prefix = str(tmp_path / "data" / "train")
+    few, many = (
+        load_recipe(path, ["name=x", f"data.train={json.dumps([{'prefix': prefix, 'weight': w} for w in weights])}"])
+        for weights in ([9.0, 1.0, 1.0], [9.0, 1.0, 1.0, 1.0])
+    )
+    for recipe, method, earlier in ((few, "jitter", None), (many, "tree", "jitter"), (many, "tree", None)):
+        data, manifest = open_data(recipe), {"recipe": recipe.model_dump(mode="json")}
+        check_same_order(manifest | {"mixture": method}, recipe, data)
+        if earlier is not None or method == "tree":
+            with pytest.raises(UserError, match="mixed so many corpora in another order"):
+                check_same_order(manifest | ({"mixture": earlier} if earlier else {}), recipe, data)
+        else:
+            check_same_order(manifest, recipe, data)
+    # a decay that reads other data begins another mixture
+    check_same_order({"recipe": few.model_dump(mode="json")}, many, open_data(many))
 
 
 def test_changed_data_is_refused_by_its_prefix() -> None:

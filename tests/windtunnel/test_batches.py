@@ -73,7 +73,7 @@ def test_all_runs_see_the_same_tokens_rate_and_held_out_text(tmp_path: Path, uni
     assert len(at) == 1 and 40 <= len(at.pop()) <= 50
     assert read == {128}  # the recipe's 8 batches of 4 samples, up to whole batches of 128
     # a smaller set is read to its end by every run
-    for there, asked in ((127, 8), (300, 999)):
+    for there, asked in ((127, 8), (300, 999), (300, None)):
         less = plan_batches(base(tmp_path, evaluation={"batches": asked}), SETTINGS, Reading(), tmp_path / "out", there)
         recipes = [each.recipe for each in less.cells]
         assert {min(r.evaluation.batches * r.training.global_batch_size, there) for r in recipes} == {there}

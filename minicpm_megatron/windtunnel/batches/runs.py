@@ -75,7 +75,7 @@ def plan_batches(
     require(not odd, "--batches", f"{odd} tokens are no whole samples of {length}", f"give multiples of {length}")
     samples = [batch // length for batch in settings.batches]
     interval = _interval(settings, samples, length)
-    held_out = _held_out(base, samples)
+    held_out = _held_out(base, samples, held_out_samples)
     warmup = timeline.warmup_steps * timeline.tokens_per_step
     total = math.ceil(settings.tokens / interval) * interval
     evaluations = (total - warmup) // interval
@@ -115,10 +115,11 @@ def _interval(settings: BatchSettings, samples: Sequence[int], length: int) -> i
     return math.ceil(settings.tokens / settings.evaluations / common) * common
 
 
-def _held_out(base: Recipe, samples: Sequence[int]) -> int:
+def _held_out(base: Recipe, samples: Sequence[int], there: int) -> int:
     """Samples of each evaluation: as many as the recipe asks for or more, in whole batches of every size.
 
     All runs are judged on the same text so; a smaller set is read to its end by all of them.
     """
-    common = math.lcm(*samples)
-    return math.ceil(base.evaluation.batches * base.training.global_batch_size / common) * common
+    batches, common = base.evaluation.batches, math.lcm(*samples)
+    asked = there if batches is None else batches * base.training.global_batch_size
+    return math.ceil(asked / common) * common
