@@ -11,6 +11,7 @@ from torch import Tensor
 
 from minicpm_megatron.convert.mapping import EMBEDDING, HEAD
 from minicpm_megatron.convert.source import OptimizerState, Source
+from minicpm_megatron.convert.text_settings import STATE_KEY, of_state
 from minicpm_megatron.convert.torch_dist import TORCH_DIST
 from minicpm_megatron.convert.torch_dist.architecture import check_args, model_of_args
 from minicpm_megatron.convert.torch_dist.chunks import ChunkReader
@@ -87,6 +88,7 @@ def open_torch_dist(folder: Path, model: ModelRecipe | None = None) -> Source:
         tensors=PlacedTensors(reader, weights | masters, model.vocab_size),
         origin={"format": TORCH_DIST, "folder": str(folder.resolve()), "iteration": common.iteration},
         optimizer=optimizer,
+        text=of_state(common.note.get(STATE_KEY), model.vocab_size, f"{where}: {NOTE_KEY}"),
         notes=(f"{padding} rows of padding of the vocabulary are left out",) if padding else (),
         left_behind=left_behind,
     )
