@@ -34,8 +34,9 @@ def open_checkpoint(folder: Path) -> Source:
     manifest = reader.manifest
     where = str(folder / MANIFEST)
     model = build_section(ModelRecipe, manifest.get("model"), where=where)
-    if model.num_layers > len(reader.names()):  # before a name is made for each
-        raise UserError(f"num_layers is {model.num_layers}, for {len(reader.names())} tensors", where=where)
+    blocks, tensors = model.num_layers * (model.num_moe_experts or 1), len(reader.names())
+    if blocks > tensors:  # before a name is made for each
+        raise UserError(f"layers and experts are {blocks} in all, for {tensors} tensors", where=where)
     tokenizer = _recorded_tokenizer(manifest)
     return Source(
         format=MEGATRON,

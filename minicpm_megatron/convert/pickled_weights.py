@@ -7,6 +7,7 @@ refused before torch sees it; torch then reads it with `weights_only=True`, whic
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ class PickledWeights:
                     raise UserError(
                         "not a file of torch.save since torch 1.6, which alone can be memory-mapped",
                         where=str(path),
-                        fix=f"if it is older, save it again: {_SAVE_AGAIN.format(path=path)}",
+                        fix=f"if it is older, save it again: {_SAVE_AGAIN.format(path=shlex.quote(str(path)))}",
                     )
                 TorchArchive(file, lambda name: _ALLOWED.fullmatch(name) is not None, where=str(path))
             value = torch.load(path, map_location="cpu", mmap=True, weights_only=True)

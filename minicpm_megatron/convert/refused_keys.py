@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from minicpm_megatron.errors import UserError
+from minicpm_megatron.errors import UserError, shorten
 
 # key -> what it changes; null and false leave the result as it is
 _OFF_ONLY = {
@@ -75,6 +75,4 @@ def refuse_unimplemented(config: Mapping[str, Any]) -> None:
 
 
 def _refusal(key: str, value: Any, what: str, neutral: str) -> UserError:
-    shown = repr(value)
-    shown = shown if len(shown) <= 60 else shown[:60] + "..."
-    return UserError(f"{key} {shown} is not supported ({what})", fix=f"only {neutral} can be imported")
+    return UserError(f"{key} {shorten(value)} is not supported ({what})", fix=f"only {neutral} can be imported")

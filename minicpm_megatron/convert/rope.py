@@ -11,12 +11,13 @@ from typing import Any
 
 from minicpm_megatron.convert.config_fields import number
 from minicpm_megatron.convert.multipliers import NOTE_KEY, SCALING_FIELDS
-from minicpm_megatron.errors import UserError
+from minicpm_megatron.errors import UserError, shorten
 from minicpm_megatron.methods.rope import rope_of
 from minicpm_megatron.recipe import ModelRecipe, build_section
 
 Fields = dict[str, Any]
 _UNDERSTOOD = {"default": set(), "dynamic": {"factor", "original_max_position_embeddings"}}
+_SHOWN = 100  # longrope has two lists of a factor a channel
 _EVERYWHERE = {"type", "rope_type", "rope_theta", "partial_rotary_factor"}
 
 
@@ -93,9 +94,8 @@ def read_rope(config: Mapping[str, Any], longest: Any) -> Fields:
     places = {key: config[key] for key in ("rope_parameters", "rope_scaling") if config.get(key)}
     scalings = [_scaling(key, value, longest) for key, value in places.items()]
     if any(scaling != scalings[0] for scaling in scalings[1:]):
-        raise UserError(
-            f"rope_parameters {places['rope_parameters']!r} and rope_scaling {places['rope_scaling']!r} differ"
-        )
+        said = " and ".join(f"{key} {shorten(value, _SHOWN)}" for key, value in places.items())
+        raise UserError(f"{said} differ")
     bases = {number(place, "rope_theta") for place in (*places.values(), config) if "rope_theta" in place}
     if len(bases) > 1:
         raise UserError(f"two different values of rope_theta: {sorted(bases)}")
@@ -122,12 +122,15 @@ def _scaling(key: str, value: Any, longest: Any) -> Fields | None:
     """One of the two objects as `rope_scaling`."""
     kind = value.get("rope_type", value.get("type", "default")) if isinstance(value, dict) else None
     if not isinstance(kind, str) or kind not in _UNDERSTOOD or value.get("partial_rotary_factor", 1.0) != 1.0:
-        raise UserError(f"{key} {value!r} is not supported", fix="unscaled and dynamic RoPE can be imported")
+        raise UserError(
+            f"{key} {shorten(value, _SHOWN)} is not supported", fix="unscaled and dynamic RoPE can be imported"
+        )
     if kind == "default":
         return None
     if unknown := sorted(set(value) - _UNDERSTOOD[kind] - _EVERYWHERE):
         raise UserError(
-            f"{key} {value!r} is not supported: {unknown[0]}", fix="dynamic RoPE takes a factor and no more"
+            f"{key} {shorten(value, _SHOWN)} is not supported: {unknown[0]}",
+            fix="dynamic RoPE takes a factor and no more",
         )
     if value.get("original_max_position_embeddings", longest) != longest:
         raise UserError(

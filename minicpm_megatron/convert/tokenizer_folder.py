@@ -53,6 +53,7 @@ class TokenizerFolder:
         has_sentencepiece: whether tokenizer.model is there.
         read_as_tokens: names that a text may contain and that transformers would read as tokens, in the settings that
             are exported; not so sentencepiece.
+        differ_on: texts with names of control tokens that the two read differently whatever the settings.
     """
 
     folder: Path
@@ -60,6 +61,7 @@ class TokenizerFolder:
     special_tokens: SpecialTokens | None
     has_sentencepiece: bool
     read_as_tokens: tuple[str, ...] = ()
+    differ_on: tuple[str, ...] = ()
 
     def notes(self) -> list[str]:
         """Things worth knowing that are no errors, one line each."""
@@ -69,6 +71,10 @@ class TokenizerFolder:
                 f"{FAST} reads {', '.join(self.read_as_tokens[:4])} in a text as tokens, {SENTENCEPIECE}, with which"
                 f" texts are tokenised for training, as characters: give transformers' tokenizer {SPLIT}=True, or"
                 f" write it into {SETTINGS}"
+            )
+        if self.differ_on:
+            found.append(
+                f"{FAST} and {SENTENCEPIECE} give different ids for {self.differ_on[0]!r}, and no setting changes it"
             )
         if not self.has_sentencepiece:
             found.append("no tokenizer.model: llama.cpp's MiniCPM converter needs it")
@@ -98,29 +104,33 @@ def open_tokenizer(folder: Path, *, to_publish: bool) -> TokenizerFolder:
     if slow is None:
         return TokenizerFolder(folder, pieces, _named_tokens(fast, settings), has_sentencepiece=False)
     tokens = SpecialTokens(slow.bos_id(), slow.eos_id()) if min(slow.bos_id(), slow.eos_id()) >= 0 else None
-    read_as_tokens = _compare(folder, fast, slow, settings) if fast else ()
-    return TokenizerFolder(folder, max(pieces, slow.get_piece_size()), tokens, True, read_as_tokens)
+    compared = _compare(folder, fast, slow, settings) if fast else ()
+    return TokenizerFolder(folder, max(pieces, slow.get_piece_size()), tokens, True, *compared)
 
 
-def _compare(folder: Path, fast: Any, slow: Any, settings: dict[str, Any] | None) -> tuple[str, ...]:
-    """The names of tokens in a text that `fast` reads as tokens and `slow` does not.
+def _compare(
+    folder: Path, fast: Any, slow: Any, settings: dict[str, Any] | None
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """`read_as_tokens` and `differ_on` of a `TokenizerFolder`.
 
     Raises:
-        UserError: they differ on another text.
+        UserError: they differ on a text without names of control tokens.
     """
-    # settings that are missing are written, with the switch
-    fast.encode_special_tokens = settings is None or settings.get(SPLIT) is True
-    names = [token.content for token in fast.get_added_tokens_decoder().values() if token.special]
-    texts = {f"Price: {name}100 {name}": name for name in names}
 
-    def equal(text: str) -> bool:
+    def equal(text: str, split: bool) -> bool:
+        fast.encode_special_tokens = split
         return fast.encode(text, add_special_tokens=False).ids == slow.encode(text)
 
-    differ = {name for text, name in texts.items() if not equal(text)}
+    # settings that are missing are written, with the switch
+    switched = settings is None or settings.get(SPLIT) is True
     for probe in PROBES:
-        if not (any(name in probe for name in differ) or equal(probe)):
+        if probe not in CONTROL_PROBES and not equal(probe, switched):
             raise UserError(f"{FAST} and {SENTENCEPIECE} give different ids for {probe!r}", where=str(folder))
-    return tuple(name for name in names if name in differ)
+    names = [token.content for token in fast.get_added_tokens_decoder().values() if token.special]
+    texts = {f"Price: {name}100 {name}": name for name in names}
+    differ_on = tuple(text for text in (*texts, *CONTROL_PROBES) if not equal(text, True))
+    as_tokens = (name for text, name in texts.items() if text not in differ_on and not equal(text, switched))
+    return tuple(as_tokens), differ_on
 
 
 def _named_tokens(fast: Any, settings: dict[str, Any] | None) -> SpecialTokens | None:

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from minicpm_megatron.errors import UserError
+from minicpm_megatron.errors import UserError, shorten
 from minicpm_megatron.recipe import yaml_text
 from minicpm_megatron.recipe.presets import get_preset
 from minicpm_megatron.recipe.schema import Recipe, Section
@@ -93,9 +93,7 @@ def build_section[S: Section](section: type[S], fields: Any, *, where: str) -> S
 def _refuse_no_mapping(fields: Any, where: str) -> None:
     # of a file that is not a recipe's, such as a manifest or a config.json
     if not isinstance(fields, Mapping) or not all(isinstance(key, str) for key in fields):
-        shown = repr(fields)
-        shown = shown if len(shown) <= SHOWN_VALUE else shown[:SHOWN_VALUE] + "..."
-        raise UserError(f"{shown} is no mapping of keys to values", where=where)
+        raise UserError(f"{shorten(fields)} is no mapping of keys to values", where=where)
 
 
 def apply_override(fields: dict[str, Any], override: str) -> str:

@@ -110,6 +110,10 @@ CONFIG_FAULTS: dict[str, tuple[dict[str, Any], str]] = {
         "sparse_config .* is not supported .sparse attention",
     ),
     "window": ({"sliding_window": 64}, "sliding_window 64 is not supported"),
+    "longrope": (
+        {"rope_scaling": {"rope_type": "longrope", "long_factor": [1.25] * 64, "short_factor": [1.0] * 64}},
+        r"rope_scaling {'rope_type': 'longrope'.{60,80}\.\.\. is not supported",
+    ),
     "window in some layers": (
         {"layer_types": ["full_attention", "sliding_attention"] * 3},
         "layer_types .* is not supported",
@@ -229,7 +233,10 @@ def test_a_checkpoint_of_ours_that_is_not_finite(checkpoint: MakeCheckpoint, tmp
         ([], r"\[\] is no mapping"),
         ("minicpm-1.2b", "'minicpm-1.2b' is no mapping"),
         ({}, "missing"),
-        (small_model().model_dump(mode="json") | {"num_layers": 10**6}, "num_layers is 1000000, for 38 tensors"),
+        (
+            small_model().model_dump(mode="json") | {"num_layers": 10**6},
+            "layers and experts are 1000000 in all, for 38 tensors",
+        ),
     ],
     ids=["null", "list", "word", "empty", "a million layers"],
 )

@@ -161,7 +161,8 @@ def test_files_that_are_not_whole(spoil: Callable[[Path], Any], message: str, tm
 
 
 def test_the_command_that_is_printed_saves_it_again(tmp_path: Path) -> None:
-    path = tmp_path / "pytorch_model.bin"
+    path = tmp_path / "it's a folder" / "pytorch_model.bin"
+    path.parent.mkdir()
     torch.save({"w": torch.arange(5.0)}, path, _use_new_zipfile_serialization=False)
     with pytest.raises(UserError) as caught:
         PickledWeights(path)

@@ -125,6 +125,20 @@ def test_trap_3_names_of_tokens_in_a_text(checkpoint: MakeCheckpoint, tmp_path: 
     assert not convert(checkpoint("again"), tmp_path / "split", "llama", tokenizer=copy).notes
 
 
+def test_trap_3_a_name_that_no_setting_makes_a_text(
+    checkpoint: MakeCheckpoint, tmp_path: Path, tokenizer: Path
+) -> None:
+    """As in tokenizers with `ignore_merges`, which look a whole word up, whatever the switch."""
+    copy = shutil.copytree(tokenizer, tmp_path / "tokenizer")
+    content = json.loads((copy / "tokenizer.json").read_text())
+    content["model"]["ignore_merges"] = True
+    isolated = {"type": "Split", "pattern": {"Regex": "</?s>"}, "behavior": "Isolated", "invert": False}
+    (copy / "tokenizer.json").write_text(json.dumps(content | {"pre_tokenizer": isolated}))
+    done = convert(checkpoint(), tmp_path / "out", "llama", tokenizer=copy)
+    [note] = done.notes
+    assert note.endswith("different ids for 'Price: <s>100 <s>', and no setting changes it")
+
+
 def test_trap_3_a_lone_tokenizer_model_is_refused(checkpoint: MakeCheckpoint, tmp_path: Path, tokenizer: Path) -> None:
     (tmp_path / "tokenizer").mkdir()
     shutil.copy(tokenizer / "tokenizer.model", tmp_path / "tokenizer")
