@@ -78,7 +78,7 @@ class Generator:
         tokens, _ = choose_tokens(
             source.text, named if named.ends else None, replaced=tokenizer not in (None, source.tokenizer)
         )
-        self.ends = tokens.ends
+        self.ends = source.text.ends(tokens)
         self.model = as_granite(source, dtype)
         self.longest = source.model.longest_sequence
         self.unscaled = source.model.max_position_embeddings

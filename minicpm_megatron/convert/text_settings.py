@@ -38,7 +38,7 @@ class SpecialTokens:
     @property
     def ends(self) -> tuple[int, ...]:
         """Every id that ends a text."""
-        return self.eos if isinstance(self.eos, tuple) else () if self.eos is None else (self.eos,)
+        return _listed(self.eos)
 
     def fields(self) -> dict[str, Any]:
         """As config.json and generation_config.json have them."""
@@ -47,8 +47,8 @@ class SpecialTokens:
         return {"bos_token_id": self.bos, "eos_token_id": eos} | padding
 
     def covers(self, other: SpecialTokens) -> bool:
-        """Whether a text by `other` begins and ends by these, too."""
-        return self.bos == other.bos and set(other.ends) <= set(self.ends)
+        """Whether a text by `other` begins and ends by these, too, as far as `other` says."""
+        return other.bos in (None, self.bos) and set(other.ends) <= set(self.ends)
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,10 @@ class TextSettings:
         # a folder may let a text end otherwise than its config.json says; that is meant for whoever generates
         own = self.tokens == tokens and any(key in self.generation for key in _KEYS)
         return dict(self.generation) if own else dict(self.generation) | tokens.fields()
+
+    def ends(self, tokens: SpecialTokens) -> tuple[int, ...]:
+        """Every id that ends a text of a model whose config.json has `tokens`, when it is generated."""
+        return _listed(self.with_tokens(tokens).get("eos_token_id"))
 
     def replaced(self, tokens: SpecialTokens) -> TextSettings:
         """These settings for a tokenizer with other tokens; what was not said stays so."""
@@ -137,6 +141,10 @@ def choose_tokens(
     )
 
 
+def _listed(eos: Any) -> tuple[int, ...]:
+    return tuple(eos) if isinstance(eos, list | tuple) else () if eos is None else (eos,)
+
+
 def _said(tokens: SpecialTokens) -> str:
     return " or ".join(map(str, tokens.ends)) or "nothing"
 
@@ -147,8 +155,7 @@ def _tokens(fields: Mapping[str, Any], vocab_size: int, where: str) -> SpecialTo
         return None
     stated = SpecialTokens().fields() | {key: fields[key] for key in _KEYS if key in fields}
     bos, eos, pad = (stated.get(key) for key in _KEYS)
-    listed = eos if isinstance(eos, list) else [] if eos is None else [eos]
-    for key, tokens in (("bos_token_id", [] if bos is None else [bos]), ("eos_token_id", listed)):
+    for key, tokens in (("bos_token_id", () if bos is None else (bos,)), ("eos_token_id", _listed(eos))):
         for token in tokens:
             if type(token) is not int or not 0 <= token < vocab_size:
                 raise UserError(f"{key} {token!r} is no id of a vocabulary of {vocab_size}", where=where)

@@ -146,6 +146,10 @@ def test_a_text_ends_at_any_of_its_end_tokens(checkpoint: MakeCheckpoint, tokeni
     there = somebody_elses(checkpoint, tmp_path / "llama", tokenizer, eos_token_id=[2, whole[3]])
     found = Generator(there, dtype=torch.float32).greedy([1, 20, 30], 8)
     assert found == whole[: whole.index(whole[3])]
+    # the settings for generation go before, as in transformers
+    there = somebody_elses(checkpoint, tmp_path / "other", tokenizer, generation={"eos_token_id": [whole[5], 399]})
+    found = Generator(there, dtype=torch.float32).greedy([1, 20, 30], 8)
+    assert found == whole[: whole.index(whole[5])]
 
 
 @pytest.mark.parametrize(
@@ -154,7 +158,9 @@ def test_a_text_ends_at_any_of_its_end_tokens(checkpoint: MakeCheckpoint, tokeni
         ({"eos_token_id": "</s>"}, "eos_token_id '</s>' is no id of a vocabulary of 400"),
         ({"eos_token_id": [2, None]}, "eos_token_id None is no id"),
         ({"eos_token_id": 400}, "eos_token_id 400 is no id"),
+        ({"bos_token_id": [1]}, r"bos_token_id \[1\] is no id"),
         ({"bos_token_id": -1}, "bos_token_id -1 is no id"),
+        ({"eos_token_id": [[2]]}, r"eos_token_id \[2\] is no id"),
         ({"bos_token_id": True}, "bos_token_id True is no id"),
         ({"bos_token_id": {"id": 1}}, "bos_token_id .* is no id"),
         ({"pad_token_id": 0.5}, "pad_token_id 0.5 is no id"),
