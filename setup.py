@@ -26,6 +26,7 @@ setup(
             "pytest==9.2.0",
             "pytest-timeout==2.4.0",
             "pytest-xdist==3.8.0",
+            "hypothesis==6.170.17",
             "ruff==0.17.5",
             "mypy==2.4.1",
             "types-PyYAML",

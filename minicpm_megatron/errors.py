@@ -35,5 +35,11 @@ def require(holds: bool, where: str, what: str, fix: str = "") -> None:
         raise UserError(what, where=where, fix=fix)
 
 
+def shorten(value: object, characters: int = 60) -> str:
+    """A refused value as an error line repeats it, cut to so many characters."""
+    text = repr(value)
+    return text if len(text) <= characters else text[:characters] + "..."
+
+
 def _rebuild(what: str, where: str, fix: str) -> UserError:
     return UserError(what, where=where, fix=fix)

@@ -50,6 +50,12 @@ def main() -> int:
     )
     parser.add_argument("--max-shard-size", default=DEFAULT_SHARD, help=f"for example 500MB (default {DEFAULT_SHARD})")
     parser.add_argument("--tokenizer", type=Path, help="tokenizer folder (default: the one the input has or records)")
+    parser.add_argument(
+        "--rope-fixed",
+        type=int,
+        metavar="LENGTH",
+        help="write dynamic RoPE as the one base of sequences of LENGTH tokens, for programs that have no dynamic one",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace a model that is already at --output")
     parser.add_argument(
         "--untie",
@@ -77,6 +83,7 @@ def main() -> int:
         tokenizer=options.tokenizer,
         overwrite=options.overwrite,
         untie=options.untie,
+        rope_fixed=options.rope_fixed,
         model=_model(options),
         progress=sys.stderr.isatty(),
     )
@@ -102,6 +109,7 @@ def _untie(options: argparse.Namespace) -> int:
     for given, where, what in (
         (options.dtype, "--dtype", "checkpoints always hold fp32"),
         (options.tokenizer, "--tokenizer", "the untied run keeps the tokenizer of its model"),
+        (options.rope_fixed, "--rope-fixed", "the untied run keeps the RoPE of its model"),
         (options.overwrite, "--overwrite", "--untie --to megatron makes a run, and no run is replaced"),
     ):
         if given:

@@ -11,24 +11,18 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from minicpm_megatron.convert.config_fields import number
+from minicpm_megatron.convert.config_fields import number, refuse_endless
 from minicpm_megatron.convert.mapping import EMBEDDING, HEAD, Group, Row, expand
 from minicpm_megatron.convert.multipliers import NOTE_KEY, read_note, same_multipliers, write_note
+from minicpm_megatron.convert.refused_keys import refuse_unimplemented
 from minicpm_megatron.convert.rope import read_rope, rope_note, with_noted_scaling, write_rope
+from minicpm_megatron.convert.text_settings import SpecialTokens
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.recipe import ModelRecipe, build_section
 
 Fields = dict[str, Any]
 CONFIG = "config.json"
 EXPERTS_A_TOKEN = "num_experts_per_tok"
-
-
-@dataclass(frozen=True)
-class SpecialTokens:
-    """Ids of the begin and end tokens; the defaults are those of every released MiniCPM."""
-
-    bos: int = 1
-    eos: int | tuple[int, ...] = 2
 
 
 @dataclass(frozen=True)
@@ -124,8 +118,7 @@ class Format:
             "attention_bias": False,
             "attention_dropout": 0.0,
             "use_cache": True,
-            "bos_token_id": tokens.bos,
-            "eos_token_id": tokens.eos if isinstance(tokens.eos, int) else list(tokens.eos),
+            **tokens.fields(),
             **write_rope(model),
             # only an explicit value is read alike by every program
             "tie_word_embeddings": not (self.always_untied or model.untie_embeddings_and_output_weights),
@@ -154,7 +147,7 @@ class Format:
             # one tensor cannot hold two folds: whoever tied it again made a plain model of it
             return native
         sparse = native.num_moe_experts is not None
-        note = read_note(config, sparse=sparse)
+        note = read_note(config, sparse=sparse, where=where)
         note.pop("untie_embeddings_and_output_weights", None)
         noted = build_section(ModelRecipe, native.model_dump() | note, where=f"{where}: {NOTE_KEY}")
         # a configuration edited by hand is right against a note that was not
@@ -162,6 +155,8 @@ class Format:
 
     def _common_fields(self, config: Mapping[str, Any], where: str) -> Fields:
         try:
+            refuse_endless(config)
+            refuse_unimplemented(config)
             return _dense_fields(config, self.tied_by_default) | self._expert_fields(config)
         except UserError as error:
             raise error if error.where else UserError(error.what, where=where, fix=error.fix) from None

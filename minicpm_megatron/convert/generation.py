@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from minicpm_megatron.convert.format import SpecialTokens
 from minicpm_megatron.convert.formats import granite, granitemoe
 from minicpm_megatron.convert.operation import open_source
 from minicpm_megatron.convert.source import Source
+from minicpm_megatron.convert.text_settings import SpecialTokens, choose_tokens
 from minicpm_megatron.errors import UserError
 
 _LOGIT_ROWS = 1024  # at 122,753 words half a GiB of logits
@@ -74,6 +74,11 @@ class Generator:
                 fix="give the tokenizer that the model was trained with",
             )
         self.tokenizer_folder = pieces
+        named = SpecialTokens(self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
+        tokens, _ = choose_tokens(
+            source.text, named if named.ends else None, replaced=tokenizer not in (None, source.tokenizer)
+        )
+        self.ends = source.text.ends(tokens)
         self.model = as_granite(source, dtype)
         self.longest = source.model.longest_sequence
         self.unscaled = source.model.max_position_embeddings
@@ -108,7 +113,7 @@ class Generator:
 
     @torch.no_grad()
     def continue_tokens(self, tokens: Sequence[int], sampling: Sampling) -> list[int]:
-        """What comes after `tokens`, up to and without </s>; never more tokens than the context holds.
+        """What comes after `tokens`, up to and without the first end token; never more tokens than the context holds.
 
         Where dynamic scaling acts, a cache would hold keys that an older base turned, so each step computes the whole
         sequence anew: the text is that of the model as it was trained.
@@ -124,13 +129,15 @@ class Generator:
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=new,
-            pad_token_id=self.tokenizer.eos_token_id,
+            # without one, transformers would take the configuration's
+            eos_token_id=list(self.ends) or [-1],
+            pad_token_id=self.ends[0] if self.ends else 0,
             use_cache=len(tokens) + new <= self.unscaled,
             **choice,
         )
         found = output[0, len(tokens) :].tolist()
-        ends = self.tokenizer.eos_token_id
-        return found[: found.index(ends)] if ends in found else found
+        end = next((place for place, token in enumerate(found) if token in self.ends), len(found))
+        return found[:end]
 
     def greedy(self, tokens: Sequence[int], new: int) -> list[int]:
         """The likeliest continuation, `new` tokens at most."""

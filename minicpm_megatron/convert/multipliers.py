@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from minicpm_megatron.errors import UserError
 from minicpm_megatron.methods import mup
 from minicpm_megatron.recipe import ModelRecipe
 
@@ -31,6 +32,8 @@ EXPERT_NOTE_FIELDS = (
     "moe_router_load_balancing_type",
     "moe_z_loss_coeff",
 )
+# where the base of RoPE is scaled once and for all (`rope.rope_note`)
+SCALING_FIELDS = ("rotary_base", "rope_scaling")
 # a multiplier that went through decimal text and a square root comes back to within a few units in the last place
 AGREEMENT = 1e-9
 
@@ -63,10 +66,19 @@ def write_note(model: ModelRecipe) -> dict[str, Any]:
     return {field: getattr(model, field) for field in _fields(sparse=model.num_moe_experts is not None)}
 
 
-def read_note(config: Mapping[str, Any], *, sparse: bool = False) -> dict[str, Any]:
-    """The note in a config.json, restricted to known fields; empty when there is none."""
+def read_note(config: Mapping[str, Any], *, sparse: bool = False, where: str = "config.json") -> dict[str, Any]:
+    """The note in a config.json, restricted to the fields of the kind of model; empty when there is none.
+
+    Raises:
+        UserError: it has a field that no release up to this one has written: it may change the model.
+    """
     note = config.get(NOTE_KEY)
-    return {field: note[field] for field in _fields(sparse) if field in note} if isinstance(note, dict) else {}
+    if not isinstance(note, dict):
+        return {}
+    known = {*NOTE_FIELDS, *EXPERT_NOTE_FIELDS, *SCALING_FIELDS}
+    if unknown := sorted(set(note) - known):
+        raise UserError(f"unknown key {unknown[0]}", where=f"{where}: {NOTE_KEY}", fix="a later release wrote it")
+    return {field: note[field] for field in _fields(sparse) if field in note}
 
 
 def _fields(sparse: bool) -> tuple[str, ...]:

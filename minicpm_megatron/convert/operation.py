@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from minicpm_megatron.convert.format import CONFIG, Format, SpecialTokens
+from minicpm_megatron.convert.config_fields import read_json
+from minicpm_megatron.convert.format import CONFIG, Format
 from minicpm_megatron.convert.formats import FORMATS
 from minicpm_megatron.convert.fused import Shape
 from minicpm_megatron.convert.mapping import Group
 from minicpm_megatron.convert.our_checkpoint import MANIFEST, MEGATRON, open_checkpoint, write_checkpoint
 from minicpm_megatron.convert.output_folder import atomic_folder, check_output, check_space
+from minicpm_megatron.convert.rope import dynamic_note, fixed_rope
 from minicpm_megatron.convert.source import Source, check_complete, open_published, read_tensor
+from minicpm_megatron.convert.text_settings import GENERATION, SpecialTokens, choose_tokens
 from minicpm_megatron.convert.tokenizer_folder import (
     TokenizerFolder,
     check_vocabulary,
@@ -33,7 +36,6 @@ from minicpm_megatron.convert.weight_files import (
     DTYPE_NAMES,
     DTYPES,
     bytes_needed,
-    read_json,
     write_weights,
 )
 from minicpm_megatron.errors import UserError
@@ -142,6 +144,7 @@ def convert(
     tokenizer: Path | None = None,
     overwrite: bool = False,
     untie: bool = False,
+    rope_fixed: int | None = None,
     model: ModelRecipe | None = None,
     progress: bool = False,
 ) -> Conversion:
@@ -155,6 +158,7 @@ def convert(
         tokenizer: folder of tokenizer files; default is the one the source has or records.
         overwrite: replace a model that is already at `output`.
         untie: give a tied model a head of its own, equal to its embedding.
+        rope_fixed: write dynamic RoPE as the one base of sequences of so many tokens; for a published target.
         model: the model of a torch_dist checkpoint that does not contain it.
         progress: show bytes, rate and remaining time on standard error.
     Raises:
@@ -168,10 +172,16 @@ def convert(
         raise UserError(f"unknown type {dtype!r}", where="--dtype", fix=f"use one of {', '.join(DTYPES)}")
     if tokenizer is not None and target == TORCH_DIST:
         raise UserError("torch_dist has no place for a tokenizer", where="--tokenizer", fix="leave it out")
+    if rope_fixed is not None and target not in FORMATS:
+        raise UserError(
+            f"{target} keeps a model's own scaling", where="--rope-fixed", fix=f"it is for {', '.join(FORMATS)}"
+        )
     shard_bytes = parse_size(max_shard_size)
     source = open_source(source_folder, model)
     if untie:
         source = untied_source(source)
+    if rope_fixed is not None:
+        source = dataclasses.replace(source, model=fixed_rope(source.model, rope_fixed))
     check_output(output, source=source_folder, overwrite=overwrite)
     notes = list(source.notes)
     if target == TORCH_DIST:
@@ -180,10 +190,16 @@ def convert(
         to_publish = target != MEGATRON
         pieces, more = _tokenizer(tokenizer or source.tokenizer, source.model.vocab_size, to_publish=to_publish)
         notes += more
+        tokens, other = choose_tokens(
+            source.text, pieces.special_tokens if pieces else None, replaced=tokenizer is not None
+        )
+        notes += [other] if other else []
         if to_publish:
-            _publish(source, output, FORMATS[target], dtype or DEFAULT_DTYPE, shard_bytes, pieces, progress)
+            notes += [note for note in (dynamic_note(source.model),) if note]
+            _publish(source, output, FORMATS[target], dtype or DEFAULT_DTYPE, shard_bytes, pieces, tokens, progress)
         else:
             notes += [*source.left_behind, *_carried(source)]
+            source = dataclasses.replace(source, text=source.text.replaced(tokens))
             _write_checkpoint(source, output, pieces, progress)
     return Conversion(source.format, target, output, _parameters(source), tuple(notes))
 
@@ -219,10 +235,7 @@ def _tokenizer(folder: Path | None, vocab_size: int, *, to_publish: bool) -> tup
     if not folder.is_dir():
         raise UserError("no such tokenizer folder", where=str(folder), fix="give --tokenizer DIR")
     pieces = open_tokenizer(folder, to_publish=to_publish)
-    notes = [note for note in (check_vocabulary(pieces, vocab_size),) if note]
-    if not pieces.has_sentencepiece:
-        notes.append("no tokenizer.model: llama.cpp's MiniCPM converter needs it")
-    return pieces, notes
+    return pieces, [note for note in (check_vocabulary(pieces, vocab_size), *pieces.notes()) if note]
 
 
 def _publish(
@@ -232,9 +245,9 @@ def _publish(
     dtype: str,
     shard_bytes: int,
     pieces: TokenizerFolder | None,
+    tokens: SpecialTokens,
     progress: bool,
 ) -> None:
-    tokens = (pieces.special_tokens if pieces else None) or source.special_tokens
     layout.check_kind(source.model, FORMATS.values())
     config = layout.write_config(source.model, tokens, DTYPE_NAMES[dtype])
     groups = layout.export_groups(source.model)
@@ -246,7 +259,7 @@ def _publish(
         folder.mkdir()
         write_weights(folder, _stream(source, groups, shapes, dtype, progress), shapes, dtype, shard_bytes)
         write_json(folder / CONFIG, config)
-        write_json(folder / "generation_config.json", _generation_config(tokens))
+        write_json(folder / GENERATION, source.text.with_tokens(tokens))
         if pieces:
             copy_tokenizer(pieces, folder)
 
@@ -265,17 +278,6 @@ def _stream(
             for name in group.published:
                 yield name, parts.pop(name)
                 bar.update(itemsize * torch.Size(shapes[name]).numel())
-
-
-def _generation_config(tokens: SpecialTokens) -> dict[str, Any]:
-    # sampling settings of every released MiniCPM
-    return {
-        "do_sample": True,
-        "top_p": 0.8,
-        "temperature": 0.8,
-        "bos_token_id": tokens.bos,
-        "eos_token_id": tokens.eos if isinstance(tokens.eos, int) else list(tokens.eos),
-    }
 
 
 def _parameters(source: Source) -> int:

@@ -11,6 +11,8 @@ from tqdm import tqdm
 
 from minicpm_megatron.convert.recorded_tokenizer import recorded_tokenizer
 from minicpm_megatron.convert.source import Source
+from minicpm_megatron.convert.text_settings import STATE_KEY, of_state
+from minicpm_megatron.convert.weight_files import is_finite
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.recipe import ModelRecipe, build_section
 from minicpm_megatron.storage.manifest import MANIFEST, problems
@@ -30,7 +32,11 @@ def open_checkpoint(folder: Path) -> Source:
         raise UserError(f"the checkpoint is damaged: {damage[0]}", where=str(folder), fix="use another checkpoint")
     reader = CheckpointReader(folder)
     manifest = reader.manifest
-    model = build_section(ModelRecipe, manifest["model"], where=str(folder / MANIFEST))
+    where = str(folder / MANIFEST)
+    model = build_section(ModelRecipe, manifest.get("model"), where=where)
+    blocks, tensors = model.num_layers * (model.num_moe_experts or 1), len(reader.names())
+    if blocks > tensors:  # before a name is made for each
+        raise UserError(f"layers and experts are {blocks} in all, for {tensors} tensors", where=where)
     tokenizer, notes = recorded_tokenizer(manifest, folder)
     return Source(
         format=MEGATRON,
@@ -38,6 +44,7 @@ def open_checkpoint(folder: Path) -> Source:
         model=model,
         tensors=reader,
         tokenizer=tokenizer,
+        text=of_state(manifest["state"].get(STATE_KEY), model.vocab_size, where),
         notes=notes,
     )
 
@@ -49,6 +56,7 @@ def write_checkpoint(output: Path, source: Source, *, tokenizer: Path | None, pr
         "tokens": 0,
         "data": {"tokenizer": str(tokenizer.resolve()) if tokenizer else None},
         "origin": dict(source.origin),
+        STATE_KEY: source.text.state(),
         **(source.optimizer.position if source.optimizer else {}),
     }
     moments = functools.partial(_moments, source)
@@ -58,7 +66,11 @@ def write_checkpoint(output: Path, source: Source, *, tokenizer: Path | None, pr
 def _tensors(source: Source, progress: bool) -> Iterator[tuple[str, torch.Tensor]]:
     with tqdm(source.tensors.names(), unit="tensor", desc="writing", disable=not progress) as names:
         for name in names:
-            yield name, source.tensors.read(name)
+            tensor = source.tensors.read(name)
+            if not is_finite(tensor):
+                raise UserError(f"tensor {name} has values that are not finite", where=str(source.folder))
+            yield name, tensor
+            del tensor  # or this name would hold it while the next one is read
 
 
 def _moments(source: Source, name: str) -> Iterator[tuple[str, torch.Tensor]]:

@@ -10,14 +10,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from minicpm_megatron.convert.config_fields import number
-from minicpm_megatron.convert.multipliers import NOTE_KEY
-from minicpm_megatron.errors import UserError
+from minicpm_megatron.convert.multipliers import NOTE_KEY, SCALING_FIELDS
+from minicpm_megatron.errors import UserError, shorten
 from minicpm_megatron.methods.rope import rope_of
 from minicpm_megatron.recipe import ModelRecipe, build_section
 
 Fields = dict[str, Any]
-_SCALING_FIELDS = ("rotary_base", "rope_scaling")
 _UNDERSTOOD = {"default": set(), "dynamic": {"factor", "original_max_position_embeddings"}}
+_SHOWN = 100  # longrope has two lists of a factor a channel
 _EVERYWHERE = {"type", "rope_type", "rope_theta", "partial_rotary_factor"}
 
 
@@ -43,11 +43,43 @@ def write_rope(model: ModelRecipe) -> Fields:
     }
 
 
+def fixed_rope(model: ModelRecipe, length: int) -> ModelRecipe:
+    """`model` with the one base that dynamic scaling gives sequences of `length` tokens, and a context so long.
+
+    On a sequence of exactly `length` tokens it is the same model, on a shorter one another: the base no longer follows
+    the length.
+
+    Raises:
+        UserError: the model's base does not depend on the length, or the length is outside of its context.
+    """
+    where = "--rope-fixed"
+    if model.rope_scaling.type != "dynamic":
+        raise UserError("the model's RoPE has one base already", where=where, fix="leave it out")
+    if not model.max_position_embeddings <= length <= model.longest_sequence:
+        raise UserError(
+            f"{length} tokens are outside of the {model.max_position_embeddings} to {model.longest_sequence} that"
+            " dynamic RoPE scales over",
+            where=where,
+        )
+    changes = {"rotary_base": rope_of(model).base_at(length), "rope_scaling": None, "max_position_embeddings": length}
+    return build_section(ModelRecipe, model.model_dump() | changes, where=where)
+
+
+def dynamic_note(model: ModelRecipe) -> str | None:
+    """What to know of an export whose base grows with the length; None for every other."""
+    if model.rope_scaling.type != "dynamic":
+        return None
+    return (
+        f"dynamic RoPE: CTranslate2 refuses it, and llama.cpp stops at {model.max_position_embeddings} tokens;"
+        f" --rope-fixed LENGTH, up to {model.longest_sequence}, writes the one base of that length"
+    )
+
+
 def rope_note(model: ModelRecipe) -> Fields:
     """What `write_rope` cannot say: what the base was before it was scaled."""
     if model.rope_scaling.type in ("none", "dynamic"):
         return {}
-    return {field: model.model_dump(mode="json")[field] for field in _SCALING_FIELDS}
+    return {field: model.model_dump(mode="json")[field] for field in SCALING_FIELDS}
 
 
 def read_rope(config: Mapping[str, Any], longest: Any) -> Fields:
@@ -62,9 +94,8 @@ def read_rope(config: Mapping[str, Any], longest: Any) -> Fields:
     places = {key: config[key] for key in ("rope_parameters", "rope_scaling") if config.get(key)}
     scalings = [_scaling(key, value, longest) for key, value in places.items()]
     if any(scaling != scalings[0] for scaling in scalings[1:]):
-        raise UserError(
-            f"rope_parameters {places['rope_parameters']!r} and rope_scaling {places['rope_scaling']!r} differ"
-        )
+        said = " and ".join(f"{key} {shorten(value, _SHOWN)}" for key, value in places.items())
+        raise UserError(f"{said} differ")
     bases = {number(place, "rope_theta") for place in (*places.values(), config) if "rope_theta" in place}
     if len(bases) > 1:
         raise UserError(f"two different values of rope_theta: {sorted(bases)}")
@@ -77,9 +108,9 @@ def read_rope(config: Mapping[str, Any], longest: Any) -> Fields:
 def with_noted_scaling(native: ModelRecipe, config: Mapping[str, Any]) -> ModelRecipe:
     """`native` with the scaling that the note remembers, if that makes the base which config.json states."""
     note = config.get(NOTE_KEY)
-    if not isinstance(note, dict) or not all(field in note for field in _SCALING_FIELDS):
+    if not isinstance(note, dict) or not all(field in note for field in SCALING_FIELDS):
         return native
-    fields = native.model_dump() | {field: note[field] for field in _SCALING_FIELDS}
+    fields = native.model_dump() | {field: note[field] for field in SCALING_FIELDS}
     try:
         noted = build_section(ModelRecipe, fields, where=NOTE_KEY)
     except UserError:  # edited by hand since: the configuration's own fields are right
@@ -91,12 +122,15 @@ def _scaling(key: str, value: Any, longest: Any) -> Fields | None:
     """One of the two objects as `rope_scaling`."""
     kind = value.get("rope_type", value.get("type", "default")) if isinstance(value, dict) else None
     if not isinstance(kind, str) or kind not in _UNDERSTOOD or value.get("partial_rotary_factor", 1.0) != 1.0:
-        raise UserError(f"{key} {value!r} is not supported", fix="unscaled and dynamic RoPE can be imported")
+        raise UserError(
+            f"{key} {shorten(value, _SHOWN)} is not supported", fix="unscaled and dynamic RoPE can be imported"
+        )
     if kind == "default":
         return None
     if unknown := sorted(set(value) - _UNDERSTOOD[kind] - _EVERYWHERE):
         raise UserError(
-            f"{key} {value!r} is not supported: {unknown[0]}", fix="dynamic RoPE takes a factor and no more"
+            f"{key} {shorten(value, _SHOWN)} is not supported: {unknown[0]}",
+            fix="dynamic RoPE takes a factor and no more",
         )
     if value.get("original_max_position_embeddings", longest) != longest:
         raise UserError(

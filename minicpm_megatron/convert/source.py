@@ -12,13 +12,18 @@ from typing import Any, Protocol
 
 import torch
 
-from minicpm_megatron.convert.format import CONFIG, Format, SpecialTokens
+from minicpm_megatron.convert.config_fields import read_json
+from minicpm_megatron.convert.format import CONFIG, Format
 from minicpm_megatron.convert.fused import Shape
-from minicpm_megatron.convert.mapping import EMBEDDING, HEAD, Group
-from minicpm_megatron.convert.weight_files import WeightFolder, read_json
+from minicpm_megatron.convert.mapping import EMBEDDING, HEAD, ROUTER, Group
+from minicpm_megatron.convert.text_settings import TextSettings, read_text_settings
+from minicpm_megatron.convert.weight_files import WeightFolder
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.recipe import ModelRecipe
 
+_UNTIED = (
+    "exported as a tied model, and its head is no longer its embedding: it comes back untied, with a head of its own"
+)
 # rows compared at a time when deciding whether head and embedding are one tensor: a few MB, not two vocabularies
 _BLOCK_ROWS = 1024
 
@@ -55,7 +60,7 @@ class Source:
     Attributes:
         format: megatron, torch_dist, or the name of a published format.
         tokenizer: the folder of tokenizer files that belongs to it, None when unknown.
-        special_tokens: as its configuration says; the tokenizer has precedence.
+        text: its end tokens and settings for generation.
         origin: facts worth keeping about where it came from, JSON values.
         optimizer: what a checkpoint of ours can take over beside the weights; a `CheckpointReader` has its own.
         notes: things worth knowing about the weights, one line each.
@@ -67,7 +72,7 @@ class Source:
     model: ModelRecipe
     tensors: TensorSource
     tokenizer: Path | None = None
-    special_tokens: SpecialTokens = SpecialTokens()
+    text: TextSettings = TextSettings()
     origin: Mapping[str, Any] = field(default_factory=dict)
     optimizer: OptimizerState | None = None
     notes: tuple[str, ...] = ()
@@ -106,7 +111,9 @@ def open_published(folder: Path, layout: Format) -> Source:
     config = read_json(folder / CONFIG)
     declared = layout.read_config(config, where)
     weights = WeightFolder(folder)
-    model = _with_true_tie(declared, layout, weights, noted=layout.noted_tied(config))
+    _check_size(layout, declared, weights, where)
+    noted_tied = layout.noted_tied(config)
+    model = _with_true_tie(declared, layout, weights, noted=noted_tied)
     groups = layout.import_groups(model)
     _check_tensors(weights, groups, model, head=_head_and_embedding(layout, model)[0])
     return Source(
@@ -115,19 +122,27 @@ def open_published(folder: Path, layout: Format) -> Source:
         model=model,
         tensors=PublishedTensors(weights, groups, model),
         tokenizer=folder if any((folder / name).exists() for name in ("tokenizer.model", "tokenizer.json")) else None,
-        special_tokens=_special_tokens(config),
+        text=read_text_settings(folder, config, model.vocab_size, where),
         origin={"format": layout.name, "folder": str(folder.resolve())},
+        notes=(_UNTIED,) if noted_tied and model.untie_embeddings_and_output_weights else (),
     )
 
 
-def _special_tokens(config: Mapping[str, Any]) -> SpecialTokens:
-    released = SpecialTokens()
-    bos, eos = config.get("bos_token_id", released.bos), config.get("eos_token_id", released.eos)
-    eos = tuple(eos) if isinstance(eos, list) else eos
-    many = eos if isinstance(eos, tuple) else (eos,)
-    if not many or not all(isinstance(token, int) and not isinstance(token, bool) for token in (bos, *many)):
-        return released
-    return SpecialTokens(bos, eos)
+def _check_size(layout: Format, model: ModelRecipe, weights: WeightFolder, where: str) -> None:
+    """Refuse a number of layers or experts that the files cannot hold, before a name is made for each.
+
+    Raises:
+        UserError: there are more than tensors.
+    """
+    tensors = len(weights.names())
+    if model.num_layers > tensors:
+        raise UserError(f"num_hidden_layers says {model.num_layers}, and the folder has {tensors} tensors", where=where)
+    experts = model.num_moe_experts or 0
+    if experts > tensors:  # as it may be where a layer's experts are one tensor
+        router = next(row.published[0] for row in layout.table(model) if row.kind == ROUTER).replace("*", "0", 1)
+        held = weights.shape(router)[0] if router in weights.names() else 0
+        if held != experts:
+            raise UserError(f"{layout.experts_key} says {experts}, and {router} has rows for {held}", where=where)
 
 
 def _head_and_embedding(layout: Format, model: ModelRecipe) -> tuple[str, str]:

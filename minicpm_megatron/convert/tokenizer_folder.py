@@ -3,6 +3,9 @@
 Both tokenizer.model and tokenizer.json are shipped: llama.cpp's MiniCPM converter reads only the first, and
 transformers 5, given only the first, silently drops the leading word-boundary mark. Whatever comes in, the two must
 give the same ids, so a probe is encoded with both before anything is written.
+
+The name of a control token in a text is text to sentencepiece, with which documents are tokenised for training. To
+transformers it is the token itself, unless tokenizer_config.json says split_special_tokens.
 """
 
 from __future__ import annotations
@@ -11,15 +14,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minicpm_megatron.convert.format import SpecialTokens
-from minicpm_megatron.convert.weight_files import read_json
+from minicpm_megatron.convert.config_fields import read_json
+from minicpm_megatron.convert.text_settings import SpecialTokens
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.storage.atomic import write_bytes, write_json
+from minicpm_megatron.storage.sentencepiece_model import parse_model
 
 SENTENCEPIECE = "tokenizer.model"
 FAST = "tokenizer.json"
 SETTINGS = "tokenizer_config.json"
 _COPIED = (SENTENCEPIECE, FAST, "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+SPLIT = "split_special_tokens"
+# names of control tokens in a text, at its beginning and end, after a chat symbol, and beside a space
+CONTROL_PROBES = ("Price: <s>100</s> 80", "<s>", "</s> <unk>", "<用户><s><AI></s>", "<unk>0x0A <0x0A>")
 # leading and doubled spaces, scripts, digits, bytes outside any vocabulary, line ends: where tokenizers part ways
 PROBES = (
     "The quick brown fox.",
@@ -32,6 +39,7 @@ PROBES = (
     "🙂🧮 \U00020bb7 ٣٤٥",
     "a\n\n\nb \n",
     "x",
+    *CONTROL_PROBES,
 )
 
 
@@ -41,14 +49,36 @@ class TokenizerFolder:
 
     Attributes:
         pieces: one more than the largest id it can produce.
-        special_tokens: None when only tokenizer.json is there, which does not name their roles.
+        special_tokens: None where no file names their roles.
         has_sentencepiece: whether tokenizer.model is there.
+        read_as_tokens: names that a text may contain and that transformers would read as tokens, in the settings that
+            are exported; not so sentencepiece.
+        differ_on: texts with names of control tokens that the two read differently whatever the settings.
     """
 
     folder: Path
     pieces: int
     special_tokens: SpecialTokens | None
     has_sentencepiece: bool
+    read_as_tokens: tuple[str, ...] = ()
+    differ_on: tuple[str, ...] = ()
+
+    def notes(self) -> list[str]:
+        """Things worth knowing that are no errors, one line each."""
+        found = []
+        if self.read_as_tokens:
+            found.append(
+                f"{FAST} reads {', '.join(self.read_as_tokens[:4])} in a text as tokens, {SENTENCEPIECE}, with which"
+                f" texts are tokenised for training, as characters: give transformers' tokenizer {SPLIT}=True, or"
+                f" write it into {SETTINGS}"
+            )
+        if self.differ_on:
+            found.append(
+                f"{FAST} and {SENTENCEPIECE} give different ids for {self.differ_on[0]!r}, and no setting changes it"
+            )
+        if not self.has_sentencepiece:
+            found.append("no tokenizer.model: llama.cpp's MiniCPM converter needs it")
+        return found
 
 
 def open_tokenizer(folder: Path, *, to_publish: bool) -> TokenizerFolder:
@@ -70,13 +100,45 @@ def open_tokenizer(folder: Path, *, to_publish: bool) -> TokenizerFolder:
             f"no {FAST}, and readers that make one from {SENTENCEPIECE} get other ids", where=str(folder), fix=fix
         )
     pieces = 1 + max(fast.get_vocab(with_added_tokens=True).values(), default=-1) if fast else 0
+    settings = _settings(folder)
     if slow is None:
-        return TokenizerFolder(folder, pieces, None, has_sentencepiece=False)
-    for probe in PROBES:
-        if fast and fast.encode(probe, add_special_tokens=False).ids != slow.encode(probe):
-            raise UserError(f"{FAST} and {SENTENCEPIECE} give different ids for {probe!r}", where=str(folder))
+        return TokenizerFolder(folder, pieces, _named_tokens(fast, settings), has_sentencepiece=False)
     tokens = SpecialTokens(slow.bos_id(), slow.eos_id()) if min(slow.bos_id(), slow.eos_id()) >= 0 else None
-    return TokenizerFolder(folder, max(pieces, slow.get_piece_size()), tokens, has_sentencepiece=True)
+    compared = _compare(folder, fast, slow, settings) if fast else ()
+    return TokenizerFolder(folder, max(pieces, slow.get_piece_size()), tokens, True, *compared)
+
+
+def _compare(
+    folder: Path, fast: Any, slow: Any, settings: dict[str, Any] | None
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """`read_as_tokens` and `differ_on` of a `TokenizerFolder`.
+
+    Raises:
+        UserError: they differ on a text without names of control tokens.
+    """
+
+    def equal(text: str, split: bool) -> bool:
+        fast.encode_special_tokens = split
+        return fast.encode(text, add_special_tokens=False).ids == slow.encode(text)
+
+    # settings that are missing are written, with the switch
+    switched = settings is None or settings.get(SPLIT) is True
+    for probe in PROBES:
+        if probe not in CONTROL_PROBES and not equal(probe, switched):
+            raise UserError(f"{FAST} and {SENTENCEPIECE} give different ids for {probe!r}", where=str(folder))
+    names = [token.content for token in fast.get_added_tokens_decoder().values() if token.special]
+    texts = {f"Price: {name}100 {name}": name for name in names}
+    differ_on = tuple(text for text in (*texts, *CONTROL_PROBES) if not equal(text, True))
+    as_tokens = (name for text, name in texts.items() if text not in differ_on and not equal(text, switched))
+    return tuple(as_tokens), differ_on
+
+
+def _named_tokens(fast: Any, settings: dict[str, Any] | None) -> SpecialTokens | None:
+    """The tokens that tokenizer_config.json names."""
+    named = [(settings or {}).get(f"{role}_token") for role in ("bos", "eos", "pad")]
+    contents = [name.get("content") if isinstance(name, dict) else name for name in named]
+    ids = [fast.token_to_id(name) if isinstance(name, str) else None for name in contents]
+    return SpecialTokens(*ids) if ids[1] is not None else None
 
 
 def check_vocabulary(tokenizer: TokenizerFolder, vocab_size: int) -> str | None:
@@ -105,9 +167,14 @@ def copy_tokenizer(tokenizer: TokenizerFolder, target: Path) -> None:
     for name in _COPIED:
         if (tokenizer.folder / name).is_file():
             write_bytes(target / name, (tokenizer.folder / name).read_bytes())
-    settings = tokenizer.folder / SETTINGS
-    content = read_json(settings) if settings.is_file() else _default_settings(tokenizer)
+    content = _settings(tokenizer.folder)
+    content = _default_settings(tokenizer) if content is None else content
     write_json(target / SETTINGS, {key: value for key, value in content.items() if key != "auto_map"})
+
+
+def _settings(folder: Path) -> dict[str, Any] | None:
+    """tokenizer_config.json, None where there is none."""
+    return read_json(folder / SETTINGS) if (folder / SETTINGS).is_file() else None
 
 
 def _default_settings(tokenizer: TokenizerFolder) -> dict[str, Any]:
@@ -115,7 +182,7 @@ def _default_settings(tokenizer: TokenizerFolder) -> dict[str, Any]:
     if tokenizer.special_tokens is not None:
         slow = _load_sentencepiece(tokenizer.folder / SENTENCEPIECE)
         roles = {"bos_token": slow.bos_id(), "eos_token": slow.eos_id(), "unk_token": slow.unk_id()}
-        settings |= {role: slow.id_to_piece(token) for role, token in roles.items()}
+        settings |= {role: slow.id_to_piece(token) for role, token in roles.items()} | {SPLIT: True}
     return settings
 
 
@@ -132,6 +199,8 @@ def _load_sentencepiece(path: Path) -> Any:
     import sentencepiece
 
     try:
-        return sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
+        content = path.read_bytes()
+        parse_model(content)  # first: sentencepiece takes an empty file for a model and dies on the first text
+        return sentencepiece.SentencePieceProcessor(model_proto=content)
     except (RuntimeError, OSError, ValueError) as error:
         raise UserError(f"not a sentencepiece model: {error}", where=str(path)) from None

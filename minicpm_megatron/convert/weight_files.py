@@ -1,20 +1,22 @@
-"""Folders of safetensors: read lazily and with suspicion, written shard by shard.
+"""Folders of weights: safetensors or pytorch_model.bin, read lazily and with suspicion; safetensors written by shards.
 
-An index is text that somebody else wrote: a file name in it that leaves the folder, or that is not safetensors, is
-refused before anything is opened. Pickled weights (.bin, .pt) are never read, since reading them runs code.
+An index is text that somebody else wrote: a file name in it that leaves the folder, or that is not of the index's kind,
+is refused before anything is opened.
 """
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import torch
 
+from minicpm_megatron.convert.config_fields import read_json
 from minicpm_megatron.convert.fused import Shape
+from minicpm_megatron.convert.pickled_weights import PickledWeights
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.storage.atomic import write_json
 from minicpm_megatron.storage.safetensors_file import open_safetensors, write_stream
@@ -24,50 +26,101 @@ SINGLE = "model.safetensors"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 _STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-_LARGEST_JSON = 256 * 2**20
 _HEADER_ALLOWANCE = 2**20
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file that somebody else wrote.
+class _Shard(Protocol):
+    """The tensors of one file, by name."""
 
-    Raises:
-        UserError: absent, unreadable, too large, too deep, or not an object.
-    """
-    try:
-        if path.stat().st_size > _LARGEST_JSON:
-            raise UserError(f"larger than {_LARGEST_JSON >> 20} MiB", where=str(path))
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"not readable as JSON: {error}", where=str(path)) from None
-    if not isinstance(value, dict):
-        raise UserError("not a JSON object", where=str(path))
-    return value
+    def names(self) -> list[str]: ...
+    def shape(self, name: str) -> Shape: ...
+    def stored_type(self, name: str) -> str: ...
+    def read(self, name: str) -> torch.Tensor: ...
+    def rows(self, name: str, start: int, end: int) -> torch.Tensor: ...
+
+
+class _Safetensors:
+    """A safetensors file as a `_Shard`; only headers are read until a tensor is asked for."""
+
+    def __init__(self, path: Path) -> None:
+        self._handle = open_safetensors(path, fix="download it again")
+
+    def names(self) -> list[str]:
+        return list(self._handle.keys())
+
+    def shape(self, name: str) -> Shape:
+        return tuple(self._handle.get_slice(name).get_shape())
+
+    def stored_type(self, name: str) -> str:
+        return self._handle.get_slice(name).get_dtype()
+
+    def read(self, name: str) -> torch.Tensor:
+        return self._handle.get_tensor(name)
+
+    def rows(self, name: str, start: int, end: int) -> torch.Tensor:
+        return self._handle.get_slice(name)[start:end]
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """One way in which weights are published: in one file, or in several with an index."""
+
+    index: str
+    single: str
+    open: Callable[[Path], _Shard]
+
+    @property
+    def suffix(self) -> str:
+        return Path(self.single).suffix
+
+
+# the first that is there is read, as transformers does
+_KINDS = (
+    _Kind(INDEX, SINGLE, _Safetensors),
+    _Kind("pytorch_model.bin.index.json", "pytorch_model.bin", PickledWeights),
+)
 
 
 class WeightFolder:
     """The tensors of a folder by name, read one at a time.
 
     Raises:
-        UserError: no safetensors in it, an index that is malformed or leads out of the folder, a missing, truncated or
-            malformed shard, or a tensor that is listed and not there.
+        UserError: no weights in it that can be read, an index that is malformed or leads out of the folder, a missing,
+            truncated or malformed shard, or a tensor that is listed and not there.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._files = {name: folder / file for name, file in _weight_map(folder).items()}
-        self._open: dict[Path, Any] = {}
+        self._kind = _kind(folder)
+        self._open: dict[Path, _Shard] = {}
+        self._files = self._weight_map()
         for path in sorted(set(self._files.values())):
-            present = set(self._handle(path).keys())
+            present = set(self._shard(path).names())
             listed = {name for name, file in self._files.items() if file == path}
             if absent := sorted(listed - present):
                 raise UserError(f"tensor {absent[0]} is listed in the index and not in the file", where=str(path))
             if unlisted := sorted(present - listed):
                 raise UserError(f"tensor {unlisted[0]} is in the file and not in the index", where=str(path))
 
-    def _handle(self, path: Path) -> Any:
+    def _weight_map(self) -> dict[str, Path]:
+        """Tensor name -> file."""
+        index, single = self.folder / self._kind.index, self.folder / self._kind.single
+        if not index.exists():
+            return dict.fromkeys(self._shard(single).names(), single)
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise UserError("weight_map is missing or empty", where=str(index))
+        for file in weight_map.values():
+            plain = isinstance(file, str) and file == os.path.basename(file) and "\\" not in file and "\0" not in file
+            if not plain or not file.endswith(self._kind.suffix):
+                raise UserError(
+                    f"weight_map names {file!r}, not a {self._kind.suffix} file of this folder", where=str(index)
+                )
+        return {name: self.folder / file for name, file in weight_map.items()}
+
+    def _shard(self, path: Path) -> _Shard:
         if path not in self._open:
-            self._open[path] = open_safetensors(path, fix="download it again")
+            self._open[path] = self._kind.open(path)
         return self._open[path]
 
     def names(self) -> list[str]:
@@ -80,7 +133,7 @@ class WeightFolder:
 
     def shape(self, name: str) -> Shape:
         """Shape of `name`, from the header."""
-        return tuple(self._slice(name).get_shape())
+        return self._shard(self.path(name)).shape(name)
 
     def dtype(self, name: str) -> torch.dtype:
         """Stored type of `name`.
@@ -88,7 +141,7 @@ class WeightFolder:
         Raises:
             UserError: not one of the three floating types that weights come in (quantised, for example).
         """
-        stored = self._slice(name).get_dtype()
+        stored = self._shard(self.path(name)).stored_type(name)
         if stored not in _STORED:
             raise UserError(
                 f"tensor {name} is stored as {stored}", where=str(self.path(name)), fix=f"use {', '.join(_STORED)}"
@@ -96,40 +149,44 @@ class WeightFolder:
         return _STORED[stored]
 
     def read(self, name: str) -> torch.Tensor:
-        """The whole tensor in its stored type."""
-        return self._handle(self.path(name)).get_tensor(name)
+        """The whole tensor in its stored type.
+
+        Raises:
+            UserError: a value is not finite.
+        """
+        return self._finite(name, self._shard(self.path(name)).read(name))
 
     def row_blocks(self, name: str, rows: int) -> Iterator[torch.Tensor]:
-        """A matrix, `rows` rows at a time."""
-        view = self._slice(name)
+        """A matrix, `rows` rows at a time.
+
+        Raises:
+            UserError: a value is not finite.
+        """
+        shard = self._shard(self.path(name))
         for start in range(0, self.shape(name)[0], rows):
-            yield view[start : start + rows]
+            yield self._finite(name, shard.rows(name, start, start + rows))
 
-    def _slice(self, name: str) -> Any:
-        return self._handle(self.path(name)).get_slice(name)
+    def _finite(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        if not is_finite(tensor):
+            raise UserError(
+                f"tensor {name} has values that are not finite",
+                where=str(self.path(name)),
+                fix="download it again, or ask whoever made it",
+            )
+        return tensor
 
 
-def _weight_map(folder: Path) -> dict[str, str]:
-    """Tensor name -> file name inside `folder`."""
-    index = folder / INDEX
-    if index.exists():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise UserError("weight_map is missing or empty", where=str(index))
-        for file in weight_map.values():
-            plain = isinstance(file, str) and file == os.path.basename(file) and "\\" not in file and "\0" not in file
-            if not plain or not file.endswith(".safetensors"):
-                raise UserError(f"weight_map names {file!r}, not a .safetensors file of this folder", where=str(index))
-        return weight_map
-    if (folder / SINGLE).exists():
-        with open_safetensors(folder / SINGLE, fix="download it again") as handle:
-            return dict.fromkeys(handle.keys(), SINGLE)
+def _kind(folder: Path) -> _Kind:
+    """How the weights in `folder` are published."""
+    for kind in _KINDS:
+        if (folder / kind.index).exists() or (folder / kind.single).exists():
+            return kind
     pickled = sorted(p.name for p in folder.iterdir() if p.suffix in {".bin", ".pt", ".pth", ".ckpt"})
     if pickled:
         raise UserError(
-            f"weights only as {pickled[0]}, a pickle, and reading one runs whatever code it holds",
+            f"weights only as {pickled[0]}, which is neither safetensors nor pytorch_model.bin",
             where=str(folder),
-            fix="convert them to safetensors where they come from",
+            fix="save the model's state_dict() as pytorch_model.bin or, better, as model.safetensors",
         )
     raise UserError(f"neither {INDEX} nor {SINGLE}", where=str(folder))
 
@@ -205,13 +262,14 @@ def cast_weight(name: str, tensor: torch.Tensor, dtype: str) -> torch.Tensor:
         UserError: a value is not finite, or not in this type.
     """
     cast = tensor.to(DTYPES[dtype]).contiguous()
-    if not _finite(cast):
-        if _finite(tensor):
+    if not is_finite(cast):
+        if is_finite(tensor):
             raise UserError(f"tensor {name} has values beyond the range of {dtype}", fix="use bf16 or fp32")
         raise UserError(f"tensor {name} has values that are not finite", fix="convert an earlier checkpoint")
     return cast
 
 
-def _finite(tensor: torch.Tensor) -> bool:
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether every value is finite."""
     # the extremes tell without a temporary of the tensor's size: a NaN anywhere makes both NaN
-    return all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(tensor))
+    return not tensor.numel() or all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(tensor))

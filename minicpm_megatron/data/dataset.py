@@ -103,6 +103,7 @@ class TokenDataset:
                 f"{sequence_length} tokens are no sample", where="data.sequence_length", fix="give 1 or more"
             )
         self.prefix, self.sequence_length, self.seed = str(prefix), sequence_length, seed
+        self.vocab_size = vocab_size
         self.index = open_index(prefix)
         self.fingerprint = data_fingerprint(prefix)
         self.metadata = read_metadata(prefix)
@@ -139,7 +140,11 @@ class TokenDataset:
         return self._epochs[number]
 
     def __getitem__(self, sample: int) -> np.ndarray:
-        """Sample k >= 0 as int64 [sequence_length + 1]: inputs are [:-1], labels [1:]."""
+        """Sample k >= 0 as int64 [sequence_length + 1]: inputs are [:-1], labels [1:].
+
+        Raises:
+            UserError: an id is outside of the vocabulary; the metadata can be sound and the ids not.
+        """
         parts = [self._read(*span) for span in self._spans(sample, self.sequence_length + 1)]
         return np.concatenate(parts).astype(np.int64)
 
@@ -167,7 +172,15 @@ class TokenDataset:
 
     def _read(self, document: int, offset: int, length: int) -> np.ndarray:
         # the sequences of a document lie one after another, so reading on from its first is reading the document
-        return self._reader.get(int(self.index.documents[document]), offset=offset, length=length)
+        ids = self._reader.get(int(self.index.documents[document]), offset=offset, length=length)
+        if self.vocab_size is not None and not 0 <= ids.min() <= ids.max() < self.vocab_size:
+            wrong = ids[(ids < 0) | (ids >= self.vocab_size)][0]
+            raise UserError(
+                f"document {document} holds id {wrong}, outside of the vocabulary of {self.vocab_size}",
+                where=str(bin_path(self.prefix)),
+                fix="make it again with tools/preprocess_data.py",
+            )
+        return ids
 
 
 class Blend:

@@ -8,16 +8,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field, TypeAdapter, ValidationError
 
 from minicpm_megatron.data.indexed_format import bin_path, idx_path
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.storage.atomic import write_json
-from minicpm_megatron.storage.checksum import file_sha256
+from minicpm_megatron.storage.checksum import content_sha256, file_sha256
 
 FORMAT = "minicpm_megatron tokens 1"
+CHECKSUM = "checksum"
+_REMAKE = "run preprocess_data.py again with --overwrite"
+
+_Count = Annotated[int, Field(ge=0)]
 
 
 @dataclass(frozen=True)
@@ -38,26 +44,30 @@ class TokenMetadata:
         plan: hash of everything that decides the bytes: inputs, options, tokenizer.
     """
 
-    vocab_size: int
-    max_id: int
+    vocab_size: Annotated[int, Field(gt=0)]
+    max_id: Annotated[int, Field(ge=-1)]
     tokenizer_sha256: str
     bos_id: int | None
     eod_id: int | None
     dtype: str
-    documents: int
-    tokens: int
-    text_bytes: int
-    records: int
-    rejected: dict[str, int]
-    bin_bytes: int
-    idx_bytes: int
+    documents: _Count
+    tokens: _Count
+    text_bytes: _Count
+    records: _Count
+    rejected: dict[str, _Count]
+    bin_bytes: _Count
+    idx_bytes: _Count
     bin_sha256: str
     idx_sha256: str
     plan: str
 
     def write(self, path: Path) -> None:
-        """Write it atomically."""
-        write_json(path, {"format": FORMAT, **asdict(self)})
+        """Write it atomically, with a checksum of its own."""
+        content = {"format": FORMAT, **asdict(self)}
+        write_json(path, content | {CHECKSUM: content_sha256(content)})
+
+
+_SCHEMA = TypeAdapter(TokenMetadata)
 
 
 def json_path(prefix: str | Path) -> Path:
@@ -77,15 +87,22 @@ def read_metadata(prefix: str | Path) -> TokenMetadata | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(
-            "cannot be read as JSON", where=str(path), fix="run preprocess_data.py again with --overwrite"
-        ) from error
-    names = {field.name for field in fields(TokenMetadata)}
-    if not isinstance(value, dict) or value.pop("format", None) != FORMAT or set(value) != names:
-        raise UserError(
-            f"not of the form {FORMAT!r}", where=str(path), fix="run preprocess_data.py again with --overwrite"
-        )
-    return TokenMetadata(**value)
+        raise UserError("cannot be read as JSON", where=str(path), fix=_REMAKE) from error
+    if not isinstance(value, dict) or value.get("format") != FORMAT:
+        raise UserError(f"not of the form {FORMAT!r}", where=str(path), fix=_REMAKE)
+    checksum = value.pop(CHECKSUM, None)
+    fields = {key: entry for key, entry in value.items() if key != "format"}
+    try:
+        # as JSON, since strict validation of Python values wants an instance of the class
+        metadata = _SCHEMA.validate_json(json.dumps(fields), strict=True, extra="forbid")
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"{place}: {first['msg']}", where=str(path), fix=_REMAKE) from None
+    # files of earlier releases have none
+    if checksum is not None and checksum != content_sha256(value):
+        raise UserError("the checksum is not that of what was written", where=str(path), fix=_REMAKE)
+    return metadata
 
 
 def data_fingerprint(prefix: str | Path) -> str:
@@ -109,7 +126,7 @@ def data_fingerprint(prefix: str | Path) -> str:
                 raise UserError(
                     f"{path.stat().st_size} bytes where {due} are recorded",
                     where=str(path),
-                    fix="run preprocess_data.py again with --overwrite",
+                    fix=_REMAKE,
                 )
         parts = [metadata.bin_sha256, metadata.idx_sha256]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
@@ -134,6 +151,6 @@ def verify(prefix: str | Path) -> TokenMetadata:
             raise UserError(
                 "the checksum differs from the recorded one",
                 where=str(path),
-                fix="run preprocess_data.py again with --overwrite",
+                fix=_REMAKE,
             )
     return metadata

@@ -24,8 +24,11 @@ from minicpm_megatron.data.records import (
 )
 
 _READ_BYTES = 1 << 20
-# small, because a few bytes can stand for many
 _COMPRESSED_BYTES = 1 << 14
+# Given to a decompressor at once, because a few bytes can stand for many and everything that they stand for comes
+# back at once. 4 bytes are the shortest block of Zstandard and 128 KiB the longest content of one, so 256 bytes give
+# 8 MiB at most. DEFLATE packs 1,032 times at most, so 16 KiB give 16 MiB.
+_BYTES_A_CALL = {"gz": _COMPRESSED_BYTES, "zst": 1 << 8}
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -171,9 +174,14 @@ def _decompressed(handle: BinaryIO, kind: str) -> Iterator[bytes]:
     def new_member() -> Any:
         return zlib.decompressobj(wbits=zlib.MAX_WBITS | 16) if kind == "gz" else zstd.decompressobj()
 
+    def blocks() -> Iterator[bytes]:
+        step = _BYTES_A_CALL[kind]
+        while read := handle.read(_COMPRESSED_BYTES):
+            yield from (read[first : first + step] for first in range(0, len(read), step))
+
     member, inside = new_member(), False
     try:
-        while block := handle.read(_COMPRESSED_BYTES):
+        for block in blocks():
             while block:
                 if kind == "gz" and not inside and not (block := block.lstrip(b"\0")):
                     break  # members may be padded with zeros

@@ -185,14 +185,14 @@ def open_set(folder: Path) -> RetrievalSet:
         raise UserError("no finished set", where=str(folder), fix=fix)
     content = _read_json(folder / SET)
     try:
-        plan = Plan(
-            content["task"],
-            tuple(content["lengths"]),
-            tuple(content["depths"]),
-            content["samples"],
-            content["seed"],
-        )
+        lengths, depths = tuple(content["lengths"]), tuple(content["depths"])
+        counts = (*lengths, content["samples"], content["seed"])
+        if any(type(count) is not int for count in counts) or any(type(depth) not in (int, float) for depth in depths):
+            raise TypeError("a number is of another type")
+        plan = Plan(content["task"], lengths, depths, content["samples"], content["seed"])
         identity = str(content["tokenizer_sha256"])
+    except UserError as error:
+        raise UserError(error.what, where=str(folder / SET), fix="build the set again") from None
     except (KeyError, TypeError) as error:
         raise UserError(f"not the description of a set: {error}", where=str(folder / SET)) from None
     cells = {cell: folder / cell_name(*cell) for cell in plan.cells()}
@@ -213,7 +213,7 @@ def read_samples(path: Path) -> list[Sample]:
         where = f"{path}:{number}"
         try:
             fields = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise UserError("not a JSON value", where=where, fix="build the set again") from None
         if not isinstance(fields, dict) or set(fields) != set(_FIELDS):
             raise UserError(f"not an object of {', '.join(_FIELDS)}", where=where, fix="build the set again")
@@ -227,7 +227,7 @@ def read_samples(path: Path) -> list[Sample]:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         raise UserError("not a JSON object", where=str(path), fix="build the set again") from None
     if not isinstance(content, dict):
         raise UserError("not a JSON object", where=str(path), fix="build the set again")

@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 
-from minicpm_megatron.data.sentencepiece_model import parse_model
 from minicpm_megatron.errors import UserError
+from minicpm_megatron.storage.sentencepiece_model import parse_model
 
 MODEL_NAME = "tokenizer.model"
 UNK_ID, BOS_ID, EOS_ID = 0, 1, 2

@@ -1,6 +1,6 @@
 """A sentencepiece BPE model as the files that Hugging Face programs read, with identical ids.
 
-Three things differ between the two by nature and are reconciled here:
+Four things differ between the two by nature and are reconciled here:
 
 - sentencepiece merges by the score of the result, `tokenizers` by a list of pairs: every pair of pieces whose
   concatenation is a piece becomes a pair, ordered by that piece's score.
@@ -8,6 +8,10 @@ Three things differ between the two by nature and are reconciled here:
   tokenizer.model alone, at other places or not at all, so the normaliser in tokenizer.json does it.
 - A user-defined symbol (<用户>) is matched inside the text by sentencepiece, without a new mark behind it. As an
   "added token" it would begin a new text; here a pre-tokeniser isolates it and it is looked up whole.
+- The name of a control token (<s>) in a text is text to sentencepiece, and the token itself to `tokenizers`.
+  tokenizer_config.json tells transformers otherwise (split_special_tokens). tokenizer.json has no place for it: a
+  program that uses `tokenizers` alone sets `encode_special_tokens` of its Tokenizer. Between two user-defined symbols
+  such a name would be looked up whole all the same, so a second pre-tokeniser cuts it where sentencepiece does.
 
 Needs neither torch nor transformers.
 """
@@ -19,10 +23,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-from minicpm_megatron.data.sentencepiece_model import ModelDescription, PieceType
 from minicpm_megatron.data.tokenizer import MODEL_NAME, Tokenizer
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.storage.atomic import write_bytes
+from minicpm_megatron.storage.sentencepiece_model import ModelDescription, PieceType
 
 _MARK = "▁"
 CHAT_TEMPLATE = (
@@ -94,7 +98,7 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
                 {"type": "Replace", "pattern": {"String": " "}, "content": _MARK},
             ],
         },
-        "pre_tokenizer": _isolate(symbols),
+        "pre_tokenizer": _pre_tokenizer(tokenizer, symbols),
         "post_processor": _post_processor(pieces[tokenizer.bos_id], tokenizer.bos_id),
         "decoder": {
             "type": "Sequence",
@@ -165,11 +169,29 @@ def _check_reachable(document: dict[str, Any], normal: dict[str, tuple[int, floa
             raise UserError(f"no sequence of merges leads to the piece {piece!r}", where=where, fix="train a BPE model")
 
 
-def _isolate(symbols: set[str]) -> dict[str, Any] | None:
+def _pre_tokenizer(tokenizer: Tokenizer, symbols: set[str]) -> dict[str, Any] | None:
     if not symbols:
         return None
-    pattern = "|".join(re.escape(symbol) for symbol in sorted(symbols, key=lambda name: (-len(name), name)))
-    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    longest_first = sorted(symbols, key=lambda name: (-len(name), name))
+    # what is left between two symbols is looked up whole, names of control tokens and of bytes, too
+    heads: dict[str, list[str]] = {}
+    symbol = longest_first[0]
+    before = len(tokenizer.processor.encode(symbol, out_type=str))
+    for piece in tokenizer.description.pieces:
+        if piece.type not in (PieceType.NORMAL, PieceType.USER_DEFINED):
+            first = tokenizer.processor.encode(symbol + piece.text, out_type=str)[before]
+            # a character that is no piece stands as its bytes
+            head = first if piece.text.startswith(first) else piece.text[0]
+            heads.setdefault(head, []).append(piece.text.removeprefix(head))
+    cuts = (rf"\A{re.escape(head)}(?=(?:{'|'.join(map(re.escape, rests))})\z)" for head, rests in sorted(heads.items()))
+    patterns = ("|".join(map(re.escape, longest_first)), "|".join(cuts))
+    return {
+        "type": "Sequence",
+        "pretokenizers": [
+            {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+            for pattern in patterns
+        ],
+    }
 
 
 def _post_processor(bos: str, bos_id: int) -> dict[str, Any]:
@@ -202,6 +224,8 @@ def _config(specials: dict[str, str], model_max_length: int | None) -> dict[str,
         **{f"{role}_token": name for role, name in specials.items()},
         "add_bos_token": True,
         "add_eos_token": False,
+        # the names of control tokens in a text are text, as they were in training
+        "split_special_tokens": True,
         "clean_up_tokenization_spaces": False,
         "chat_template": CHAT_TEMPLATE,
         **({"model_max_length": model_max_length} if model_max_length else {}),

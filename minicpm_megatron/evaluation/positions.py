@@ -116,7 +116,7 @@ def read_curve(reader: Reader, name: str, windows: Sequence[Sequence[int]], *, s
             where=name,
             fix=f"give --length {reader.longest} or less",
         )
-    if max(map(max, windows)) >= reader.vocab_size:
+    if min(map(min, windows)) < 0 or max(map(max, windows)) >= reader.vocab_size:
         raise UserError("the tokens are of another vocabulary", where=name, fix="give data made with its tokenizer")
     rows = np.stack([reader.losses(window).double().numpy() for window in _with_bar(windows, name, show_progress)])
     ranges = position_ranges(length)
@@ -155,7 +155,7 @@ def load_curve(path: Path, identity: Mapping[str, Any]) -> Curve | None:
             tuple(fields["losses"]),
             tuple(fields["errors"]),
         )
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None
 
 

@@ -178,7 +178,7 @@ def _done(path: Path, samples: list[Sample]) -> list[Outcome] | None:
         return None
     try:
         outcomes = [Outcome(**json.loads(line)) for line in path.read_bytes().splitlines()]
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         return None
     return outcomes if [each.id for each in outcomes] == [sample.id for sample in samples] else None
 

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from minicpm_megatron.errors import UserError
+from minicpm_megatron.errors import UserError, shorten
 from minicpm_megatron.recipe import yaml_text
 from minicpm_megatron.recipe.presets import get_preset
 from minicpm_megatron.recipe.schema import Recipe, Section
@@ -51,7 +51,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return build(fields, origins=origins | {"": str(path)})
 
 
-def build(fields: Mapping[str, Any], *, origins: Mapping[str, str] | None = None) -> Recipe:
+def build(fields: Any, *, origins: Mapping[str, str] | None = None) -> Recipe:
     """A `Recipe` from plain nested values, the preset merged below `model`.
 
     Args:
@@ -59,9 +59,10 @@ def build(fields: Mapping[str, Any], *, origins: Mapping[str, str] | None = None
         origins: dotted key -> where it was written, for error lines.
 
     Raises:
-        UserError: as `load_recipe`.
+        UserError: as `load_recipe`, and `fields` are no mapping.
     """
     origins = origins or {}
+    _refuse_no_mapping(fields, origins.get("", "recipe"))
     merged = {key: value for key, value in fields.items() if value is not None or _section_of(Recipe, key) is None}
     try:
         _refuse_unknown_keys(Recipe, merged, "")
@@ -75,17 +76,24 @@ def build(fields: Mapping[str, Any], *, origins: Mapping[str, str] | None = None
         raise _located(error, origins) from error
 
 
-def build_section[S: Section](section: type[S], fields: Mapping[str, Any], *, where: str) -> S:
-    """One part of a recipe from plain values, for example the ModelRecipe of a checkpoint's manifest.
+def build_section[S: Section](section: type[S], fields: Any, *, where: str) -> S:
+    """One part of a recipe from a mapping of plain values, for example the ModelRecipe of a checkpoint's manifest.
 
     Raises:
-        UserError: unknown, missing, mistyped or contradicting fields; `where` leads the line.
+        UserError: no mapping; unknown, missing, mistyped or contradicting fields; `where` leads the line.
     """
+    _refuse_no_mapping(fields, where)
     try:
         _refuse_unknown_keys(section, fields, "")
         return _validate(section, dict(fields))
     except UserError as error:
         raise _located(error, {"": where}) from error
+
+
+def _refuse_no_mapping(fields: Any, where: str) -> None:
+    # of a file that is not a recipe's, such as a manifest or a config.json
+    if not isinstance(fields, Mapping) or not all(isinstance(key, str) for key in fields):
+        raise UserError(f"{shorten(fields)} is no mapping of keys to values", where=where)
 
 
 def apply_override(fields: dict[str, Any], override: str) -> str:

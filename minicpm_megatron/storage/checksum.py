@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
+from typing import Any
 
 
 def file_sha256(path: Path) -> str:
     """SHA-256 of a file in hex, read in blocks."""
     with open(path, "rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def content_sha256(content: dict[str, Any]) -> str:
+    """SHA-256 of JSON values in one spelling, in hex, whatever the spaces and the order of keys in a file."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def fingerprint(folder: Path) -> str:

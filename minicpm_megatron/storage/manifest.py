@@ -5,7 +5,6 @@ The manifest carries a checksum of its own, so that a flipped bit in a step or a
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import asdict
 from importlib import metadata
@@ -14,7 +13,7 @@ from typing import Any
 
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.storage.atomic import write_bytes
-from minicpm_megatron.storage.checksum import file_sha256
+from minicpm_megatron.storage.checksum import content_sha256, file_sha256
 from minicpm_megatron.storage.safetensors_file import FileRecord
 
 MANIFEST = "manifest.json"
@@ -41,7 +40,7 @@ def write_manifest(folder: Path, files: list[FileRecord], *, state: dict[str, An
     }
     # as it will be read back: JSON turns the keys 2 and 10 into text, which sorts, and so hashes, differently
     content = json.loads(json.dumps(content))
-    text = json.dumps(content | {CHECKSUM: _checksum(content)}, indent=2, sort_keys=True)
+    text = json.dumps(content | {CHECKSUM: content_sha256(content)}, indent=2, sort_keys=True)
     write_bytes(folder / MANIFEST, f"{text}\n".encode())
 
 
@@ -63,7 +62,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise _unreadable(path, error) from None
     if not isinstance(value, dict) or value.get("format") != FORMAT:
         raise UserError(f"not of the form {FORMAT!r}", where=str(path))
-    if value.get(CHECKSUM) != _checksum({key: entry for key, entry in value.items() if key != CHECKSUM}):
+    if value.get(CHECKSUM) != content_sha256({key: entry for key, entry in value.items() if key != CHECKSUM}):
         raise UserError("the checksum is not that of what was written", where=str(path))
     for entry in _records(value, path):
         if entry.name != Path(entry.name).name or entry.name in ("", ".", ".."):
@@ -118,11 +117,6 @@ def problems(folder: Path, part: int = 0, parts: int = 1) -> list[str]:
 
 def _unreadable(path: Path, error: OSError) -> Unreadable:
     return Unreadable(f"cannot be read: {error.strerror or error}", where=str(path), fix="check the disk and try again")
-
-
-def _checksum(content: dict[str, Any]) -> str:
-    """SHA-256 of the content in one spelling, whatever the spaces and the order of keys in the file."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def library_versions() -> dict[str, str]:

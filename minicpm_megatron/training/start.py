@@ -91,7 +91,7 @@ def initial_weights(
     folder = resolve_reference(reference, Path(recipe.run.directory))
     manifest = read_manifest(folder)
     # a checkpoint from before a key existed has its default
-    saved = build_section(ModelRecipe, manifest["model"], where=reference)
+    saved = build_section(ModelRecipe, manifest.get("model"), where=reference)
     key = changed_key(saved, recipe.model, free=ADAPTABLE)
     if key is not None:
         raise UserError(

@@ -100,6 +100,8 @@ class Trainer:
         self.step = 0
         self.faults = FaultPolicy(recipe.faults)
         self.origin: dict[str, Any] | None = None
+        # of an imported model: what its folder says about the texts it makes, for an export at the end
+        self.text: dict[str, Any] | None = None
         self.evaluation_due = False
         # what libraries drew at start-up is not the run's; a checkpoint's own state replaces this
         groups.seed_generators(recipe.training.seed)
@@ -288,6 +290,7 @@ class Trainer:
             "tokens": self.plan.tokens(self.step),
             "updates": self.state.updates(),
             "origin": self.origin,
+            "text": self.text,
             "rates": {group["name"]: group["lr"] for group in self.engine.param_groups},
             "evaluation_due": self.evaluation_due,
             "fault": fault,
@@ -321,7 +324,7 @@ class Trainer:
                 data=(loaded.manifest.get("data") or {}, self.data.fingerprint),
             )
         self._load(loaded)
-        self.origin = loaded.state.get("origin")
+        self.origin, self.text = loaded.state.get("origin"), loaded.state.get("text")
         self.evaluation_due = bool(loaded.state.get("evaluation_due"))
         if groups.rank() == 0:
             print(f"resuming from {folder} at step {self.step}", flush=True)
@@ -340,6 +343,7 @@ class Trainer:
             self.evaluation_due = self.recipe.evaluation.interval is not None
             said = f"starting with the weights and moments of {origin.reference} ({origin.folder})"
         self.origin = {"run": str(origin.folder.parent.parent), "step": origin.step}
+        self.text = loaded.state.get("text")
         if groups.rank() == 0:
             print(said, flush=True)
 

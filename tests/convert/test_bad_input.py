@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from minicpm_megatron.convert import convert, open_source, recognise
 from minicpm_megatron.errors import UserError
+from minicpm_megatron.storage.sharded import write_single
 from tests.convert.conftest import EXPERTS, MakeCheckpoint, random_tensors, small_model
 
 
@@ -104,6 +105,30 @@ CONFIG_FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "tied, and yet a head": ({"tie_word_embeddings": True}, "lm_head.weight differs from model.embed_tokens.weight"),
     "other widths": ({"intermediate_size": 120}, r"gate_proj.weight has shape \[240, 96\], .* says \[120, 96\]"),
     "fewer layers": ({"num_hidden_layers": 5}, r"unexpected tensor model\.layers\.5\."),
+    "sparse attention": (
+        {"sparse_config": {"kernel_size": 32, "topk": 64, "dense_len": 8192}},
+        "sparse_config .* is not supported .sparse attention",
+    ),
+    "window": ({"sliding_window": 64}, "sliding_window 64 is not supported"),
+    "longrope": (
+        {"rope_scaling": {"rope_type": "longrope", "long_factor": [1.25] * 64, "short_factor": [1.0] * 64}},
+        r"rope_scaling {'rope_type': 'longrope'.{60,80}\.\.\. is not supported",
+    ),
+    "window in some layers": (
+        {"layer_types": ["full_attention", "sliding_attention"] * 3},
+        "layer_types .* is not supported",
+    ),
+    "partial rope, as a key of its own": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not supported"),
+    "capped logits": ({"final_logit_softcapping": 30.0}, "final_logit_softcapping 30.0 is not supported"),
+    "norm of queries": ({"use_qk_norm": True}, "use_qk_norm True is not supported"),
+    "layers without rope": ({"no_rope_layers": [1, 1, 0, 1, 1, 1]}, "no_rope_layers .* is not supported"),
+    "another depth": ({"mup_denominator": 32}, "mup_denominator 32 is not supported"),
+    "an infinite factor": ({"embedding_multiplier": float("inf")}, "embedding_multiplier must be a finite number"),
+    "a factor that is no number": ({"residual_multiplier": float("nan")}, "residual_multiplier must be a finite"),
+    "an endless factor": ({"embedding_multiplier": 10**400}, "embedding_multiplier is a number of 401 digits"),
+    "a note of a later release": ({"minicpm_megatron": {"new": 1}}, "minicpm_megatron: unknown key new; a later"),
+    "a million layers": ({"num_hidden_layers": 10**6}, "num_hidden_layers says 1000000, and the folder has 57 tensors"),
+    "layers beyond counting": ({"num_hidden_layers": 10**400}, "num_hidden_layers is a number of 401 digits"),
     "more layers": ({"num_hidden_layers": 7}, r"tensor model\.layers\.6\.input_layernorm\.weight and 8 more missing"),
 }
 
@@ -132,6 +157,16 @@ EXPERT_FAULTS: dict[str, tuple[str, dict[str, Any], str]] = {
     "dense": ("minicpm", {"num_experts": None}, r"tensor .*mlp\.gate_proj\.weight and \d+ more missing"),
     "stacked otherwise": ("granitemoe", {"num_local_experts": 4}, r"shape \[5, .*says \[4,"),
     "window": ("mixtral", {"sliding_window": 64}, "sliding_window 64 is not supported"),
+    # Mixtral has no switch, and takes the length as it is
+    "window with a switch": ("mixtral", {"sliding_window": 64, "use_sliding_window": False}, "sliding_window 64 is"),
+    "a million experts": (
+        "minicpm",
+        {"num_experts": 10**6},
+        r"num_experts says 1000000, and .*gate.weight has rows for 5",
+    ),
+    "a million stacked": ("granitemoe", {"num_local_experts": 10**6}, "num_local_experts says 1000000, and .* for 5"),
+    "weights that do not sum to 1": ("mixtral", {"norm_topk_prob": False}, "norm_topk_prob False is not supported"),
+    "shared experts": ("minicpm", {"n_shared_experts": 1}, "n_shared_experts 1 is not supported"),
 }
 
 
@@ -143,6 +178,82 @@ def test_mixtures(case: str, checkpoint: MakeCheckpoint, tmp_path: Path) -> None
     with pytest.raises(UserError, match=message) as caught:
         open_source(tmp_path / "out")
     assert str(tmp_path / "out") in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_keys_that_leave_the_result_as_it_is(folder: Path) -> None:
+    edit(
+        folder,
+        sparse_config=None,
+        sliding_window=4096,
+        use_sliding_window=False,
+        layer_types=["full_attention"] * 6,
+        partial_rotary_factor=1.0,
+        mup_denominator=6,
+        pretraining_tp=1,
+        transformers_version="5.23.0",
+        somebodys_own_key={"a": 1},
+    )
+    open_source(folder)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "lm_head.weight", "model.layers.3.mlp.up_proj.weight"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_weights_that_are_not_finite(
+    tied: bool, name: str, value: float, checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    """A NaN differs from itself: in the embedding of a tied model it must not pass for a head of its own."""
+    folder = tmp_path / "minicpm"
+    convert(checkpoint(untie_embeddings_and_output_weights=not tied), folder, "minicpm", dtype="fp32")
+
+    def spoil(weights: dict[str, torch.Tensor]) -> None:
+        weights[name][7, 5] = value
+        if tied and name != "model.layers.3.mlp.up_proj.weight":
+            weights["lm_head.weight"] = weights["model.embed_tokens.weight"] = weights[name].clone()
+            weights["lm_head.weight"] = weights[name].clone()
+
+    rewrite(folder, spoil)
+    with pytest.raises(UserError, match="tensor .* has values that are not finite") as caught:
+        convert(folder, tmp_path / "kept", "megatron")
+    assert "model.safetensors" in str(caught.value) and not (tmp_path / "kept").exists()
+
+
+def test_a_checkpoint_of_ours_that_is_not_finite(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    tensors = random_tensors(small_model())
+    tensors["decoder.layers.2.mlp.linear_fc2.weight"][0, 0] = float("nan")
+    for target in ("megatron", "torch_dist", "llama"):
+        with pytest.raises(UserError, match="not finite"):
+            convert(checkpoint(target, tensors=tensors), tmp_path / f"{target}-out", target)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (None, "None is no mapping"),
+        ([], r"\[\] is no mapping"),
+        ("minicpm-1.2b", "'minicpm-1.2b' is no mapping"),
+        ({}, "missing"),
+        (
+            small_model().model_dump(mode="json") | {"num_layers": 10**6},
+            "layers and experts are 1000000 in all, for 38 tensors",
+        ),
+    ],
+    ids=["null", "list", "word", "empty", "a million layers"],
+)
+def test_the_model_of_a_manifest(model: Any, message: str, tmp_path: Path) -> None:
+    """Its checksum is right: whoever forges a manifest writes that, too."""
+    write_single(tmp_path / "ours", random_tensors(small_model()).items(), model, {"step": 0, "tokens": 0})
+    with pytest.raises(UserError, match=message) as caught:
+        convert(tmp_path / "ours", tmp_path / "out", "llama")
+    assert "manifest.json" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_the_texts_of_a_manifest(tmp_path: Path) -> None:
+    for number, text in enumerate((3, [], {"generation_config": 3}, {"eos_token_id": "x"})):
+        folder, model = tmp_path / str(number), small_model().model_dump(mode="json")
+        write_single(folder, random_tensors(small_model()).items(), model, {"step": 0, "tokens": 0, "text": text})
+        with pytest.raises(UserError, match="text is malformed|'x' is no id"):
+            open_source(folder)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "3", "[" * 200_000, b"\xff\xfe{"])
@@ -216,7 +327,7 @@ def test_quantised_weights(folder: Path) -> None:
         open_source(folder)
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt"])
+@pytest.mark.parametrize("name", ["consolidated.pth", "model.pt"])
 def test_pickled_weights_are_not_read(name: str, folder: Path) -> None:
     class Bomb:
         def __reduce__(self):
@@ -225,7 +336,7 @@ def test_pickled_weights_are_not_read(name: str, folder: Path) -> None:
     for path in (*folder.glob("*.safetensors"), folder / "model.safetensors.index.json"):
         path.unlink()
     torch.save({"model.norm.weight": Bomb()}, folder / name)
-    with pytest.raises(UserError, match=f"weights only as {name}, a pickle"):
+    with pytest.raises(UserError, match=f"weights only as {name}, which is neither safetensors nor pytorch_model.bin"):
         open_source(folder)
     assert not (folder / "exploded").exists()
     (folder / name).unlink()

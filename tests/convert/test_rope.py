@@ -12,6 +12,7 @@ from transformers import AutoConfig
 
 from minicpm_megatron.convert import convert, open_source
 from minicpm_megatron.convert.generation import Generator
+from minicpm_megatron.errors import UserError
 from minicpm_megatron.methods.rope import ntk_base, product_base
 from minicpm_megatron.recipe import ModelRecipe
 from tests.convert.conftest import CASES, MakeCheckpoint, named, random_tensors, small_model
@@ -143,3 +144,53 @@ def test_generation_beyond_the_context_is_that_of_whole_sequences(
             stock = put(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
             whole = stock(put(torch.tensor([expected])), use_cache=False).logits[0, -3:].cpu()
         torch.testing.assert_close(generator.logits(expected, last=3), whole)
+
+
+@pytest.mark.parametrize("target", ["llama", "granite"])
+def test_a_fixed_base_is_the_dynamic_one_of_that_length(
+    target: str, checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    """Stock transformers on 300 tokens: with the one base, and with that which it computes of the length itself."""
+    from transformers import AutoModelForCausalLM
+
+    ours = checkpoint(**SCALINGS["dynamic"])
+    dynamic = convert(ours, tmp_path / "dynamic", target, dtype="fp32")
+    fixed = convert(ours, tmp_path / "fixed", target, dtype="fp32", rope_fixed=300)
+    tokens = torch.randint(400, (1, 300), generator=torch.Generator().manual_seed(2))
+    logits = {}
+    for name in ("dynamic", "fixed"):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float32)
+        with torch.no_grad():
+            logits[name] = model(tokens).logits[0]
+            logits[name, "short"] = model(tokens[:, :40]).logits[0]
+    scale = logits["dynamic"].abs().max()
+    assert (logits["fixed"] - logits["dynamic"]).abs().max() < 2e-6 * scale
+    assert (logits["fixed", "short"] - logits["dynamic", "short"]).abs().max() > 1e-3 * scale
+    config = json.loads((tmp_path / "fixed" / "config.json").read_text())
+    assert config["rope_scaling"] is None and config["max_position_embeddings"] == 300
+    assert config["rope_parameters"] == {"rope_type": "default", "rope_theta": config["rope_theta"]}
+    # what another program makes of the first is said, and of the second there is nothing to say
+    assert any("CTranslate2 refuses it, and llama.cpp stops at 128 tokens" in note for note in dynamic.notes)
+    assert any("--rope-fixed LENGTH, up to 512" in note for note in dynamic.notes)
+    assert not any("RoPE" in note for note in fixed.notes)
+    back = open_source(tmp_path / "fixed").model
+    assert (back.rope_scaling.type, back.rotary_base, back.longest_sequence) == ("none", config["rope_theta"], 300)
+
+
+@pytest.mark.parametrize(
+    ("length", "model", "target", "message"),
+    [
+        (127, SCALINGS["dynamic"], "llama", "127 tokens are outside of the 128 to 512"),
+        (513, SCALINGS["dynamic"], "llama", "513 tokens are outside of the 128 to 512"),
+        (300, {}, "llama", "has one base already; leave it out"),
+        (300, SCALINGS["ntk"], "granite", "has one base already; leave it out"),
+        (300, SCALINGS["dynamic"], "megatron", "megatron keeps a model's own scaling"),
+        (300, SCALINGS["dynamic"], "torch_dist", "torch_dist keeps a model's own scaling"),
+    ],
+)
+def test_where_no_base_can_be_fixed(
+    length: int, model: dict[str, Any], target: str, message: str, checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=f"--rope-fixed: .*{message}"):
+        convert(checkpoint(**model), tmp_path / "out", target, rope_fixed=length)
+    assert not (tmp_path / "out").exists()

@@ -257,7 +257,8 @@ def test_a_tied_export_whose_head_was_trained_since_imports_untied(
     weights = load_file(file)
     weights["lm_head.weight"][7] *= 1.5
     save_file(weights, file)
-    convert(tmp_path / "out", tmp_path / "back", "megatron")
+    done = convert(tmp_path / "out", tmp_path / "back", "megatron")
+    assert any("exported as a tied model" in note and "comes back untied" in note for note in done.notes)
     assert open_source(tmp_path / "back").model.untie_embeddings_and_output_weights
     back = read_checkpoint(tmp_path / "back")
     expected = random_tensors(small_model())["embedding.word_embeddings.weight"][7] * 1.5

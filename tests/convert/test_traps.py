@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 
 from minicpm_megatron.convert import convert
-from minicpm_megatron.convert.tokenizer_folder import PROBES
+from minicpm_megatron.convert.tokenizer_folder import CONTROL_PROBES, PROBES
 from minicpm_megatron.errors import UserError
 from tests.convert.conftest import (
     CASES,
@@ -100,6 +100,43 @@ def test_trap_3_two_tokenizers_that_disagree_are_refused(
     with pytest.raises(UserError, match="different ids"):
         exported(checkpoint, tmp_path, "llama", copy)
     assert not (tmp_path / "out").exists()
+
+
+def test_trap_3_names_of_tokens_in_a_text(checkpoint: MakeCheckpoint, tmp_path: Path, tokenizer: Path) -> None:
+    """Settings of somebody else's are kept, and the switch is said; with it the ids are equal."""
+    from transformers import AutoTokenizer
+
+    copy = shutil.copytree(tokenizer, tmp_path / "tokenizer")
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
+    (copy / "tokenizer_config.json").write_text(json.dumps(settings))
+    done = convert(checkpoint(), tmp_path / "out", "llama", tokenizer=copy)
+    [note] = done.notes
+    assert "tokenizer.json reads <unk>, <s>, </s> in a text as tokens" in note and "split_special_tokens=True" in note
+    assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text()) == settings
+    slow = sentencepiece.SentencePieceProcessor(model_file=str(copy / "tokenizer.model"))
+    text = CONTROL_PROBES[0]
+    as_shipped, switched = (
+        AutoTokenizer.from_pretrained(tmp_path / "out", **switch) for switch in ({}, {"split_special_tokens": True})
+    )
+    assert 1 in as_shipped.encode(text, add_special_tokens=False)
+    assert switched.encode(text, add_special_tokens=False) == slow.encode(text)
+    # as the note says
+    (copy / "tokenizer_config.json").write_text(json.dumps(settings | {"split_special_tokens": True}))
+    assert not convert(checkpoint("again"), tmp_path / "split", "llama", tokenizer=copy).notes
+
+
+def test_trap_3_a_name_that_no_setting_makes_a_text(
+    checkpoint: MakeCheckpoint, tmp_path: Path, tokenizer: Path
+) -> None:
+    """As in tokenizers with `ignore_merges`, which look a whole word up, whatever the switch."""
+    copy = shutil.copytree(tokenizer, tmp_path / "tokenizer")
+    content = json.loads((copy / "tokenizer.json").read_text())
+    content["model"]["ignore_merges"] = True
+    isolated = {"type": "Split", "pattern": {"Regex": "</?s>"}, "behavior": "Isolated", "invert": False}
+    (copy / "tokenizer.json").write_text(json.dumps(content | {"pre_tokenizer": isolated}))
+    done = convert(checkpoint(), tmp_path / "out", "llama", tokenizer=copy)
+    [note] = done.notes
+    assert note.endswith("different ids for 'Price: <s>100 <s>', and no setting changes it")
 
 
 def test_trap_3_a_lone_tokenizer_model_is_refused(checkpoint: MakeCheckpoint, tmp_path: Path, tokenizer: Path) -> None:

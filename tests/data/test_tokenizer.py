@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import sentencepiece
 
-from minicpm_megatron.data.sentencepiece_model import PieceType, parse_model
 from minicpm_megatron.data.tokenizer import BOS_ID, CHAT_SYMBOLS, EOS_ID, UNK_ID, Tokenizer, tokenizer_sha256
 from minicpm_megatron.data.tokenizer_files import write_tokenizer_files
 from minicpm_megatron.errors import UserError
+from minicpm_megatron.storage.sentencepiece_model import PieceType, parse_model
 from tests.data.conftest import VOCAB_SIZE, texts
 
 HARD = [
@@ -181,3 +181,46 @@ def test_unigram_models_are_encoded_whole_and_not_converted(tmp_path: Path, corp
     assert not model.can_cut
     with pytest.raises(UserError, match="is not a BPE model"):
         write_tokenizer_files(model, tmp_path)
+
+
+CONTROL = [
+    "Price: <s>100</s> 80",
+    *("<s>", "</s>", "<unk>", " <s>", "<s> ", "<s><s>", "</s>\n<s>", "a<unk>b"),
+    # between user-defined symbols a name is a word of its own
+    *(
+        "<用户><s>",
+        "<用户><s><AI></s>",
+        "<AI><unk>",
+        "<用户></s>x",
+        "<用户><unk> <s>",
+        "<用户><0x0A><AI>",
+        "<AI><0xFF>",
+    ),
+    *("<用户><s", "<用户>s>", "<AI></s><用户>", "<用户>\n<s>\n<AI>"),
+]
+
+
+def test_names_of_control_tokens_in_a_text_are_text(
+    tokenizer: Tokenizer, tokenizer_dir: Path, reference: sentencepiece.SentencePieceProcessor
+) -> None:
+    """With what tokenizer_config.json says, and with the switch that `tokenizers` has; without it, not."""
+    from tokenizers import Tokenizer as Backend
+    from transformers import AutoTokenizer
+
+    backend = Backend.from_file(str(tokenizer_dir / "tokenizer.json"))
+    assert backend.encode(CONTROL[0], add_special_tokens=False).ids != reference.encode(CONTROL[0])
+    backend.encode_special_tokens = True
+    loaded = AutoTokenizer.from_pretrained(str(tokenizer_dir), local_files_only=True)
+    source = random.Random(1)
+    names = ["<s>", "</s>", "<unk>", "<0x0A>", "<用户>", "<AI>", " ", "a", "<", "s>", "\n", "1"]
+    mixed = ["".join(source.choices(names, k=source.randint(1, 8))) for _ in range(400)]
+    for text in [*CONTROL, *mixed]:
+        ids = reference.encode(text)
+        assert tokenizer.encode(text) == ids
+        assert backend.encode(text, add_special_tokens=False).ids == ids, text
+        assert loaded(text, add_special_tokens=False)["input_ids"] == ids, text
+        assert loaded(text)["input_ids"] == [BOS_ID, *ids]
+        assert loaded.decode(ids, skip_special_tokens=True) == text
+    # the tokens themselves are still there for whoever puts them
+    assert loaded.convert_tokens_to_ids(["<s>", "</s>"]) == [BOS_ID, EOS_ID]
+    assert loaded.decode([BOS_ID, *reference.encode("a"), EOS_ID], skip_special_tokens=True) == "a"

@@ -11,9 +11,12 @@ import torch.distributed as dist
 
 from minicpm_megatron import MiniCPMConfig, MiniCPMModel
 from minicpm_megatron.cli.untie import untie
+from minicpm_megatron.convert import open_source
+from minicpm_megatron.convert.text_settings import SpecialTokens
 from minicpm_megatron.model.sharding import named_shards
 from minicpm_megatron.parallel import groups
 from minicpm_megatron.recipe import Layout, ModelRecipe, ParallelRecipe
+from minicpm_megatron.storage.manifest import read_manifest, records, write_manifest
 from minicpm_megatron.storage.sharded import CheckpointReader
 from tests.device import put
 from tests.distributed.forked import Outcome, run_forked
@@ -26,6 +29,7 @@ VOCABULARY = nano.VOCABULARY + 4  # padded to 640 rows by one process and to 768
 EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
 TP, PP = "parallel.tensor_model_parallel_size=", "parallel.pipeline_model_parallel_size="
 TP2, PP2 = TP + "2", PP + "2"
+TEXT = {"bos_token_id": 5, "eos_token_id": [6, 7], "generation_config": {"top_k": 3}}
 BETAS, EPSILON, DECAY = (0.9, 0.95), 1e-8, 0.1
 
 
@@ -33,9 +37,17 @@ def worker(rank: int, case: dict[str, Any]) -> Any:
     if "logits" in case:
         return _same_logits(*map(Path, case["logits"]), tensor=case["ranks"])
     if "untie" in case and rank == 0:
+        _as_if_imported(Path(case["untie"]))
         untie(Path(case["untie"]), Path(case["untied"]))
     dist.barrier()
     return nano.train(rank, case)
+
+
+def _as_if_imported(folder: Path) -> None:
+    """Give a checkpoint the end tokens that one of an imported model has."""
+    manifest = read_manifest(folder)
+    facts = {key: manifest[key] for key in ("model", "recipe", "recipe_hash", "layout", "data")}
+    write_manifest(folder, records(manifest, folder), state=manifest["state"] | {"text": TEXT}, facts=facts)
 
 
 def _same_logits(tied: Path, untied: Path, tensor: int) -> list[bool]:
@@ -94,6 +106,17 @@ def test_the_logits_of_the_real_model_are_equal_in_every_bit(jobs: tuple[Path, d
     for name in ("logits", "logits tp2"):
         for rank in outcomes[name]:
             assert rank.result == [True, True], rank.log
+
+
+def test_end_tokens_go_with_a_run_and_with_a_stage_that_begins_from_it(
+    jobs: tuple[Path, dict[str, list[Outcome]]],
+) -> None:
+    runs, outcomes = jobs
+    nano.check(outcomes["one"])
+    nano.check(outcomes["stage"])
+    for folder in (runs / "one" / "checkpoints" / "step-20", runs / "next" / "checkpoints" / "step-2"):
+        assert read_manifest(folder)["state"]["text"] == TEXT
+        assert open_source(folder).text.tokens == SpecialTokens(5, (6, 7))
 
 
 @pytest.mark.parametrize("name", ["one", "dp2", "tp2", "pp2", "moved"])

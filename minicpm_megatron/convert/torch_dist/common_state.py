@@ -15,9 +15,9 @@ from typing import Any
 
 from minicpm_megatron.convert.torch_dist.chunks import check_extent, read_extent
 from minicpm_megatron.convert.torch_dist.contents import Contents, is_dtype
-from minicpm_megatron.convert.torch_dist.torch_archive import TorchArchive
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.storage.pickle_as_data import Description
+from minicpm_megatron.storage.torch_archive import TorchArchive
 
 COMMON_FILE = "common.pt"
 COMMON_OBJECT = "common_state/shard_0_1"

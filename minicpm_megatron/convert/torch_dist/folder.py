@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from minicpm_megatron.convert.config_fields import read_json
 from minicpm_megatron.convert.torch_dist.contents import METADATA
-from minicpm_megatron.convert.weight_files import read_json
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.storage.checksum import file_sha256
 

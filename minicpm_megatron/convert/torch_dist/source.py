@@ -11,6 +11,7 @@ from torch import Tensor
 
 from minicpm_megatron.convert.mapping import EMBEDDING, HEAD
 from minicpm_megatron.convert.source import OptimizerState, Source
+from minicpm_megatron.convert.text_settings import STATE_KEY, of_state
 from minicpm_megatron.convert.torch_dist import TORCH_DIST
 from minicpm_megatron.convert.torch_dist.architecture import check_args, model_of_args
 from minicpm_megatron.convert.torch_dist.chunks import ChunkReader
@@ -26,7 +27,7 @@ from minicpm_megatron.convert.torch_dist.placement import (
     place_weights,
 )
 from minicpm_megatron.errors import UserError
-from minicpm_megatron.recipe import ModelRecipe, build_section
+from minicpm_megatron.recipe import ModelRecipe, build_section, count_parameters
 
 _NO_MODEL = "give tools/convert_checkpoint.py the --preset or --recipe of the model that was trained"
 
@@ -75,6 +76,7 @@ def open_torch_dist(folder: Path, model: ModelRecipe | None = None) -> Source:
     if model is None:
         raise UserError("the checkpoint does not contain MiniCPM's multipliers", where=str(folder), fix=_NO_MODEL)
     check_args(common.args, model, where)
+    _check_size(folder, model)
     weights, padding = place_weights(contents, model, common.args, where)
     # fp32 where the optimizer has it; a weight that is fp32 itself has no other
     masters = {name: regions for kind in MASTERS for name, regions in place_state(contents, weights, kind).items()}
@@ -87,9 +89,17 @@ def open_torch_dist(folder: Path, model: ModelRecipe | None = None) -> Source:
         tensors=PlacedTensors(reader, weights | masters, model.vocab_size),
         origin={"format": TORCH_DIST, "folder": str(folder.resolve()), "iteration": common.iteration},
         optimizer=optimizer,
+        text=of_state(common.note.get(STATE_KEY), model.vocab_size, f"{where}: {NOTE_KEY}"),
         notes=(f"{padding} rows of padding of the vocabulary are left out",) if padding else (),
         left_behind=left_behind,
     )
+
+
+def _check_size(folder: Path, model: ModelRecipe) -> None:
+    """Refuse a model that the files cannot hold at a byte a parameter, before a name is made for each tensor."""
+    parameters, size = count_parameters(model).total, sum(path.stat().st_size for path in folder.iterdir())
+    if parameters > size:
+        raise UserError(f"the model has {parameters:,} parameters, and the folder {size:,} bytes", where=str(folder))
 
 
 def _recorded_model(common: CommonState, where: str) -> ModelRecipe | None:

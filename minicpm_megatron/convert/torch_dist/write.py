@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from minicpm_megatron.convert.fused import Shape
 from minicpm_megatron.convert.source import Source, check_complete, read_tensor
+from minicpm_megatron.convert.text_settings import STATE_KEY
 from minicpm_megatron.convert.torch_dist.architecture import args_of_model
 from minicpm_megatron.convert.torch_dist.chunks import Region
 from minicpm_megatron.convert.torch_dist.common_state import COMMON_OBJECT, NOTE_KEY
@@ -25,7 +26,6 @@ from minicpm_megatron.convert.torch_dist.folder import BACKEND, BACKEND_FILE, RE
 from minicpm_megatron.convert.torch_dist.names import stacked
 from minicpm_megatron.convert.torch_dist.placement import canonical_shapes
 from minicpm_megatron.convert.weight_files import DTYPES, cast_weight
-from minicpm_megatron.recipe import ModelRecipe
 from minicpm_megatron.storage.atomic import write_bytes, write_json
 
 # where a value goes, and what makes it
@@ -89,7 +89,7 @@ def write_torch_dist(output: Path, source: Source, *, dtype: str, progress: bool
         weights = (
             _weight(region, shapes[name], dtype, functools.partial(make, name)) for name, region in regions.items()
         )
-        values: list[_Value] = [*weights, *_extra_states(regions), _common_state(source.model)]
+        values: list[_Value] = [*weights, *_extra_states(regions), _common_state(source)]
         planner, writer = _Planner(values), _Writer(folder)
         [plan], metadata = planner.create_global_plan([planner.plan])
         [plan] = writer.prepare_global_plan([plan])
@@ -121,14 +121,14 @@ def _extra_states(regions: Mapping[str, Region]) -> Iterator[_Value]:
             yield _object(f"{key.removesuffix('weight')}_extra_state/shard_{place}", None)
 
 
-def _common_state(model: ModelRecipe) -> _Value:
+def _common_state(source: Source) -> _Value:
     state = {
-        "args": Namespace(**args_of_model(model)),
+        "args": Namespace(**args_of_model(source.model)),
         "checkpoint_version": 3.0,
         "iteration": 0,
         # how the names and shapes of the weights were made, by which Megatron-LM makes those that it asks for
         "content_metadata": {"singleton_local_shards": False, "chained_optim_avoid_prefix": True},
-        NOTE_KEY: {"model": model.model_dump(mode="json")},
+        NOTE_KEY: {"model": source.model.model_dump(mode="json"), STATE_KEY: source.text.state()},
     }
     return _object(COMMON_OBJECT, state)
 

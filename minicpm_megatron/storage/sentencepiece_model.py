@@ -53,14 +53,14 @@ class ModelDescription:
 
 
 def _varint(data: bytes, at: int) -> tuple[int, int]:
-    value, shift = 0, 0
-    while True:
+    value = 0
+    for shift in range(0, 70, 7):  # protobuf writes at most 64 bits
         byte = data[at]
         at += 1
         value |= (byte & 0x7F) << shift
         if byte < 0x80:
             return value, at
-        shift += 7
+    raise ValueError("a number without an end")
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
@@ -78,11 +78,19 @@ def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
         elif wire in (1, 5):
             length = 8 if wire == 1 else 4
         else:
-            raise ValueError(f"not a sentencepiece model: wire type {wire}")
+            raise ValueError(f"wire type {wire}")
         if at + length > len(data):
-            raise ValueError("not a sentencepiece model: cut off")
+            raise ValueError("cut off")
         yield number, data[at : at + length]
         at += length
+
+
+def _typed[T: (int, bytes)](message: dict[int, Any], number: int, default: T) -> T:
+    """A field of `message`, of the type of `default`, which it has where it is absent."""
+    value = message.get(number, default)
+    if type(value) is not type(default):
+        raise TypeError(f"field {number} has the wrong wire type")
+    return value
 
 
 def parse_model(data: bytes) -> ModelDescription:
@@ -98,20 +106,21 @@ def parse_model(data: bytes) -> ModelDescription:
         for number, value in _fields(data):
             if number == 1:
                 piece = dict(_fields(value))
-                score = struct.unpack("<f", piece[2])[0] if 2 in piece else 0.0
-                pieces.append(Piece(piece[1].decode(), score, PieceType(piece.get(3, PieceType.NORMAL))))
+                (score,) = struct.unpack("<f", _typed(piece, 2, bytes(4)))
+                kind = PieceType(_typed(piece, 3, int(PieceType.NORMAL)))
+                pieces.append(Piece(_typed(piece, 1, b"").decode(), score, kind))
             elif number == 2:
                 trainer = dict(_fields(value))
             elif number == 3:
                 normalizer = dict(_fields(value))
-    except (IndexError, KeyError, TypeError, struct.error, UnicodeDecodeError) as error:
+        if not pieces:
+            raise ValueError("no pieces")
+        return ModelDescription(
+            pieces=tuple(pieces),
+            is_bpe=_typed(trainer, 3, 1) == 2,
+            identity=not _typed(normalizer, 2, b""),
+            add_dummy_prefix=bool(_typed(normalizer, 3, 1)),
+            remove_extra_whitespaces=bool(_typed(normalizer, 4, 1)),
+        )
+    except (IndexError, TypeError, ValueError, struct.error) as error:  # of UnicodeDecodeError, too
         raise ValueError(f"not a sentencepiece model: {error}") from error
-    if not pieces:
-        raise ValueError("not a sentencepiece model: no pieces")
-    return ModelDescription(
-        pieces=tuple(pieces),
-        is_bpe=trainer.get(3, 1) == 2,
-        identity=not normalizer.get(2, b""),
-        add_dummy_prefix=bool(normalizer.get(3, 1)),
-        remove_extra_whitespaces=bool(normalizer.get(4, 1)),
-    )
