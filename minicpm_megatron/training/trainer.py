@@ -61,7 +61,8 @@ class Trainer:
         if recipe.training.deterministic:
             make_deterministic()
         watchdog.tick("start-up: meeting the other ranks")
-        groups.initialize(self.layout, timeout=patience, seed=recipe.training.seed)
+        name = str(recipe.run_directory)
+        groups.initialize(self.layout, timeout=patience, seed=recipe.training.seed, job=name)
         self.folder = recipe.run_directory
         self.checkpointer = Checkpointer(
             self.folder / CHECKPOINTS,
