@@ -12,7 +12,7 @@ from minicpm_megatron.cli import interrupts
 from minicpm_megatron.cli.arguments import Parser
 from minicpm_megatron.cli.dry_run import format_dry_run
 from minicpm_megatron.errors import UserError
-from minicpm_megatron.recipe import Recipe, load_recipe
+from minicpm_megatron.recipe import BatchPlan, Recipe, load_recipe
 from minicpm_megatron.training.launcher import Launcher
 from minicpm_megatron.versions import check_versions
 
@@ -50,6 +50,11 @@ def parser() -> argparse.ArgumentParser:
         " lengths, RoPE, batches and schedule are the recipe's own",
     )
     result.add_argument("--dry-run", action="store_true", help="print what would be run, and exit")
+    result.add_argument(
+        "--finished",
+        action="store_true",
+        help="start nothing, and exit with 0 if the run has reached its last step, with 1 if not",
+    )
     result.add_argument(
         "--world-size", type=int, help="ranks to assume for --dry-run (default: as started, or the fewest that fit)"
     )
@@ -89,7 +94,20 @@ def main(arguments: list[str] | None = None) -> int:
         started = os.environ.get("WORLD_SIZE")
         print(format_dry_run(recipe, options.world_size or int(started or fewest)))
         return 0
+    if options.finished:
+        return _say_whether_finished(recipe)
     return _train(recipe, origin, launcher)
+
+
+def _say_whether_finished(recipe: Recipe) -> int:
+    """Print how far a run's newest checkpoint is; 0 if that is its last step."""
+    from minicpm_megatron.checkpoint.find import CHECKPOINTS
+    from minicpm_megatron.checkpoint.names import published_steps
+
+    last = BatchPlan(recipe).last_step()
+    done = max(published_steps(recipe.run_directory / CHECKPOINTS), default=0)
+    print(f"{recipe.run_directory}: {done:,} of {last:,} steps are done")
+    return 0 if done >= last else 1
 
 
 def _train(recipe: Recipe, origin: Origin | None, launcher: Launcher) -> int:

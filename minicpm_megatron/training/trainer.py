@@ -107,7 +107,7 @@ class Trainer:
             self._resume(newest)
         elif origin is not None:
             self._start_from(origin)
-        self.total = min(self.plan.total_steps(), recipe.training.stop_after or self.plan.total_steps())
+        self.total = self.plan.last_step()
         self.engine.set_rates(self.schedule.factor(self.plan.position(self.step)))
         self.engine.check_rates(self.schedule.factor(self.plan.position(self.step)))
 
