@@ -20,6 +20,8 @@ train() { # arguments of examples/train.py
     launch=(deepspeed --num_accelerators "$RANKS")
   fi
   "${launch[@]}" examples/train.py --recipe examples/recipes/extension.yaml "$@"
+  # deepspeed ends with 0 when its launcher process is killed, too
+  python examples/train.py --recipe examples/recipes/extension.yaml "$@" --finished
 }
 tokens() { # text, prefix
   [ -e "$OUT/data/$2.json" ] || python tools/preprocess_data.py --input "$1" --tokenizer $OUT/tokenizer \

@@ -36,6 +36,7 @@ if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
 else
   DS_ACCELERATOR=cpu deepspeed --num_accelerators "$RANKS" examples/train.py --recipe $RECIPE
 fi
+python examples/train.py --recipe $RECIPE --finished # deepspeed ends with 0 when its launcher process is killed, too
 
 step "5/6 export to Hugging Face (Llama layout: any Llama runtime loads it)"
 python tools/convert_checkpoint.py --input $RUN --to llama --output $RUN/hf-llama --overwrite

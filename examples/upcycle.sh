@@ -17,8 +17,12 @@ train() { # recipe, checkpoint to begin with, name, steps
     export DS_ACCELERATOR=cpu
     launch=(deepspeed --num_accelerators "$RANKS")
   fi
-  "${launch[@]}" examples/train.py --recipe "$1" --from "$2" "name=$3" "run.directory=$OUT" schedule.decay="$4" \
+  local run=(
+    examples/train.py --recipe "$1" --from "$2" "name=$3" "run.directory=$OUT" schedule.decay="$4"
     schedule.decay_shape=linear schedule.half_life=null evaluation.interval=10 evaluation.batches=8 checkpoint.interval=null
+  )
+  "${launch[@]}" "${run[@]}"
+  python "${run[@]}" --finished # deepspeed ends with 0 when its launcher process is killed, too
 }
 
 step "1/5 each MLP becomes 8 copies behind a router, 2 for a token"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import sys
@@ -10,6 +11,7 @@ from collections.abc import Callable
 
 from minicpm_megatron.cli.interrupts import EXIT_INTERRUPTED, clean_up_first, say_interrupted
 from minicpm_megatron.errors import UserError
+from minicpm_megatron.parallel.open_files import too_few
 
 EXIT_USER_ERROR = 2
 RANK_0_GRACE = 15.0  # seconds; ranks of a busy machine start seconds apart
@@ -28,7 +30,7 @@ def run(main: Callable[[], int | None]) -> None:
             # a path or a text that the terminal has no characters for must not end the command that prints it
             stream.reconfigure(errors="backslashreplace")
     try:
-        status = main() or 0
+        status = _call(main) or 0
     except UserError as error:
         rank = int(os.environ.get("RANK", "0"))
         if rank:
@@ -43,3 +45,13 @@ def run(main: Callable[[], int | None]) -> None:
         say_interrupted()
         status = EXIT_INTERRUPTED
     sys.exit(status)
+
+
+def _call(main: Callable[[], int | None]) -> int | None:
+    """Call `main`, and make a UserError of the limit on open files, which any of the libraries may meet anywhere."""
+    try:
+        return main()
+    except OSError as error:
+        if error.errno not in (errno.EMFILE, errno.ENFILE):
+            raise
+        raise too_few() from None

@@ -14,7 +14,7 @@ from minicpm_megatron.cli.arguments import Parser
 from minicpm_megatron.cli.dry_run import check_inputs, format_dry_run
 from minicpm_megatron.cli.moved_run import load_recipe_of_run
 from minicpm_megatron.errors import UserError
-from minicpm_megatron.recipe import Recipe
+from minicpm_megatron.recipe import BatchPlan, Recipe
 from minicpm_megatron.training.launcher import Launcher
 from minicpm_megatron.training.notes import schedule_note
 from minicpm_megatron.versions import check_versions
@@ -55,6 +55,11 @@ def parser() -> argparse.ArgumentParser:
     )
     result.add_argument(
         "--dry-run", action="store_true", help="print what would be run, read the data and the DeepSpeed JSON, and exit"
+    )
+    result.add_argument(
+        "--finished",
+        action="store_true",
+        help="start nothing, and exit with 0 if the run has reached its last step, with 1 if not",
     )
     result.add_argument(
         "--world-size", type=int, help="ranks to assume for --dry-run (default: as started, or the fewest that fit)"
@@ -101,6 +106,8 @@ def main(arguments: list[str] | None = None) -> int:
         if _is_first_rank():
             print(f"  {inputs}")
         return 0
+    if options.finished:
+        return _say_whether_finished(recipe)
     note = schedule_note(recipe.schedule)
     if note is not None and _is_first_rank():
         print(note, flush=True)
@@ -109,6 +116,17 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _is_first_rank() -> bool:
     return os.environ.get("RANK", "0") == "0"
+
+
+def _say_whether_finished(recipe: Recipe) -> int:
+    """Print how far a run's newest checkpoint is; 0 if that is its last step."""
+    from minicpm_megatron.checkpoint.find import CHECKPOINTS
+    from minicpm_megatron.checkpoint.names import published_steps
+
+    last = BatchPlan(recipe).last_step()
+    done = max(published_steps(recipe.run_directory / CHECKPOINTS), default=0)
+    print(f"{recipe.run_directory}: {done:,} of {last:,} steps are done")
+    return 0 if done >= last else 1
 
 
 def _train(recipe: Recipe, origin: Origin | None, launcher: Launcher) -> int:

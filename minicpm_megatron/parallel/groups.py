@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import errno
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
-from minicpm_megatron.parallel import device
+from minicpm_megatron.errors import UserError
+from minicpm_megatron.parallel import device, open_files
 from minicpm_megatron.recipe import Layout
 
 DEFAULT_TIMEOUT = datetime.timedelta(minutes=10)
@@ -67,7 +71,12 @@ def rank() -> int:
 
 
 def initialize(
-    layout: Layout, *, init_method: str | None = None, timeout: datetime.timedelta = DEFAULT_TIMEOUT, seed: int = 0
+    layout: Layout,
+    *,
+    init_method: str | None = None,
+    timeout: datetime.timedelta = DEFAULT_TIMEOUT,
+    seed: int = 0,
+    job: str = "",
 ) -> None:
     """Join the job and build Megatron-Core's groups for `layout`.
 
@@ -77,8 +86,28 @@ def initialize(
             only process and no launcher set them, a port of the machine's choosing.
         timeout: how long a collective may wait before the job is given up.
         seed: of the random generators, as `seed_generators` takes it.
+        job: name that the ranks of this job share and those of others do not. Without it ranks whose launcher's port is
+            another job's would meet that job's ranks.
+
+    Raises:
+        UserError: the launcher's port is in use, or the process may not open as many files as it needs sockets.
     """
     device.prepare()
+    open_files.allow_many()
+    with _refusals():
+        _join(layout, init_method, timeout, job)
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=layout.tensor_model_parallel_size,
+            pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
+            context_parallel_size=layout.context_parallel_size,
+            expert_model_parallel_size=layout.expert_model_parallel_size,
+            create_gloo_process_groups=False,
+        )
+    seed_generators(seed)
+
+
+def _join(layout: Layout, init_method: str | None, timeout: datetime.timedelta, job: str) -> None:
+    """Make the process group of all ranks, unless there is one."""
     if not dist.is_initialized():
         if init_method is None and "MASTER_ADDR" not in os.environ and layout.world_size == 1:
             os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it, launcher or not
@@ -87,7 +116,8 @@ def initialize(
         elif init_method is None:
             common, _, _ = next(dist.rendezvous("env://", rank(), layout.world_size, timeout=timeout))
             # torchrun with a fixed port restarts ranks on the store of those that died, full of their addresses
-            attempt = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", common)
+            restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            attempt = dist.PrefixStore(f"{job} attempt {restarts}", common)
             dist.init_process_group(
                 device.backend(), store=attempt, rank=rank(), world_size=layout.world_size, timeout=timeout
             )
@@ -95,14 +125,26 @@ def initialize(
             dist.init_process_group(
                 device.backend(), init_method=init_method, rank=rank(), world_size=layout.world_size, timeout=timeout
             )
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=layout.tensor_model_parallel_size,
-        pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
-        context_parallel_size=layout.context_parallel_size,
-        expert_model_parallel_size=layout.expert_model_parallel_size,
-        create_gloo_process_groups=False,
-    )
-    seed_generators(seed)
+
+
+@contextlib.contextmanager
+def _refusals() -> Iterator[None]:
+    """Turn those errors of torch and gloo into UserErrors that a user can do something about.
+
+    Torch 2.13 raises them as RuntimeErrors that are told apart by their text alone.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "EADDRINUSE" in str(error):
+            raise UserError(
+                f"port {os.environ.get('MASTER_PORT')} is in use, by another run perhaps",
+                where="the launcher's port",
+                fix="give another one: deepspeed --master_port PORT, or torchrun --master_port PORT",
+            ) from None
+        if os.strerror(errno.EMFILE) in str(error):
+            raise open_files.too_few() from None
+        raise
 
 
 def seed_generators(seed: int) -> None:

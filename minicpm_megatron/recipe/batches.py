@@ -34,6 +34,7 @@ class BatchPlan:
         self.sequence_length = recipe.data.sequence_length
         self.curriculum = recipe.data.curriculum
         self.unit, self.total = recipe.schedule.unit, recipe.schedule.total
+        self.stop_after = recipe.training.stop_after
         phases = [BatchPhase(0, 0, recipe.training.global_batch_size)]
         for growth in recipe.training.batch_growth:
             last = phases[-1]
@@ -73,6 +74,10 @@ class BatchPlan:
         """Tokens of the rows that a sample is fed as in the update that begins when `step` steps are done."""
         done = step if self.unit == "steps" else self.tokens(step)
         return next((part.sequence_length for part in self.curriculum if done < part.until), self.sequence_length)
+
+    def last_step(self) -> int:
+        """Steps of the run: those of the schedule, or training.stop_after where that is earlier."""
+        return min(self.total_steps(), self.stop_after or self.total_steps())
 
     def total_steps(self) -> int:
         """Steps until the schedule's total is reached; in tokens the last step may go beyond it."""

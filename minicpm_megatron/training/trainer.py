@@ -63,7 +63,8 @@ class Trainer:
         if recipe.training.deterministic:
             make_deterministic()
         watchdog.tick("start-up: meeting the other ranks")
-        groups.initialize(self.layout, timeout=patience, seed=recipe.training.seed)
+        name = str(recipe.run_directory)
+        groups.initialize(self.layout, timeout=patience, seed=recipe.training.seed, job=name)
         self.folder = recipe.run_directory
         self.checkpointer = Checkpointer(
             self.folder / CHECKPOINTS,
@@ -110,7 +111,7 @@ class Trainer:
             self._resume(newest)
         elif origin is not None:
             self._start_from(origin)
-        self.total = min(self.plan.total_steps(), recipe.training.stop_after or self.plan.total_steps())
+        self.total = self.plan.last_step()
         self.engine.set_rates(self.schedule.factor(self.plan.position(self.step)))
         self.engine.check_rates(self.schedule.factor(self.plan.position(self.step)))
 

@@ -35,6 +35,7 @@ from minicpm_megatron.training.text import aligned
 
 RESULTS = "results.json"
 FORMAT = "minicpm_megatron wind tunnel 1"
+_CELL = {"name", "state", "parameters", "tokens", "flops", "seconds", "held_out", "losses", "labels"}
 Verdict = bool | Literal["undecided"]
 
 
@@ -119,6 +120,8 @@ def read_results(output: Path) -> Results:
         )
         content["pictures"] = tuple(Picture(**each) for each in content["pictures"])
         content["cells"] = tuple(content["cells"])
+        if any(not _CELL <= set(cell) for cell in content["cells"]):
+            raise ValueError(f"a cell without one of {', '.join(sorted(_CELL))}")
         if any(len(row) != len(table.columns) for table in content["tables"] for row in table.rows):
             raise ValueError("a row that does not fit its table")
         return Results(**content)

@@ -7,7 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.cli.commands import ROOT, error_lines
+import pytest
+
+from tests.cli.commands import ROOT, command, error_lines
 from tests.training import nano
 
 
@@ -39,3 +41,15 @@ def test_a_finished_run_ends_0_and_is_left_alone_by_one_that_ends_before(tmp_pat
     (error,) = error_lines(again.stderr)
     assert error.startswith("error: schedule.total: ends the run after step 4, and 5 steps are already done; ")
     assert (run / "recipe.yaml").read_bytes() == written
+
+
+def test_finished_is_asked_of_the_newest_checkpoint(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    recipe = nano.write_recipe(tmp_path)
+    ask = ("train.py", "--recipe", recipe, "name=x", "--finished")
+    run = tmp_path / "runs" / "x"
+    for folder, status, done in (("step-10", 1, 10), ("step-20.tmp", 1, 10), ("step-20", 0, 20)):
+        (run / "checkpoints" / folder).mkdir(parents=True)
+        assert command(*ask) == status
+        assert f"{run}: {done} of 20 steps are done\n" in capfd.readouterr().out
+    assert command(*ask, "training.stop_after=30", "schedule.total=40") == 1
+    assert command(*ask, "training.stop_after=10") == 0

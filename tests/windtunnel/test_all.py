@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from minicpm_megatron.errors import UserError
 from minicpm_megatron.recipe import load_recipe, yaml_text
 from minicpm_megatron.windtunnel.report.facts import facts, find_results
 from minicpm_megatron.windtunnel.report.html_page import format_html
 from minicpm_megatron.windtunnel.report.markdown import format_markdown
-from minicpm_megatron.windtunnel.results import Finding, Picture, Results, Table, read_results, write_results
+from minicpm_megatron.windtunnel.results import RESULTS, Finding, Picture, Results, Table, read_results, write_results
 from tests.cli.commands import ROOT, command, error_lines, tree
 from tests.windtunnel.subcommands import EXPERIMENTS
 from tests.windtunnel.warm import WarmTrainer
@@ -192,6 +193,24 @@ def test_text_of_results_is_never_markup(tmp_path: Path) -> None:
     assert [source for source in page.sources if not source.startswith(("#", "data:image/png;base64,"))] == []
     rows = [line for line in format_markdown([(tmp_path / "one", results)], tmp_path).splitlines() if "a \\| b" in line]
     assert rows == ["| lr | a \\| b | <b>1</b> | 2 & 3 | agrees |"]
+
+
+def test_no_flipped_bit_of_results_is_a_traceback(tmp_path: Path) -> None:
+    made(tmp_path / "one")
+    path = tmp_path / "one" / RESULTS
+    whole, refused = path.read_bytes(), 0
+    for place in range(len(whole)):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << place % 7
+        path.write_bytes(damaged)
+        try:
+            found = find_results([tmp_path / "one"])
+            format_markdown(found, tmp_path)
+            format_html(found)
+        except UserError as error:
+            refused += 1
+            assert str(tmp_path) in str(error)
+    assert 0 < refused < len(whole), "in a text or a number it cannot be known"
 
 
 def test_facts_say_what_was_run_and_on_what(tmp_path: Path) -> None:
