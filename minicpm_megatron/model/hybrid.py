@@ -91,7 +91,10 @@ class MiniCPMHybridStack(HybridStack):
 
 
 class HybridStackSpec(ModuleSpec):
-    """A ModuleSpec that returns itself when it is called: `--spec` hands its object over as it is."""
+    """A ModuleSpec that returns itself when it is called: `--spec` hands its object over as it is.
+
+    Give the object to HybridModel as hybrid_stack_spec, or call it with a config.
+    """
 
     def __call__(self, config: TransformerConfig | None = None) -> ModuleSpec:  # type: ignore[override]
         """The spec of layers and final norm, as `HybridModel`'s hybrid_stack_spec; the same for every config."""
@@ -102,7 +105,11 @@ def _hybrid_stack_spec(**params: Any) -> HybridStackSpec:
     backend = MiniCPMSpecProvider()
 
     def layer(**blocks: Any) -> ModuleSpec:
-        return ModuleSpec(module=MiniCPMTransformerLayer, submodules=TransformerLayerSubmodules(**blocks))
+        return ModuleSpec(
+            module=MiniCPMTransformerLayer,
+            params={"in_plain_model": not params.get("in_minicpm_model", False)},
+            submodules=TransformerLayerSubmodules(**blocks),
+        )
 
     return HybridStackSpec(
         module=MiniCPMHybridStack,
@@ -134,10 +141,14 @@ class MiniCPMHybridModel(MiniCPMEnds, HybridModel):
     Args:
         config: shape, multipliers and layout; num_layers counts transformer layers.
         hybrid_layer_pattern: default: `hybrid_pattern(config)`. One with `|` says where pipeline stages end.
-        keywords: passed on to HybridModel (pre_process, post_process, parallel_output ...).
+        keywords: passed on to HybridModel: pre_process, post_process, parallel_output, pg_collection, vp_stage.
+
+    Raises:
+        UserError: any other keyword.
     """
 
     def __init__(self, config: MiniCPMConfig, hybrid_layer_pattern: str | None = None, **keywords: Any) -> None:
+        self.check_keywords(keywords)
         super().__init__(
             config=hybrid_config(config),
             hybrid_stack_spec=_hybrid_stack_spec(in_minicpm_model=True),

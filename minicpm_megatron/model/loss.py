@@ -20,8 +20,8 @@ def token_losses(config: MiniCPMConfig, logits: Tensor, labels: Tensor) -> Tenso
         fp32 [b, s] in nats.
     """
     if logits.size(-1) == config.padded_vocab_size() and config.tensor_model_parallel_size > 1:
-        # GPTModel(parallel_output=False) or runtime_gather_output=True: Megatron-Core's loss would take the whole logits
-        # for this rank's part. Backward gathers the parts' gradients, of which gather's backward keeps this rank's.
+        # GPTModel(parallel_output=False) or runtime_gather_output=True: Megatron-Core's loss would take them for
+        # this rank's part. Backward gathers the parts' gradients, of which gather's backward keeps this rank's.
         logits = tensor_parallel.scatter_to_tensor_model_parallel_region(logits)  # [s, b, local vocabulary]
     logits = logits.float()
     padding = _padding_columns(config, logits.size(-1))

@@ -72,15 +72,7 @@ class Trainer:
             on_phase=lambda phase: self.watchdog.tick(f"saving step {self.step}: {phase}"),
         )
         self.checkpointer.preflight(count_parameters(recipe.model).total * CHECKPOINT_BYTES)
-        self.config = MiniCPMConfig.from_recipe(
-            recipe.model,
-            recipe.parallel,
-            precision=recipe.training.precision,
-            recompute=recipe.training.recompute,
-            fused_loss=recipe.training.fused_loss,
-            perform_initialization=False,
-            deterministic_mode=recipe.training.deterministic,
-        )
+        self.config = MiniCPMConfig.from_recipe(recipe, perform_initialization=False)
         model = build_model(self.config, recipe)
         newest = self.checkpointer.find_latest()
         if newest is None and origin is None:
