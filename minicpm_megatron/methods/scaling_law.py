@@ -28,7 +28,7 @@ COMPUTE_UNIT = 1e18  # FLOPs of N and D in 1e9 each
 PARAMETERS = 5
 LARGEST = {"n": 1e4, "d": 1e9}
 """Numbers in 1e9 that no run has: 1e13 parameters, 1e18 tokens. A larger one was meant as a plain count."""
-LEAST_COMPUTE = 1e9
+LEAST_COMPUTE = 1e6
 """FLOPs that any run has; fewer were meant in the paper's 1e18."""
 HUBER_DELTA = 1e-3  # Hoffmann et al. 2022, section 3.3
 EXPONENTS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.8, 1.0, 1.5)  # starts for alpha and for beta
