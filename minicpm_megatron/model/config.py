@@ -47,6 +47,7 @@ class MiniCPMConfig(TransformerConfig):
         embedding_role: whether muP takes the embedding for a "vector" or a "matrix".
         fused_loss: compute the loss with the LM head, without logits (`fused_loss.VocabParallelLinearCrossEntropy`);
             False: from whole logits, which is the reference.
+        z_loss_coeff: factor of the squared log-sum-exp of the logits, added to the losses of a model in training mode.
         make_vocab_size_divisible_by: rows of the embedding a rank holds are padded to a multiple of this (Megatron-LM's
             name and default). Padding is all zero, gets no probability and never leaves the model, so that results do
             not depend on it.
@@ -84,6 +85,7 @@ class MiniCPMConfig(TransformerConfig):
     parametrization: Literal["mup", "standard"] = _default("parametrization")
     embedding_role: Literal["vector", "matrix"] = _default("embedding_role")
     fused_loss: bool = True
+    z_loss_coeff: float = 0.0
     make_vocab_size_divisible_by: int = 128
 
     def __post_init__(self) -> None:
@@ -143,7 +145,12 @@ class MiniCPMConfig(TransformerConfig):
                 parallel or model.parallel,
                 precision=precision or training.precision,
                 recompute=recompute or training.recompute,
-                **{"fused_loss": training.fused_loss, "deterministic_mode": training.deterministic, **overrides},
+                **{
+                    "fused_loss": training.fused_loss,
+                    "z_loss_coeff": training.z_loss_coeff,
+                    "deterministic_mode": training.deterministic,
+                    **overrides,
+                },
             )
         require(
             isinstance(model, ModelRecipe),
@@ -161,6 +168,7 @@ class MiniCPMConfig(TransformerConfig):
             num_query_groups=model.num_query_groups,
             kv_channels=model.kv_channels,
             layernorm_epsilon=model.norm_epsilon,
+            qk_layernorm=model.qk_layernorm,
             init_method_std=model.init_method_std,
             params_dtype=dtype,
             bf16=dtype == torch.bfloat16,

@@ -60,7 +60,7 @@ class MiniCPMEnds(LanguageModule):
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """`loss.token_losses` of [s, b, local or whole vocabulary] logits against [b, s] labels."""
-        return token_losses(self.config, logits, labels)
+        return token_losses(self.config, logits, labels, training=self.training)
 
     def fused_losses(self, hidden_states: Tensor, labels: Tensor, loss_mask: Tensor | None) -> Tensor:
         """Losses without logits, fp32 [b, s], of [s, b, hidden_size] after the final norm against [b, s] labels."""

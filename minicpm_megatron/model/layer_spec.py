@@ -33,7 +33,7 @@ from minicpm_megatron.model.config import MiniCPMConfig
 from minicpm_megatron.model.experts import get_experts_spec
 from minicpm_megatron.model.layer import MiniCPMTransformerLayer
 from minicpm_megatron.model.multipliers import multipliers_of
-from minicpm_megatron.model.norm import MiniCPMFinalNorm, MiniCPMRMSNorm
+from minicpm_megatron.model.norm import MiniCPMFinalNorm, MiniCPMHeadNorm, MiniCPMRMSNorm
 from minicpm_megatron.model.spec_function import spec_function
 from minicpm_megatron.model.supported import check_plain_model, check_supported
 from minicpm_megatron.parallel import device
@@ -79,8 +79,9 @@ class MiniCPMLayerSpec(ModuleSpec, TransformerBlockSubmodules):
         return [self] * get_num_layers_to_build(self._config, self._vp_stage)
 
 
-def attention_submodules(backend: LocalSpecProvider) -> dict[str, Any]:
+def attention_submodules(backend: LocalSpecProvider, *, qk_layernorm: bool = False) -> dict[str, Any]:
     """The attention block of a layer, as fields of TransformerLayerSubmodules."""
+    head_norm = MiniCPMHeadNorm if qk_layernorm else IdentityOp
     return {
         "input_layernorm": backend.layer_norm(),
         "self_attention": ModuleSpec(
@@ -90,8 +91,8 @@ def attention_submodules(backend: LocalSpecProvider) -> dict[str, Any]:
                 linear_qkv=backend.column_parallel_linear(),
                 core_attention=backend.core_attention(),
                 linear_proj=backend.row_parallel_linear(),
-                q_layernorm=IdentityOp,
-                k_layernorm=IdentityOp,
+                q_layernorm=head_norm,
+                k_layernorm=head_norm,
             ),
         ),
         "self_attn_bda": get_bias_dropout_add,
@@ -140,7 +141,9 @@ def layer_spec(config: TransformerConfig, vp_stage: int | None = None, **params:
     multipliers_of(config)  # refused here in one line, where a module's constructor would wrap it
     backend = MiniCPMSpecProvider()
     sparse = config.num_moe_experts is not None
-    submodules = TransformerLayerSubmodules(**attention_submodules(backend), **mlp_submodules(backend, sparse=sparse))
+    submodules = TransformerLayerSubmodules(
+        **attention_submodules(backend, qk_layernorm=config.qk_layernorm), **mlp_submodules(backend, sparse=sparse)
+    )
     return MiniCPMLayerSpec(config, vp_stage, submodules, params)
 
 
