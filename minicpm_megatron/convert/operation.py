@@ -170,12 +170,8 @@ def convert(
         raise UserError("torch_dist has no place for a tokenizer", where="--tokenizer", fix="leave it out")
     shard_bytes = parse_size(max_shard_size)
     source = open_source(source_folder, model)
-    if source.model.qk_layernorm and target != MEGATRON:
-        raise UserError(
-            f"{target} has no norm of queries and keys (model.qk_layernorm)",
-            where=str(source_folder),
-            fix="use --to megatron",
-        )
+    if source.model.qk_layernorm and target == TORCH_DIST:
+        raise UserError("the norm of queries and keys is not written", where=f"--to {target}", fix="use --to megatron")
     if untie:
         source = untied_source(source)
     check_output(output, source=source_folder, overwrite=overwrite)

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from minicpm_megatron import presets
-from minicpm_megatron.convert import convert
+from minicpm_megatron.convert import convert, open_source
 from minicpm_megatron.convert.fused import split_qkv
+from minicpm_megatron.convert.generation import as_granite
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.recipe import ModelRecipe, count_parameters
 from minicpm_megatron.storage.sharded import write_single
@@ -161,7 +162,9 @@ def test_formats_without_the_norm_are_refused(tmp_path: Path) -> None:
     shape = small_model(**SHAPE)
     write_single(tmp_path / "run", weights(shape).items(), shape.model_dump(mode="json"), {"step": 0, "tokens": 0})
     for target in ("llama", "granite", "minicpm", "torch_dist"):
-        with pytest.raises(UserError, match=f"{target} has no norm of queries and keys .*; use --to megatron"):
+        with pytest.raises(UserError, match=f"--to {target}: .*the norm of queries and keys"):
             convert(tmp_path / "run", tmp_path / "out", target)
         assert not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match="no published format here has the norm of queries and keys"):
+        as_granite(open_source(tmp_path / "run"), None)  # what generation and evaluation run
     convert(tmp_path / "run", tmp_path / "out", "megatron")
