@@ -35,6 +35,10 @@ _SURFACE = {
 __all__ = ["__version__", *_SURFACE]
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
 def __getattr__(name: str) -> Any:
     if name not in _SURFACE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -71,6 +71,12 @@ class Format:
                 where=f"--to {self.name}",
                 fix=f"use {' or '.join(other.name for other in others if other.table(model))}" if others else "",
             )
+        if model.qk_layernorm:
+            raise UserError(
+                "no published format here has the norm of queries and keys",
+                where=f"--to {self.name}",
+                fix="only a model trained with model.qk_layernorm false can be published",
+            )
         if model.num_moe_experts is not None and model.moe_router_pre_softmax:
             raise UserError(
                 "the weights of a token's experts are renormalised in every published format, and "

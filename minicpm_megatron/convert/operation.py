@@ -178,6 +178,8 @@ def convert(
         )
     shard_bytes = parse_size(max_shard_size)
     source = open_source(source_folder, model)
+    if source.model.qk_layernorm and target == TORCH_DIST:
+        raise UserError("the norm of queries and keys is not written", where=f"--to {target}", fix="use --to megatron")
     if untie:
         source = untied_source(source)
     if rope_fixed is not None:

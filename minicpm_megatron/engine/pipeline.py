@@ -74,7 +74,9 @@ class MiniCPMPipeline(PipelineModule):
 
     def losses(self, outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Of the last stage's outputs: fp32 [b, s] in nats."""
-        return outputs if self.config.fused_loss else token_losses(self.config, outputs, labels)
+        if self.config.fused_loss:
+            return outputs
+        return token_losses(self.config, outputs, labels, training=self.training)
 
     def _partition_layers(self, method: str = "") -> None:
         self.parts = self.bounds

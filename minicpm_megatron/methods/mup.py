@@ -95,9 +95,9 @@ def mup_table(shape: Shape) -> dict[str, RoleRule]:
     }
 
 
-# Names of the modules that own a matrix. Megatron-Core's come first, then those of transformers' decoders (Llama, GPT-2,
-# GPT-NeoX, OPT, Mixtral), of Meta's Llama, of nanoGPT (GPT-2's) and of torch.nn's transformer layers. A name that also
-# means other things ("proj", "linear") is left out on purpose: a guess would put a matrix into the wrong group silently.
+# Names of the modules that own a matrix. Megatron-Core's come first, then those of transformers' decoders (Llama,
+# GPT-2, GPT-NeoX, OPT, Mixtral), of Meta's Llama, of nanoGPT (GPT-2's) and of torch.nn's layers. A name that
+# also means other things ("proj", "linear") is left out on purpose: a guess would put a matrix into the wrong group.
 _OWNERS = {
     "embedding": """word_embeddings position_embeddings embed_tokens embed_positions tok_embeddings token_embedding
         tok_emb embed_in wte wpe embedding embeddings embed""",
@@ -152,9 +152,10 @@ def mup_param_groups(
         model: anything with `named_parameters()`; frozen parameters are left out, tied ones appear once.
         shape: width and reading of the table.
         lr: base rate; each group's `lr` is lr x multiplier.
-        weight_decay: tied: an AdamW step shrinks a weight by (group's rate) x weight_decay. Independent: by
-            weight_decay x f(t), whatever the rate, which AdamW does when the group's own weight_decay is divided
-            by its rate at f = 1.
+        weight_decay: of the roles that the table lets decay.
+        weight_decay_mode: "tied": an AdamW step shrinks a weight by (the group's learning rate) x weight_decay.
+            "independent": by weight_decay x f(t), whatever the learning rate, which AdamW does when the group's own
+            weight_decay is divided by its learning rate at f = 1.
         role: parameter name and number of dimensions -> role, for models with other names than `role_of` knows
             (Megatron-Core's, and those of transformers, GPT-2, Llama and nanoGPT).
 

@@ -26,6 +26,10 @@ Array = NDArray[np.float64]
 
 COMPUTE_UNIT = 1e18  # FLOPs of N and D in 1e9 each
 PARAMETERS = 5
+LARGEST = {"n": 1e4, "d": 1e9}
+"""Numbers in 1e9 that no run has: 1e13 parameters, 1e18 tokens. A larger one was meant as a plain count."""
+LEAST_COMPUTE = 1e6
+"""FLOPs that any run has; fewer were meant in the paper's 1e18."""
 HUBER_DELTA = 1e-3  # Hoffmann et al. 2022, section 3.3
 EXPONENTS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.8, 1.0, 1.5)  # starts for alpha and for beta
 STARTS = 4  # of their pairs, how many are followed to the end
@@ -36,8 +40,10 @@ class ScalingLaw:
     """The law and what follows from it in closed form.
 
     Attributes:
-        c_n, c_d: C_N and C_D, the loss that a lack of parameters and of tokens costs at N = 1 and D = 1 (1e9).
-        alpha, beta: how fast they fall.
+        c_n: C_N, the loss that a lack of parameters costs at N = 1 (1e9).
+        alpha: how fast it falls with N.
+        c_d: C_D, the loss that a lack of tokens costs at D = 1 (1e9).
+        beta: how fast it falls with D.
         l0: what no model gets below.
 
     >>> law = PUBLISHED["average"].law
@@ -54,7 +60,13 @@ class ScalingLaw:
     l0: float
 
     def loss(self, n: ArrayLike, d: ArrayLike) -> Array:
-        """L at N and D in 1e9, which broadcast; 0 is an infinite loss."""
+        """L at N and D in 1e9, which broadcast; 0 is an infinite loss.
+
+        Raises:
+            UserError: numbers too large to be in 1e9.
+        """
+        check_unit("n", n)
+        check_unit("d", d)
         with np.errstate(divide="ignore"):
             by_size = self.c_n * np.power(np.asarray(n, dtype=np.float64), -self.alpha)
             by_tokens = self.c_d * np.power(np.asarray(d, dtype=np.float64), -self.beta)
@@ -147,11 +159,14 @@ def fit_scaling_law(n: ArrayLike, d: ArrayLike, loss: ArrayLike, method: Method 
     Huber's losses of log L - LSE(log C_N - alpha log N, log C_D - beta log D, log L0).
 
     Args:
-        n, d, loss: [points], N and D in 1e9; one point is one decayed checkpoint.
+        n: [points], parameters without embeddings, in 1e9; one point is one decayed checkpoint.
+        d: [points], tokens, in 1e9.
+        loss: [points], in any unit.
+        method: "curve_fit", the paper's least squares, or "huber", that of Hoffmann et al.
 
     Raises:
-        UserError: an unknown method, lengths that differ, values that are not positive and finite, fewer than 6
-            points, fewer than 3 sizes or 3 amounts of tokens; or a fit that does not converge.
+        UserError: an unknown method, lengths that differ, values that are not positive and finite, or too large to be
+            in 1e9, fewer than 6 points, fewer than 3 sizes or 3 amounts of tokens; or a fit that does not converge.
 
     >>> law = PUBLISHED["code"].law
     >>> n = [0.1] * 3 + [0.5] * 3 + [2.0] * 3
@@ -190,6 +205,7 @@ class Points:
                 f"{len(columns[0])} points for {PARAMETERS} coefficients", where="fit_scaling_law", fix="add points"
             )
         for name, column in (("n", columns[0]), ("d", columns[1])):
+            check_unit(name, column)
             if len(np.unique(column)) < 3:
                 raise UserError(
                     "has fewer than 3 different values, which cannot tell an exponent from L0",
@@ -216,10 +232,29 @@ class Points:
         return by_size + by_tokens + rest, np.stack(columns, axis=-1)
 
 
+def check_unit(name: str, values: ArrayLike) -> None:
+    """Refuse N or D that are plain counts and not in 1e9.
+
+    Args:
+        name: "n" or "d".
+        values: any shape; infinite ones are allowed.
+
+    Raises:
+        UserError: naming the first value that is too large.
+    """
+    given = np.asarray(values, dtype=np.float64)
+    large = given[np.isfinite(given) & (given > LARGEST[name])]
+    if large.size:
+        what = {"n": "parameters", "d": "tokens"}[name]
+        raise UserError(
+            f"{large.flat[0]:.4g} is too large for {what} in 1e9", where=name, fix="divide plain counts by 1e9"
+        )
+
+
 def _log_budget(compute: float) -> float:
     """log(C / 6) in the unit of N D."""
-    if not 0 < compute < math.inf:
-        raise UserError(f"{compute} FLOPs are no compute", where="compute", fix="give a positive number of FLOPs")
+    if not LEAST_COMPUTE <= compute < math.inf:
+        raise UserError(f"{compute} FLOPs are no compute", where="compute", fix="give FLOPs, 1e21 for the paper's 1e3")
     return math.log(compute / COMPUTE_UNIT / 6)
 
 

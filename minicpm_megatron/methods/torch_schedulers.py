@@ -97,7 +97,23 @@ class ScheduleLR(LRScheduler):
 
 
 class WSDScheduler(ScheduleLR):
-    """Warmup-Stable-Decay; arguments as `schedules.WSD` and `ScheduleLR`."""
+    """Warmup-Stable-Decay, equation 1 of the paper.
+
+    Args:
+        optimizer: its groups' `lr` at construction are the base learning rates (`initial_lr` where a group has one).
+        total: S, length of the run.
+        decay: d, length of the decay at its end; 0 for a trunk that only branches.
+        warmup: W, length of the linear warmup.
+        decay_shape: a name in `schedules.DECAY_SHAPES`.
+        half_life: H of the exponential shape; independent of `decay`.
+        min_lr_ratio: floor; None for the shape's own, 0 for exponential and 0.1 for all others.
+        unit: whether lengths count "steps" or "tokens".
+        tokens_per_step: size of the first update where they count tokens.
+        last_epoch: as torch's: steps already done, minus one; counting in steps only.
+
+    Raises:
+        UserError: lengths that do not fit, an unknown shape, or as `ScheduleLR`.
+    """
 
     def __init__(
         self,
@@ -126,7 +142,21 @@ class WSDScheduler(ScheduleLR):
 
 
 class CosineScheduler(ScheduleLR):
-    """Cosine(T) with T = `period`; arguments as `schedules.Cosine` and `ScheduleLR`."""
+    """Cosine(T): falls to its floor at T and stays there (appendix B of the paper).
+
+    Args:
+        optimizer: its groups' `lr` at construction are the base learning rates (`initial_lr` where a group has one).
+        period: T, where the floor is reached.
+        total: S, length of the run; None: without end.
+        warmup: length of the linear warmup.
+        min_lr_ratio: floor, relative to the base learning rate.
+        unit: whether lengths count "steps" or "tokens".
+        tokens_per_step: size of the first update where they count tokens.
+        last_epoch: as torch's: steps already done, minus one; counting in steps only.
+
+    Raises:
+        UserError: lengths that do not fit, or as `ScheduleLR`.
+    """
 
     kind: type[CosineLoop] = Cosine
 
@@ -153,13 +183,38 @@ class CosineScheduler(ScheduleLR):
 
 
 class CosineLoopScheduler(CosineScheduler):
-    """CosineLoop(T): as CosineScheduler, but rising again after T."""
+    """CosineLoop(T): as `CosineScheduler`, but rising again after T.
+
+    Args:
+        optimizer: its groups' `lr` at construction are the base learning rates (`initial_lr` where a group has one).
+        period: T, where the floor is reached and left again.
+        total: S, length of the run; None: without end.
+        warmup: length of the linear warmup.
+        min_lr_ratio: floor, relative to the base learning rate.
+        unit: whether lengths count "steps" or "tokens".
+        tokens_per_step: size of the first update where they count tokens.
+        last_epoch: as torch's: steps already done, minus one; counting in steps only.
+
+    Raises:
+        UserError: lengths that do not fit, or as `ScheduleLR`.
+    """
 
     kind = CosineLoop
 
 
 class ConstantScheduler(ScheduleLR):
-    """The full rate after warmup; arguments as `schedules.Constant` and `ScheduleLR`."""
+    """The full learning rate after warmup.
+
+    Args:
+        optimizer: its groups' `lr` at construction are the base learning rates (`initial_lr` where a group has one).
+        warmup: length of the linear warmup.
+        unit: whether lengths count "steps" or "tokens".
+        tokens_per_step: size of the first update where they count tokens.
+        last_epoch: as torch's: steps already done, minus one; counting in steps only.
+
+    Raises:
+        UserError: as `ScheduleLR`.
+    """
 
     def __init__(
         self,

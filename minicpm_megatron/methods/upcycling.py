@@ -175,7 +175,11 @@ def upcycle_state_dict(
 
     Args:
         state_dict: whole tensors of any floating type, by Megatron-Core's names.
-        experts, router_std, seed, noise, granularity: see `Upcycling`.
+        experts: E, copies of each MLP.
+        router_std: standard deviation of the routers' weights.
+        seed: of the routers and the noise; each tensor depends on it and on its name alone.
+        noise: standard deviation of the noise on each copy, relative to that of the copied matrix; 0: exact copies.
+        granularity: G, experts that a copy is cut into.
 
     Returns:
         Tensors of the mixture, which share no storage with each other.

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from torch import Tensor
 
+from minicpm_megatron.errors import require
 from minicpm_megatron.methods.rope import rope_of
 from minicpm_megatron.model.config import MiniCPMConfig
 from minicpm_megatron.model.head import LanguageModelHead
 from minicpm_megatron.model.loss import token_losses
 from minicpm_megatron.model.rope import MiniCPMRotaryEmbedding
+
+KEYWORDS = ("pre_process", "post_process", "parallel_output", "pg_collection", "vp_stage")
 
 
 class MiniCPMEnds(LanguageModule):
@@ -31,6 +35,21 @@ class MiniCPMEnds(LanguageModule):
             "rotary_base": config.rotary_base,
         }
 
+    @classmethod
+    def check_keywords(cls, keywords: Mapping[str, Any]) -> None:
+        """Refuse arguments of GPTModel or HybridModel that `replace_ends` would undo, or that are not MiniCPM's.
+
+        Raises:
+            UserError: naming the first.
+        """
+        for name in keywords:
+            require(
+                name in KEYWORDS,
+                cls.__name__,
+                f"{name} is decided by the config, or is not MiniCPM's",
+                f"leave it out; it takes {', '.join(KEYWORDS)}",
+            )
+
     def replace_ends(self) -> None:
         """Replace what the constructor of GPTModel or HybridModel has built."""
         self.rotary_pos_emb = MiniCPMRotaryEmbedding(
@@ -41,7 +60,7 @@ class MiniCPMEnds(LanguageModule):
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """`loss.token_losses` of [s, b, local or whole vocabulary] logits against [b, s] labels."""
-        return token_losses(self.config, logits, labels)
+        return token_losses(self.config, logits, labels, training=self.training)
 
     def fused_losses(self, hidden_states: Tensor, labels: Tensor, loss_mask: Tensor | None) -> Tensor:
         """Losses without logits, fp32 [b, s], of [s, b, hidden_size] after the final norm against [b, s] labels."""

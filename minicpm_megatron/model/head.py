@@ -66,6 +66,7 @@ class LanguageModelHead(ColumnParallelLinear):
             return super().forward(input_, weight, runtime_gather_output)
         loss = VocabParallelLinearCrossEntropy(
             reduction="none",
+            z_loss=self.config.z_loss_coeff if self.training else 0.0,
             vocab_size=self.config.vocab_size,
             group=self.tp_group,
             sequence_parallel=self.sequence_parallel,

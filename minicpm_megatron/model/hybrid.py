@@ -21,7 +21,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 from torch import Tensor
 
-from minicpm_megatron.errors import UserError
+from minicpm_megatron.errors import UserError, require
 from minicpm_megatron.model.config import MiniCPMConfig
 from minicpm_megatron.model.ends import MiniCPMEnds
 from minicpm_megatron.model.layer import MiniCPMTransformerLayer
@@ -68,6 +68,8 @@ class MiniCPMHybridStack(HybridStack):
     ) -> None:
         if not in_minicpm_model:
             check_plain_model(config)
+            # the spec is one object for every config, and has no norm of queries and keys
+            require(not config.qk_layernorm, "qk_layernorm", "HybridModel's spec has none", "build MiniCPMHybridModel")
         pair = (Symbols.ATTENTION, _second(config))
         if not config.is_hybrid_model or any(
             kind != pair[(pp_layer_offset + place) % 2] for place, kind in enumerate(layer_type_list)
@@ -91,24 +93,31 @@ class MiniCPMHybridStack(HybridStack):
 
 
 class HybridStackSpec(ModuleSpec):
-    """A ModuleSpec that returns itself when it is called: `--spec` hands its object over as it is."""
+    """A ModuleSpec that returns itself when it is called: `--spec` hands its object over as it is.
+
+    Give the object to HybridModel as hybrid_stack_spec, or call it with a config.
+    """
 
     def __call__(self, config: TransformerConfig | None = None) -> ModuleSpec:  # type: ignore[override]
         """The spec of layers and final norm, as `HybridModel`'s hybrid_stack_spec; the same for every config."""
         return self
 
 
-def _hybrid_stack_spec(**params: Any) -> HybridStackSpec:
+def _hybrid_stack_spec(*, qk_layernorm: bool = False, **params: Any) -> HybridStackSpec:
     backend = MiniCPMSpecProvider()
 
     def layer(**blocks: Any) -> ModuleSpec:
-        return ModuleSpec(module=MiniCPMTransformerLayer, submodules=TransformerLayerSubmodules(**blocks))
+        return ModuleSpec(
+            module=MiniCPMTransformerLayer,
+            params={"in_plain_model": not params.get("in_minicpm_model", False)},
+            submodules=TransformerLayerSubmodules(**blocks),
+        )
 
     return HybridStackSpec(
         module=MiniCPMHybridStack,
         params=params,
         submodules=HybridStackSubmodules(
-            attention_layer=layer(**attention_submodules(backend)),
+            attention_layer=layer(**attention_submodules(backend, qk_layernorm=qk_layernorm)),
             mlp_layer=layer(**mlp_submodules(backend, sparse=False)),
             moe_layer=layer(**mlp_submodules(backend, sparse=True)),
         ),
@@ -134,13 +143,17 @@ class MiniCPMHybridModel(MiniCPMEnds, HybridModel):
     Args:
         config: shape, multipliers and layout; num_layers counts transformer layers.
         hybrid_layer_pattern: default: `hybrid_pattern(config)`. One with `|` says where pipeline stages end.
-        keywords: passed on to HybridModel (pre_process, post_process, parallel_output ...).
+        keywords: passed on to HybridModel: pre_process, post_process, parallel_output, pg_collection, vp_stage.
+
+    Raises:
+        UserError: any other keyword.
     """
 
     def __init__(self, config: MiniCPMConfig, hybrid_layer_pattern: str | None = None, **keywords: Any) -> None:
+        self.check_keywords(keywords)
         super().__init__(
             config=hybrid_config(config),
-            hybrid_stack_spec=_hybrid_stack_spec(in_minicpm_model=True),
+            hybrid_stack_spec=_hybrid_stack_spec(qk_layernorm=config.qk_layernorm, in_minicpm_model=True),
             hybrid_layer_pattern=hybrid_layer_pattern or hybrid_pattern(config),
             **self.arguments(config),
             **keywords,

@@ -33,9 +33,10 @@ from minicpm_megatron.model.config import MiniCPMConfig
 from minicpm_megatron.model.experts import get_experts_spec
 from minicpm_megatron.model.layer import MiniCPMTransformerLayer
 from minicpm_megatron.model.multipliers import multipliers_of
-from minicpm_megatron.model.norm import MiniCPMFinalNorm, MiniCPMRMSNorm
+from minicpm_megatron.model.norm import MiniCPMFinalNorm, MiniCPMHeadNorm, MiniCPMRMSNorm
 from minicpm_megatron.model.spec_function import spec_function
 from minicpm_megatron.model.supported import check_plain_model, check_supported
+from minicpm_megatron.parallel import device
 
 
 class MiniCPMSpecProvider(LocalSpecProvider):
@@ -55,8 +56,14 @@ class MiniCPMLayerSpec(ModuleSpec, TransformerBlockSubmodules):
     which knows no 1 / m. Being a block's spec at the same time, this one keeps the final norm.
     """
 
-    def __init__(self, config: TransformerConfig, vp_stage: int | None, submodules: TransformerLayerSubmodules) -> None:
-        ModuleSpec.__init__(self, module=MiniCPMTransformerLayer, submodules=submodules)
+    def __init__(
+        self,
+        config: TransformerConfig,
+        vp_stage: int | None,
+        submodules: TransformerLayerSubmodules,
+        params: dict[str, Any],
+    ) -> None:
+        ModuleSpec.__init__(self, module=MiniCPMTransformerLayer, params=params, submodules=submodules)
         self.layer_norm = MiniCPMFinalNorm
         self._config, self._vp_stage = config, vp_stage
 
@@ -72,8 +79,9 @@ class MiniCPMLayerSpec(ModuleSpec, TransformerBlockSubmodules):
         return [self] * get_num_layers_to_build(self._config, self._vp_stage)
 
 
-def attention_submodules(backend: LocalSpecProvider) -> dict[str, Any]:
+def attention_submodules(backend: LocalSpecProvider, *, qk_layernorm: bool = False) -> dict[str, Any]:
     """The attention block of a layer, as fields of TransformerLayerSubmodules."""
+    head_norm = MiniCPMHeadNorm if qk_layernorm else IdentityOp
     return {
         "input_layernorm": backend.layer_norm(),
         "self_attention": ModuleSpec(
@@ -83,8 +91,8 @@ def attention_submodules(backend: LocalSpecProvider) -> dict[str, Any]:
                 linear_qkv=backend.column_parallel_linear(),
                 core_attention=backend.core_attention(),
                 linear_proj=backend.row_parallel_linear(),
-                q_layernorm=IdentityOp,
-                k_layernorm=IdentityOp,
+                q_layernorm=head_norm,
+                k_layernorm=head_norm,
             ),
         ),
         "self_attn_bda": get_bias_dropout_add,
@@ -108,6 +116,9 @@ def get_minicpm_layer_spec(config: TransformerConfig, vp_stage: int | None = Non
         config: says whether there are experts in the place of the MLP, and how many layers a block has. Megatron-LM's
             `GPTModelConfig` serves as well.
         vp_stage: which virtual pipeline stage the block is.
+
+    Raises:
+        UserError: the config holds a setting that these modules would ignore, or no constants of muP.
     """
     inner = getattr(config, "transformer", config)
     if inner is not config and isinstance(inner, MiniCPMConfig) and getattr(config, "vocab_size", 0) is None:
@@ -119,24 +130,33 @@ def get_minicpm_layer_spec(config: TransformerConfig, vp_stage: int | None = Non
             "TransformerConfig",
         )
     check_plain_model(inner)
-    return layer_spec(inner, vp_stage)
+    shape = (inner.num_layers, inner.num_moe_experts)
+    return layer_spec(inner, vp_stage, in_plain_model=True, spec_shape=shape)
 
 
-def layer_spec(config: TransformerConfig, vp_stage: int | None = None) -> MiniCPMLayerSpec:
-    """`get_minicpm_layer_spec` for MiniCPM's own models."""
+def layer_spec(config: TransformerConfig, vp_stage: int | None = None, **params: Any) -> MiniCPMLayerSpec:
+    """`get_minicpm_layer_spec` for MiniCPM's own models; `params` are arguments of `MiniCPMTransformerLayer`."""
+    device.patch_megatron()  # a TransformerConfig, which is no MiniCPMConfig, has not done it
     check_supported(config)
     multipliers_of(config)  # refused here in one line, where a module's constructor would wrap it
     backend = MiniCPMSpecProvider()
     sparse = config.num_moe_experts is not None
-    submodules = TransformerLayerSubmodules(**attention_submodules(backend), **mlp_submodules(backend, sparse=sparse))
-    return MiniCPMLayerSpec(config, vp_stage, submodules)
+    submodules = TransformerLayerSubmodules(
+        **attention_submodules(backend, qk_layernorm=config.qk_layernorm), **mlp_submodules(backend, sparse=sparse)
+    )
+    return MiniCPMLayerSpec(config, vp_stage, submodules, params)
 
 
 @spec_function
 def get_minicpm_block_spec(config: TransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
     """The layers of this pipeline stage and the final norm, as `GPTModel`'s transformer_layer_spec.
 
-    Arguments as of `get_minicpm_layer_spec`.
+    Args:
+        config: as for `get_minicpm_layer_spec`.
+        vp_stage: which virtual pipeline stage the block is.
+
+    Raises:
+        UserError: as `get_minicpm_layer_spec`.
     """
     return block_of(get_minicpm_layer_spec(config, vp_stage))
 

@@ -20,10 +20,14 @@ class MiniCPMModel(MiniCPMEnds, GPTModel):
 
     Args:
         config: shape, multipliers and layout.
-        keywords: passed on to GPTModel (pre_process, post_process, parallel_output ...).
+        keywords: passed on to GPTModel: pre_process, post_process, parallel_output, pg_collection, vp_stage.
+
+    Raises:
+        UserError: any other keyword, or a config that these modules cannot follow.
     """
 
     def __init__(self, config: MiniCPMConfig, **keywords: Any) -> None:
+        self.check_keywords(keywords)
         super().__init__(
             config=config,
             transformer_layer_spec=block_of(layer_spec(config, keywords.get("vp_stage"))),
@@ -60,6 +64,7 @@ class MiniCPMModel(MiniCPMEnds, GPTModel):
 
         Megatron-Core 0.19 also has an `output_processor`, which every call of the model would have to pass.
         """
-        if labels is None or not self.post_process or not self.config.fused_loss:
+        processed = keywords.get("output_processor") is not None  # the caller's own loss, in the place of all below
+        if labels is None or not self.post_process or not self.config.fused_loss or processed:
             return super()._postprocess(hidden_states=hidden_states, labels=labels, loss_mask=loss_mask, **keywords)
         return self.fused_losses(hidden_states, labels, loss_mask)

@@ -24,17 +24,29 @@ class MiniCPMRMSNorm(torch.nn.Module):
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> None:
         super().__init__()
         self.eps = eps
-        self.sequence_parallel = config.sequence_parallel
+        self.sums_gradient = config.sequence_parallel
         device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=device))
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[..., hidden_size] -> the same shape and dtype."""
         weight = self.weight
-        if self.sequence_parallel:
+        if self.sums_gradient:
             weight = copy_to_tensor_model_parallel_region(weight)
         normed = F.rms_norm(hidden_states, weight.shape, weight, self.eps)
         return normed if self.output_multiplier == 1.0 else normed * self.output_multiplier
+
+
+class MiniCPMHeadNorm(MiniCPMRMSNorm):
+    """The norm of each head's queries or keys, [..., heads, d_head].
+
+    A tensor-parallel rank has a part of the heads, so the gradient of the shared weight is a part, with and without
+    sequence parallelism.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> None:
+        super().__init__(config, hidden_size, eps)
+        self.sums_gradient = config.tensor_model_parallel_size > 1
 
 
 class MiniCPMFinalNorm(MiniCPMRMSNorm):

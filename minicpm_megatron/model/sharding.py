@@ -59,6 +59,8 @@ def global_shape(config: MiniCPMConfig, name: str) -> tuple[int, ...]:
         "linear_fc1.weight": (2 * feed_forward, hidden),
         "linear_fc2.weight": (hidden, feed_forward),
         "router.weight": (config.num_moe_experts or 0, hidden),
+        "self_attention.q_layernorm.weight": (config.kv_channels,),
+        "self_attention.k_layernorm.weight": (config.kv_channels,),
         "layernorm.weight": (hidden,),
     }
     for ending, shape in shapes.items():

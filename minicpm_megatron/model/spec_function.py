@@ -7,6 +7,7 @@ to `GPTModel` as it is, which knows specs and no functions. There the config is 
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -28,6 +29,10 @@ class SpecFunction[Spec: TransformerBlockSubmodules](TransformerBlockSubmodules)
     def __init__(self, function: Callable[[Any, int | None], Spec]) -> None:
         functools.update_wrapper(self, function)
         self._function = function
+
+    def __repr__(self) -> str:
+        # help() prints this above the docstring, and cuts it where it is long; a dataclass's own asks for the layers
+        return f"{getattr(self, '__name__', 'spec')}({', '.join(inspect.signature(self._function).parameters)})"
 
     def __call__(self, config: Any, vp_stage: int | None = None) -> Spec:
         return self._function(config, vp_stage)

@@ -62,7 +62,7 @@ def prepare() -> torch.device:
     """Choose this rank's device and make Megatron-Core run on it; safe to call more than once.
 
     On CUDA the rank takes the device of LOCAL_RANK. On CPU the cores are shared out between the ranks of the machine
-    (unless OMP_NUM_THREADS is set) and the patches above are laid.
+    (unless OMP_NUM_THREADS is set) and `patch_megatron` is called.
     """
     if not on_cpu():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
@@ -72,11 +72,17 @@ def prepare() -> torch.device:
         names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "WORLD_SIZE")
         ranks = next((int(os.environ[name]) for name in names if name in os.environ), 1)
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
-    _patch_megatron_for_cpu()
+    patch_megatron()
     return device()
 
 
-def _patch_megatron_for_cpu() -> None:
+def patch_megatron() -> None:
+    """Let Megatron-Core run on a machine without CUDA; elsewhere do nothing. Safe to call more than once.
+
+    `MiniCPMConfig` and the layer specs call it, so that a script of one's own needs no call.
+    """
+    if not on_cpu():
+        return
     from megatron.core.models.common.embeddings import rotary_pos_embedding
     from megatron.core.tensor_parallel import random as megatron_random
     from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher

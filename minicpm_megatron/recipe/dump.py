@@ -18,7 +18,7 @@ RECIPE = "recipe.yaml"
 DEFINING: dict[str, tuple[str, ...] | None] = {
     "model": None,
     "data": ("train", "sequence_length", "reset_attention_mask", "curriculum"),
-    "training": ("global_batch_size", "batch_growth", "precision", "gradient_clipping", "seed"),
+    "training": ("global_batch_size", "batch_growth", "precision", "gradient_clipping", "seed", "z_loss_coeff"),
     "optimizer": None,
     "schedule": None,
     "faults": None,
@@ -38,4 +38,7 @@ def recipe_hash(recipe: Recipe) -> str:
         section: fields[section] if keys is None else {key: fields[section][key] for key in keys}
         for section, keys in DEFINING.items()
     }
+    # a key younger than the hash: without it the hashes of earlier runs hold
+    if not defining["training"]["z_loss_coeff"]:
+        del defining["training"]["z_loss_coeff"]
     return hashlib.sha256(json.dumps(defining, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

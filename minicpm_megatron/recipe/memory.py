@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields
 from minicpm_megatron.recipe.checks import Layout
 from minicpm_megatron.recipe.deepspeed_json import zero_sizes
 from minicpm_megatron.recipe.loss_chunks import loss_bytes
-from minicpm_megatron.recipe.parameters import attention_parameters, count_parameters, mlp_parameters
+from minicpm_megatron.recipe.parameters import attention_parameters, count_parameters, mlp_parameters, norm_parameters
 from minicpm_megatron.recipe.schema import ModelRecipe, Recipe
 
 FP32 = 4
@@ -154,7 +154,7 @@ def parameters_on_rank(model: ModelRecipe, layout: Layout, stage: Stage) -> list
     """
     tp, dp = layout.tensor_model_parallel_size, layout.data_parallel_size * layout.context_parallel_size
     vocabulary = count_parameters(model).embedding * _vocabulary_matrices(model, stage)
-    replicated = stage.layers * 2 * model.hidden_size + (model.hidden_size if stage.last else 0)
+    replicated = stage.layers * norm_parameters(model) + (model.hidden_size if stage.last else 0)
     dense = (vocabulary + stage.layers * attention_parameters(model)) / tp
     if model.num_moe_experts is None:
         return [(dense + stage.layers * mlp_parameters(model) / tp + replicated, dp)]

@@ -41,9 +41,14 @@ def mlp_parameters(model: ModelRecipe) -> int:
     return 3 * model.hidden_size * model.mlp_width
 
 
+def norm_parameters(model: ModelRecipe) -> int:
+    """The norms of one layer: before attention and MLP, and with qk_layernorm of a head's queries and keys."""
+    return 2 * model.hidden_size + (2 * model.kv_channels if model.qk_layernorm else 0)
+
+
 def count_parameters(model: ModelRecipe) -> ParameterCounts:
     """Exact counts; 2.4B: 40 x (4 x 2304^2 + 3 x 2304 x 5760 + 2 x 2304) + 2304 = 2,442,057,984 (Table 2)."""
-    norms = 2 * model.hidden_size
+    norms = norm_parameters(model)
     experts, active, router = 1, 1, 0
     if model.num_moe_experts is not None:
         experts, active = model.num_moe_experts, model.moe_router_topk

@@ -18,6 +18,7 @@ from minicpm_megatron.recipe.schema import ModelRecipe, RopeScaling
 
 HEAD = 64  # d_head of every published size (Table 2, Table 8)
 VOCABULARY = 122_753  # section 6.1, the tokenizer of 2.4B and of its descendants
+VOCABULARY_128K = 122_760  # the released configuration of the 128K model
 VOCABULARY_SMALL = 73_440  # section 6.1, the tokenizer of 1.2B
 
 
@@ -95,6 +96,11 @@ add_preset(
         rotary_base=1_000_000.0,
         rope_scaling=RopeScaling(type="dynamic", factor=4.0),
     ),
+)
+# The same with the seven tokens (chat, fill in the middle, tools) that the released tokenizer adds.
+add_preset(
+    "minicpm-2.4b-128k-released",
+    get_preset("minicpm-2.4b-128k").model_copy(update={"vocab_size": VOCABULARY_128K}),
 )
 # Section 7.3: 8 experts, 2 a token
 add_preset("minicpm-moe-8x2b", _row(2304, 36, 40, num_moe_experts=8, moe_router_topk=2))

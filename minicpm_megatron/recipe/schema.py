@@ -117,6 +117,9 @@ class ModelRecipe(Section):
     """Scaling of the base for long contexts; null is none."""
     norm_epsilon: Positive = 1e-5
     """RMSNorm epsilon (released configurations)."""
+    qk_layernorm: bool = False
+    """RMSNorm of every head's queries and keys before the rotation (Megatron-Core's name). The paper tried it and did
+    not adopt it; no published format but our own checkpoints holds it."""
     untie_embeddings_and_output_weights: bool = False
     """False: the LM head is the input embedding (section 6.1: tied)."""
     scale_emb: Positive = 12.0
@@ -265,6 +268,9 @@ class TrainingRecipe(Section):
     """Arithmetic of forward and backward; the optimizer always keeps fp32 weights."""
     gradient_clipping: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
     """Largest global gradient norm, 0 for none (common practice, not published)."""
+    z_loss_coeff: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """Factor of the squared log of the softmax's normaliser, which is added to the training loss and to its log, but to
+    no validation loss (PaLM, arXiv 2204.02311, section 5, takes 1e-4; not used in the paper)."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 1234
     """Decides initial weights and sample order."""
     recompute: Literal["none", "selective", "full"] = "none"

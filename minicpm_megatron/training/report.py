@@ -7,6 +7,7 @@ import contextlib
 import math
 import sys
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,7 @@ def draw_loss(folder: Path, recipe: Recipe, entropy: float) -> Path:
         axis.spines[["top", "right"]].set_visible(False)
     if decay_start is not None and decay_start < steps[-1]:
         upper.text(decay_start, upper.get_ylim()[1], " decay", va="top", fontsize=9, color="#1f4e8c")
+    _mark_growth(upper, recipe, steps[0], steps[-1])
     upper.set_ylabel("loss (nats per token)")
     upper.set_title(f"{recipe.name}: {recipe.preset or 'own shape'}")
     upper.legend(frameon=False, fontsize=8)
@@ -122,6 +124,17 @@ def draw_loss(folder: Path, recipe: Recipe, entropy: float) -> Path:
     lower.set_xlabel("step")
     lower.set_ylim(bottom=0)
     return save_picture(figure, folder / PICTURE)
+
+
+def _mark_growth(axis: Any, recipe: Recipe, first: int, last: int) -> None:
+    """Mark the steps at which the batch grows: there the loss drops, as figure 12 shows for 1.2B."""
+    phases = BatchPlan(recipe).phases
+    for before, phase in pairwise(phases):
+        if first <= phase.first_step <= last:
+            axis.axvline(phase.first_step, color="#777777", linewidth=0.8, linestyle=":")
+            told = f" batch {before.global_batch_size} to {phase.global_batch_size} samples"
+            # below the word "decay", which may stand beside it
+            axis.text(phase.first_step, 0.9, told, transform=axis.get_xaxis_transform(), va="top", fontsize=8)
 
 
 def smooth(values: list[float], window: int = 15) -> list[float]:

@@ -26,6 +26,7 @@ PAST = (
     "training.seed",
     "training.precision",
     "training.gradient_clipping",
+    "training.z_loss_coeff",
     "optimizer",
 )
 

@@ -78,16 +78,8 @@ class Trainer:
         )
         watchdog.tick("start-up: looking at the run's folder")
         self.checkpointer.preflight(count_parameters(recipe.model).total * CHECKPOINT_BYTES)
-        self.config = MiniCPMConfig.from_recipe(
-            recipe.model,
-            recipe.parallel,
-            precision=recipe.training.precision,
-            recompute=recipe.training.recompute,
-            fused_loss=recipe.training.fused_loss,
-            perform_initialization=False,
-            deterministic_mode=recipe.training.deterministic,
-        )
         watchdog.tick("start-up: building the model")
+        self.config = MiniCPMConfig.from_recipe(recipe, perform_initialization=False)
         model = build_model(self.config, recipe)
         watchdog.tick("start-up: verifying the newest checkpoint")
         newest = self.checkpointer.find_latest()

@@ -55,7 +55,7 @@ def run_layouts(world: int, layouts: dict[str, dict[str, Any]], **keywords: Any)
     Args:
         layouts: name -> sizes tp, pp, cp, ep (default 1), zero (0), sp (False), kind (p2p), micro (all of a rank's
             part of the batch), recompute (none), precision (fp32), layers (by parameters), offload ({}: what of
-            DeepSpeed's to where), json ({}: zero_optimization of a DeepSpeed JSON).
+            DeepSpeed's to where), json ({}: zero_optimization of a DeepSpeed JSON), training ({}: other keys of it).
         keywords: untied, num_layers, model (other fields of the model), documents (samples are packed with several),
             steps, and watch: "module:class" of an object made of the engine that is called before every update and
             returns what it sees.
@@ -133,6 +133,7 @@ def train(
                     "micro_batch_size": case.get("micro", BATCH // replicas),
                     "precision": precision,
                     "recompute": case.get("recompute", "none"),
+                    **case.get("training", {}),
                 },
                 "optimizer": {"lr": 0.002},
                 "schedule": {"warmup": 10, "total": STEPS, "decay": 5, "decay_shape": "linear"},
@@ -143,9 +144,7 @@ def train(
         if parallel_state.model_parallel_is_initialized():
             parallel_state.destroy_model_parallel()
         groups.initialize(layout, init_method=f"file://{os.environ['MINICPM_TEST_STORE']}")
-        config = MiniCPMConfig.from_recipe(
-            recipe.model, recipe.parallel, precision=precision, recompute=recipe.training.recompute
-        )
+        config = MiniCPMConfig.from_recipe(recipe)
         module = build_model(config, recipe)
         initialize_parameters(module, config, seed=3)
         engine = build_engine(module, config, recipe, layout)

@@ -82,6 +82,13 @@ SCALED_FOUR = {
     "CP4 ring": {"cp": 4},
     "PP2 TP2 SP ZeRO 1": {"pp": 2, "tp": 2, "sp": True, "zero": 1, "micro": 2},
 }
+Z_LOSS = {"z_loss_coeff": 0.01}
+NORMED = {
+    "TP2 SP": {"tp": 2, "sp": True, "training": Z_LOSS},
+    "PP2": {"pp": 2, "micro": 2, "training": Z_LOSS},
+    "PP2, whole logits": {"pp": 2, "micro": 2, "training": Z_LOSS | {"fused_loss": False}},
+    "CP2 ring ZeRO 3": {"cp": 2, "zero": 3, "training": Z_LOSS},
+}
 UNEVEN = {
     "PP4 by parameters": {"pp": 4, "micro": 2},
     "PP4 of 2, 1, 1, 1": {"pp": 4, "micro": 1, "zero": 1, "layers": [2, 1, 1, 1]},
@@ -125,6 +132,16 @@ def test_dynamic_rope_scaling_gives_the_same_run(reference):
         table = {name: agreement(whole, run.lines) for name, run in run_layouts(world, layouts, model=SCALED).items()}
         print("dynamic RoPE: " + ", ".join(f"{name} {value:.1f} digits" for name, value in table.items()))
         assert all(value >= DIGITS for value in table.values()), table
+
+
+def test_qk_norm_and_z_loss_give_the_same_run(reference):
+    normed = {"qk_layernorm": True}
+    plain = run_layouts(1, {"1 process": {}}, model=normed)["1 process"].lines
+    whole = run_layouts(1, {"1 process": {"training": Z_LOSS}}, model=normed)["1 process"].lines
+    assert agreement(reference, plain) < 3 and agreement(plain, whole) < 3  # both act
+    table = {name: agreement(whole, run.lines) for name, run in run_layouts(2, NORMED, model=normed).items()}
+    print("QK-norm and z-loss: " + ", ".join(f"{name} {value:.1f} digits" for name, value in table.items()))
+    assert all(value >= DIGITS for value in table.values()), table
 
 
 def test_layers_that_stages_do_not_divide_give_the_same_run():

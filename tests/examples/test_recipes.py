@@ -75,3 +75,13 @@ def test_1_2b_grows_from_2_to_4_million_tokens_on_a_curve_in_tokens() -> None:
     # Table 2 has one digit: 2M and 4M are 2^21 and 2^22, which is 4.9 % more
     assert batches == pytest.approx([2e6, 4e6], rel=0.05)
     assert recipe.schedule.unit == "tokens"
+
+
+def test_the_mixture_of_experts_is_section_7_3() -> None:
+    recipe = load_recipe(FOLDER / "minicpm-moe-8x2b.yaml")
+    plan = BatchPlan(recipe)
+    assert plan.tokens(1) == pytest.approx(4e6, rel=0.02)
+    assert plan.total_steps() == 130_000
+    assert recipe.model == PRESETS["minicpm-moe-8x2b"] and recipe.schedule.shape == "wsd"
+    assert (recipe.model.num_moe_experts, recipe.model.moe_router_topk, recipe.model.moe_aux_loss_coeff) == (8, 2, 0.01)
+    assert recipe.check_world_size(8).data_parallel_size == 8

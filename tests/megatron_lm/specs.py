@@ -32,6 +32,7 @@ from minicpm_megatron.megatron_lm import (
 )
 from minicpm_megatron.megatron_lm.optimizer import group_multipliers
 from minicpm_megatron.model.sharding import named_shards
+from minicpm_megatron.parallel import groups
 from minicpm_megatron.recipe import ModelRecipe
 from tests.megatron_lm import on_cpu
 
@@ -333,11 +334,8 @@ def page(blocks: list[str]) -> dict[str, Any]:
         "--minicpm-preset minicpm-nano --seq-length 32 --micro-batch-size 2 --train-iters 4 --lr 0.01 --mock-data "
         f"--seed 1234 --spec {LAYER} get_minicpm_block_spec"
     )
-    # the imports of Megatron-LM's pretrain_gpt.py
-    names: dict[str, Any] = {
-        "parse_and_validate_args": parse_and_validate_args,
-        "gpt_config_from_args": gpt_config_from_args,
-    }
+    groups.destroy()  # the page makes its own
+    names: dict[str, Any] = {}
     for block in blocks:
         exec(compile(block, "docs/megatron_lm.md", "exec"), names)
     model_config = names["model_cfg"]

@@ -19,6 +19,7 @@ MODULES = (
     "rate_law",
     "scaling_law",
     "scaling_law_bootstrap",
+    "tokens_per_size",
 )
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "laws.md"
 

@@ -193,3 +193,16 @@ def test_refused_intervals() -> None:
 def test_on_the_library_surface() -> None:
     assert minicpm_megatron.fit_scaling_law is fit_scaling_law
     assert minicpm_megatron.ScalingLaw is ScalingLaw
+
+
+def test_plain_counts_are_refused_where_1e9_is_meant() -> None:
+    """Absolute numbers, as the CSV of `windtunnel fit` has them, gave 0.0 tokens a parameter for 559."""
+    loss = LAW.loss(N, D)
+    for n, d, name in ((N * 1e9, D * 1e9, "n"), (N * 1e9, D, "n"), (N, D * 1e9, "d")):
+        for refused in (lambda n=n, d=d: fit_scaling_law(n, d, loss), lambda n=n, d=d: LAW.loss(n, d)):
+            with pytest.raises(UserError, match=f"^{name}: .* is too large for .* in 1e9; divide plain counts by 1e9"):
+                refused()
+    with pytest.raises(UserError, match="^n: 2.4e.09 is too large"):
+        LAW.tokens_for(2.4e9, 0.4)
+    with pytest.raises(UserError, match="compute: 1000.0 FLOPs are no compute; give FLOPs, 1e21"):
+        LAW.tokens_per_parameter(1000.0)

@@ -58,7 +58,7 @@ def test_a_config_without_the_constants_is_refused():
 
 @pytest.mark.parametrize(
     ("setting", "value"),
-    [("qk_layernorm", True), ("normalization", "LayerNorm"), ("attention_dropout", 0.1), ("add_bias_linear", True)],
+    [("qk_l2_norm", True), ("normalization", "LayerNorm"), ("attention_dropout", 0.1), ("add_bias_linear", True)],
 )
 def test_a_setting_that_the_modules_would_ignore_is_refused(setting, value):
     config = MiniCPMConfig.from_recipe(small_model(), **{setting: value})

@@ -79,6 +79,7 @@ def test_hash_ignores_what_leaves_the_losses_alone(changes: dict[str, Any]) -> N
         {"training__batch_growth": [{"after_tokens": 1, "global_batch_size": 16}]},
         {"training__precision": "fp32"},
         {"training__gradient_clipping": 0.0},
+        {"training__z_loss_coeff": 1e-4},
         {"training__seed": 1},
         {"optimizer": {"weight_decay": 0.0}},
         {"schedule__half_life": 6},

@@ -67,6 +67,13 @@ def test_long_context_model_has_a_head_of_its_own() -> None:
     assert counts.total == 2_442_057_984 + 2 * 122_753 * 2304
 
 
+def test_the_released_long_context_model_has_seven_more_rows_at_both_ends() -> None:
+    trained, released = get_preset("minicpm-2.4b-128k"), get_preset("minicpm-2.4b-128k-released")
+    assert count_parameters(released).total == 2_442_057_984 + 2 * 122_760 * 2304
+    differing = {name for name, value in released if value != getattr(trained, name)}
+    assert differing == {"vocab_size"}
+
+
 def test_long_context_model_has_the_released_positions() -> None:
     model = get_preset("minicpm-2.4b-128k")
     assert (model.max_position_embeddings, model.rotary_base) == (65_536, 1e6)

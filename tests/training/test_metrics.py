@@ -7,13 +7,15 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from minicpm_megatron.errors import UserError
-from minicpm_megatron.recipe import Recipe, load_recipe
+from minicpm_megatron.recipe import BatchPlan, Recipe, load_recipe
 from minicpm_megatron.recipe.dump import RECIPE, dump_recipe
+from minicpm_megatron.recipe.schema import BatchGrowth
 from minicpm_megatron.training import report
 from minicpm_megatron.training.compare import read_curve
 from minicpm_megatron.training.metrics import (
@@ -150,6 +152,32 @@ def test_a_skipped_step_and_what_undid_steps_are_told(
     said = capsys.readouterr().out.splitlines()
     assert "skipped: the loss is nan" in said and "rolled back" in said
     draw_loss(tmp_path, recipe, entropy=4.0)
+
+
+def test_the_picture_marks_where_the_batch_grows(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As figure 12: the first drop of 1.2B's loss is where its batch doubles."""
+    first = recipe.training.global_batch_size
+    plan = BatchPlan(recipe)
+    growth = BatchGrowth(after_tokens=plan.tokens(4), global_batch_size=2 * first)
+    grows = recipe.model_copy(update={"training": recipe.training.model_copy(update={"batch_growth": (growth,)})})
+    with MetricsLog(tmp_path, recipe, start=0, total=10, flops_per_token=lambda length: FLOPS, peak_flops=PEAK) as log:
+        for step in range(1, 9):
+            log.step(record(step), memory_bytes=0)
+    seen = {}
+
+    def look(figure: Any, path: Path) -> Path:
+        upper = figure.axes[0]
+        seen["texts"] = [each.get_text() for each in upper.texts]
+        seen["at"] = [line.get_xdata()[0] for line in upper.lines if len(set(line.get_xdata())) == 1]
+        return path
+
+    monkeypatch.setattr(report, "save_picture", look)
+    draw_loss(tmp_path, grows, entropy=4.0)
+    assert f" batch {first} to {2 * first} samples" in seen["texts"] and seen["at"] == [4]
+    draw_loss(tmp_path, recipe, entropy=4.0)
+    assert not any("batch" in text for text in seen["texts"]) and seen["at"] == []
 
 
 def test_a_place_that_cannot_be_written_is_told_when_asked(recipe: Recipe, tmp_path: Path) -> None:

@@ -80,6 +80,20 @@ def test_all_runs_see_the_same_tokens_rate_and_held_out_text(tmp_path: Path, uni
         assert f" evaluations on {there} samples a set" in less.notes[0]
 
 
+def test_the_papers_arm_is_a_cosine_over_the_whole_run(tmp_path: Path) -> None:
+    experiment = plan(tmp_path, replace(SETTINGS, schedule="cosine"))
+    for cell in experiment.cells:
+        schedule, warmup = build_schedule(cell.recipe.schedule), cell.recipe.schedule.warmup
+        assert schedule.factor(warmup / 2) == 0.5
+        # appendix B.1: 0.9 (1 + cos(pi s / T)) / 2 + 0.1
+        for share in (0.25, 0.5, 1.0):
+            expected = 0.9 * (1 + math.cos(math.pi * share)) / 2 + 0.1
+            assert schedule.factor(share * cell.tokens()) == pytest.approx(expected, rel=1e-6)
+    assert "under a cosine learning rate" in experiment.notes[0]
+    pretend_all(experiment)
+    assert read_runs(experiment, Reading()).law is not None
+
+
 def test_a_known_law_is_found_and_predicts(tmp_path: Path) -> None:
     experiment = plan(tmp_path, reading=Reading(predict=(3.3, 2.0)))
     pretend_all(experiment, noise=0.03)

@@ -111,7 +111,7 @@ def test_a_scaling_law_on_real_tokens(here: Path, warm: WarmTrainer, capsys: pyt
     assert losses["held-out"][2].loss == evaluations[0]["loss_per_byte"]
     for each in results.pictures:
         assert (here / "out" / each.file).stat().st_size > 10_000
-    assert "mean of the sets" in text and len(results.pictures) == 3
+    assert "mean of the sets" in text and len(results.pictures) == 4
 
     assert command("windtunnel.py", *given) == 0  # nothing is left to run
     assert len(warm.starts(here / "out")) == starts and read_results(here / "out").findings == results.findings
@@ -298,7 +298,7 @@ def test_each_mistake_is_one_line(name: str, here: Path, capfd: pytest.CaptureFi
     assert tree(here) == before
 
 
-@pytest.mark.parametrize("subcommand", [*sorted(EXPERIMENTS), "fit", "report", "all"])
+@pytest.mark.parametrize("subcommand", [*sorted(EXPERIMENTS), "fit", "tokens-per-size", "report", "all"])
 def test_each_subcommand_explains_itself(subcommand: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert command("windtunnel.py", subcommand, "--help") == 0
     assert f"windtunnel.py {subcommand}" in capsys.readouterr().out

@@ -50,7 +50,7 @@ def test_a_known_law_is_found_and_printed(tmp_path: Path, capsys: pytest.Capture
     assert printed["eta"][-1] == "-0.1" and printed["K^2"][-1] == "0.01" and "191.87" in text
     results = read_results(tmp_path / "out")
     assert [finding.agrees for finding in results.findings] == [True, True, True]
-    assert [(tmp_path / "out" / each.file).stat().st_size > 10_000 for each in results.pictures] == [True] * 3
+    assert [(tmp_path / "out" / each.file).stat().st_size > 10_000 for each in results.pictures] == [True] * 4
     assert results.tables[0].columns[1::2] == ("curve_fit", "huber", "paper, average")
     before = tree(tmp_path)
     assert command("windtunnel.py", "fit", "--csv", tmp_path / "losses.csv", "--output", tmp_path / "out") == 0
@@ -96,7 +96,7 @@ def test_losses_that_determine_nothing_have_limits_that_say_so(tmp_path: Path) -
     }
     given = [Measurement(n, d, loss) for n, losses in runs.items() for d, loss in losses.items()]
     results = fit_csv(write_losses({"text": given}, tmp_path / "a.csv"), "curve_fit", 1e21, tmp_path / "out")
-    assert results.findings[0].agrees in (False, "undecided") and len(results.pictures) == 3
+    assert results.findings[0].agrees in (False, "undecided") and len(results.pictures) == 4
     assert any(row[2].endswith(" to -") for row in results.tables[0].rows)  # infinite
 
 

@@ -75,7 +75,7 @@ def test_a_known_law_is_found_per_byte(tmp_path) -> None:
     fitted = fit_scaling_law(*map(list, columns))
     assert fitted.alpha == pytest.approx(law.alpha, rel=1e-3)
     [row] = [row for row in results.tables[0].rows if row[0] == "alpha"]
-    assert row[1] == f"{fitted.alpha:.4g}" and len(results.pictures) == 3
+    assert row[1] == f"{fitted.alpha:.4g}" and len(results.pictures) == 4
     assert results.findings[-1].agrees is True
 
 

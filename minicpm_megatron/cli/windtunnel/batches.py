@@ -17,10 +17,10 @@ def add(commands: Subparsers) -> None:
     command = commands.add_parser(
         "batch-size",
         help="which batch size needs the fewest tokens for a loss? (section 3.2)",
-        description="Every size at every batch size on the same tokens, at a constant rate after the recipe's warmup;"
-        " the tokens that each batch size needs for a loss, the parabolas through them, and bs = a / L^b through"
-        " their minima. --losses, --contours and --predict only read the runs: with others, finished runs are not"
-        " run again.",
+        description="Every size at every batch size on the same tokens, at a constant learning rate after the recipe's"
+        " warmup or under the paper's cosine; the tokens that each batch size needs for a loss, the parabolas through"
+        " them, and bs = a / L^b through their minima. --losses, --contours and --predict only read the runs: with"
+        " others, finished runs are not run again.",
     )
     add_queue_options(command)
     command.add_argument(
@@ -30,6 +30,12 @@ def add(commands: Subparsers) -> None:
         "--batches", required=True, metavar="TOKENS,...", help="batch sizes in tokens, four or more, best octaves"
     )
     command.add_argument("--tokens", required=True, type=float, metavar="D", help="of each run")
+    command.add_argument(
+        "--schedule",
+        choices=("constant", "cosine"),
+        default="constant",
+        help="after the warmup; the paper's is cosine, over the whole run (default: %(default)s)",
+    )
     command.add_argument("--seeds", default="1", help="seeds of each run (default: %(default)s)")
     command.add_argument(
         "--evaluations", type=int, default=40, help="of each run at most, evenly spaced (default: %(default)s)"
@@ -47,6 +53,7 @@ def add(commands: Subparsers) -> None:
             seeds=parse_list(options.seeds, int, "--seeds"),
             tokens=options.tokens,
             evaluations=options.evaluations,
+            schedule=options.schedule,
         )
         reading = Reading(
             losses=parse_list(options.losses, float, "--losses") if options.losses else (),

@@ -19,6 +19,7 @@ from minicpm_megatron.cli.windtunnel import (
     report,
     scaling_law,
     search,
+    tokens_per_size,
 )
 from minicpm_megatron.cli.windtunnel.options import Run
 from minicpm_megatron.windtunnel.experiment import Ended
@@ -29,6 +30,7 @@ DESCRIPTION = """The paper's experiments (arXiv 2404.06395, sections 3 and 4) on
   python tools/windtunnel.py lr --recipe R.yaml --sizes 64x4,128x6 --output runs/lr --workers 2
   python tools/windtunnel.py scaling-law --recipe R.yaml --sizes 64x4,128x6,256x8 --output runs/law
   python tools/windtunnel.py fit --csv losses.csv
+  python tools/windtunnel.py tokens-per-size --csv curves.csv
   python tools/windtunnel.py report --runs runs/lr runs/wsd --output runs/report.html
   python tools/windtunnel.py all --plan examples/windtunnel/cpu.yaml --output runs/windtunnel
 
@@ -36,7 +38,19 @@ Every experiment is made of runs of examples/train.py with your recipe and overr
 command goes on where it was; started several times on a shared folder, on one machine or many, the runs are divided
 between the starts. docs/windtunnel.md says what each measures and where it stands in the paper."""
 
-SUBCOMMANDS = (rates, batches, search, decays, decay_study, coordinates, scaling_law, envelope, fit, report)
+SUBCOMMANDS = (
+    rates,
+    batches,
+    search,
+    decays,
+    decay_study,
+    coordinates,
+    scaling_law,
+    envelope,
+    fit,
+    tokens_per_size,
+    report,
+)
 STATUS: dict[Ended, int] = {"done": 0, "stopped": 0, "failed": 1}
 
 

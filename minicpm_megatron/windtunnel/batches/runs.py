@@ -1,9 +1,10 @@
 """The runs behind the batch-size law of section 3.2: every size at every batch size, each on the same tokens.
 
-The loss is the held-out one, every so many tokens: unlike that of the batches it is not noisier for a small batch. The
+The loss is the held-out one, every so many tokens: unlike that of the batches it is not noisier for a small batch.
+Section 3.2 names a cosine schedule, `schedule="cosine"` here, whose period is the run's length. By default the learning
 rate is constant after the warmup, so that the loss after every amount of tokens is that of a run which need not have
-known its length; the paper does not say which schedule it took. Warmup, too, is an amount of tokens and not of steps.
-All runs have the recipe's rate, whatever their batch, as in the paper.
+known its length. Warmup, too, is an amount of tokens and not of steps. All runs have the recipe's learning rate,
+whatever their batch, as in the paper.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 from minicpm_megatron.errors import require
 from minicpm_megatron.recipe import Recipe
@@ -38,6 +40,7 @@ class BatchSettings:
         seeds: each decides initial weights and sample order.
         tokens: of each run; rounded up to a whole number of evaluations.
         evaluations: of each run at most.
+        schedule: after the warmup: "constant", or "cosine" down to its floor at the end of the run.
     """
 
     sizes: tuple[tuple[int, int], ...]
@@ -45,6 +48,7 @@ class BatchSettings:
     seeds: tuple[int, ...]
     tokens: float
     evaluations: int
+    schedule: Literal["constant", "cosine"] = "constant"
 
     def __post_init__(self) -> None:
         check_different("--sizes", self.sizes, "sizes")
@@ -92,7 +96,7 @@ def plan_batches(
             "training.global_batch_size": batch // length,
             "training.micro_batch_size": micro,
             "training.seed": seed,
-            "schedule": {"shape": "constant", "unit": "tokens", "warmup": warmup, "total": total},
+            "schedule": {"shape": settings.schedule, "unit": "tokens", "warmup": warmup, "total": total},
             "evaluation.interval": interval // batch,
             "evaluation.batches": held_out // (batch // length),
         }
@@ -102,8 +106,8 @@ def plan_batches(
     read = min(held_out, held_out_samples)
     title = f"Batch size over loss of {names} (section 3.2 of arXiv 2404.06395)"
     notes = (
-        f"every run: {total:,} tokens at a constant rate, {evaluations} evaluations on {read:,} samples a set,"
-        " which are not in the FLOPs",
+        f"every run: {total:,} tokens under a {settings.schedule} learning rate, {evaluations} evaluations on"
+        f" {read:,} samples a set, which are not in the FLOPs",
     )
     evaluate = partial(evaluate_batches, reading=reading)
     return Experiment(KIND, title, asdict(settings), base, tuple(cells), output, evaluate, notes)

@@ -32,8 +32,8 @@ from minicpm_megatron.windtunnel.experiment import Experiment, Findings
 from minicpm_megatron.windtunnel.queue import Outcome
 from minicpm_megatron.windtunnel.rates.sweep import NAMES, PARAMETRIZATIONS
 from minicpm_megatron.windtunnel.results import Finding, Picture, Table, Verdict
-from minicpm_megatron.windtunnel.verdicts import all_of, below, opposite, within
 from minicpm_megatron.windtunnel.settings import check_different
+from minicpm_megatron.windtunnel.verdicts import all_of, below, opposite, within
 
 KIND = "coord-check"
 COORDINATES = "coordinates.json"

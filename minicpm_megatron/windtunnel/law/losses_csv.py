@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from minicpm_megatron.errors import UserError
@@ -21,8 +21,13 @@ SET = "set"
 ONLY_SET = "loss"  # name of the set where there is no column for it
 
 
-def read_losses(path: Path) -> dict[str, list[Measurement]]:
+def read_losses(
+    path: Path, check: Callable[[str, Sequence[Measurement]], object] = LossSet.of
+) -> dict[str, list[Measurement]]:
     """Name of each set -> its measurements, in the order of the file.
+
+    Args:
+        check: raises UserError where the measurements of a set of that name will not do; default: for a fit.
 
     Raises:
         UserError: the file cannot be read, lacks a column, has a value that is no positive number, or a set too few
@@ -51,7 +56,7 @@ def read_losses(path: Path) -> dict[str, list[Measurement]]:
         raise UserError("has no losses", where=f"{path}:{line}", fix="give one line a checkpoint")
     for name, measurements in sets.items():
         try:
-            LossSet.of(name, measurements)
+            check(name, measurements)
         except UserError as error:
             column = f"{error.where} " if error.where in COLUMNS else ""
             what = f"set {name}: {column}{error.what}"

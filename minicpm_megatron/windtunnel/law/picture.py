@@ -8,14 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from minicpm_megatron.methods.scaling_law import COMPUTE_UNIT, Method
+from minicpm_megatron.methods.economics import training_flops
+from minicpm_megatron.methods.scaling_law import COMPUTE_UNIT, Array, Method
 from minicpm_megatron.storage.picture import offscreen_pyplot, save_picture
 from minicpm_megatron.training.metrics import human
 from minicpm_megatron.windtunnel.law.fits import METHODS, SetFits
 from minicpm_megatron.windtunnel.law.losses import BILLION
 from minicpm_megatron.windtunnel.results import Picture
 
-CONTOUR, SIZES, FITTED = "contour.png", "sizes.png", "fitted.png"
+CONTOUR, SIZES, COMPUTE, FITTED = "contour.png", "sizes.png", "compute.png", "fitted.png"
 _MARGIN = 1.6  # of the axes around the points, a factor
 _LEVELS = 14
 _MOST_COLUMNS = 3
@@ -23,13 +24,15 @@ _MOST_NAMED = 7  # sizes that have room for their names below an axis
 
 
 def draw_law(found: Sequence[SetFits], method: Method, compute: float, output: Path) -> tuple[Picture, ...]:
-    """Write the three pictures into `output`; `method` is the fit that the first two show."""
+    """Write the four pictures into `output`; `method` is the fit that the first three show."""
     draw_contour(found, method, compute, output / CONTOUR)
     draw_sizes(found, method, output / SIZES)
+    draw_compute(found, method, output / COMPUTE)
     draw_fitted(found, output / FITTED)
     return (
         Picture(CONTOUR, f"L(N, D) by {method}, the points, and the compute-optimal line"),
         Picture(SIZES, f"Loss of each size over tokens, and its curve by {method}"),
+        Picture(COMPUTE, f"Loss of each size over compute 6 N D, and its curve by {method} (figure 9)"),
         Picture(FITTED, "Fitted against measured loss, by both methods"),
     )
 
@@ -70,15 +73,48 @@ def draw_contour(found: Sequence[SetFits], method: Method, compute: float, path:
 def draw_sizes(found: Sequence[SetFits], method: Method, path: Path) -> Path:
     """Loss over D, a colour a size, with the law's curve of each."""
 
+    def place(axis: Any) -> None:
+        axis.set(xscale="log", xlabel="D, tokens", ylabel="loss")
+
+    return _draw_by_size(found, method, path, lambda size, d: d * BILLION, place)
+
+
+def draw_compute(found: Sequence[SetFits], method: Method, path: Path) -> Path:
+    """Loss over compute on log axes, as figure 9: where curves of two sizes meet, the larger takes over."""
+
+    def place(axis: Any) -> None:
+        axis.set(xscale="log", yscale="log", xlabel="compute 6 N D (FLOPs)", ylabel="loss")
+        axis.yaxis.set_minor_formatter("")  # less than two decades: only some of the minor ticks have room
+        low, high = axis.get_ylim()
+        axis.set_yticks([float(f"{value:.2g}") for value in np.geomspace(low, high, 6)[1:-1]])
+        axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+
+    return _draw_by_size(found, method, path, lambda size, d: training_flops(size * BILLION, 1.0) * d * BILLION, place)
+
+
+def _draw_by_size(
+    found: Sequence[SetFits],
+    method: Method,
+    path: Path,
+    along: Callable[[float, Array], Array],
+    place: Callable[[Any], None],
+) -> Path:
+    """Points and fitted curve of each size.
+
+    Args:
+        along: N and D in 1e9 -> where on the horizontal axis.
+        place: sets scales and labels of an axis that everything is drawn on.
+    """
+
     def draw(figure: Any, axis: Any, each: SetFits) -> None:
         law, losses = each.fits[method].law, each.losses
         colours = offscreen_pyplot().cm.viridis(np.linspace(0, 0.9, len(losses.sizes)))
         for size, colour in zip(losses.sizes, colours, strict=True):
             own = losses.n == size
             d = np.geomspace(losses.d[own].min() / _MARGIN, losses.d[own].max() * _MARGIN, 100)
-            axis.plot(losses.d[own] * BILLION, losses.loss[own], "o", markersize=4, color=colour)
-            axis.plot(d * BILLION, law.loss(size, d), linewidth=1, color=colour, label=f"{size * BILLION:.3g}")
-        axis.set(xscale="log", xlabel="D, tokens", ylabel="loss")
+            axis.plot(along(size, losses.d[own]), losses.loss[own], "o", markersize=4, color=colour)
+            axis.plot(along(size, d), law.loss(size, d), linewidth=1, color=colour, label=f"{size * BILLION:.3g}")
+        place(axis)
         axis.legend(frameon=False, fontsize=8, title="N", title_fontsize=8)
 
     return _panels(found, path, draw)

@@ -208,7 +208,7 @@ def _best_rate(sweeps: Sequence[Sweep]) -> Finding:
     default = OptimizerRecipe().lr
     # a grid step either way: the rate depends on the length, the batch and the data, which are not the paper's
     nearest, farthest = default / 2**OCTAVE, default * 2**OCTAVE
-    near = [sweep.optimum and within(sweep.optimum.interval(), nearest, farthest) for sweep in sweeps]
+    near = [None if sweep.optimum is None else within(sweep.optimum.interval(), nearest, farthest) for sweep in sweeps]
     # one size whose rate is known to lie elsewhere contradicts the claim, whatever the others are
     verdict = False if False in near else all_of(near)
     ours = "; ".join(f"{sweep.size}: {_optimum_text(sweep)}" for sweep in sweeps)
