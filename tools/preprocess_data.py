@@ -3,8 +3,9 @@
     python tools/preprocess_data.py --input CORPUS... --tokenizer DIR --output-prefix P --workers N
 
 Reads .jsonl, .jsonl.gz, .jsonl.zst, .parquet (text under --json-key) and .txt (one document a file), and folders of
-them. Writes P.bin, P.idx, P.json (what they are) and P.rejected.jsonl (every record that was no document). Killed and
-run again, it goes on where it was.
+them. Writes P.bin, P.idx, P.json (what they are) and P.rejected.jsonl (every record that was no document). With
+--validation-share 0.01 one document in a hundred goes to P.valid.bin and .idx instead. Killed and run again, it goes on
+where it was.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from minicpm_megatron.cli import interrupts  # noqa: F401  # isort: skip
 
 import argparse
 import os
+from dataclasses import replace
 
 from minicpm_megatron.cli.arguments import Parser
 from minicpm_megatron.cli.entry import run
@@ -55,6 +57,13 @@ def main() -> None:
         default=default.max_document_bytes,
         help=f"longer documents are rejected (default: {default.max_document_bytes})",
     )
+    parser.add_argument(
+        "--validation-share",
+        type=float,
+        default=default.validation_share,
+        metavar="SHARE",
+        help="of the documents, chosen by the hash of their text, for P.valid instead of P (default: none)",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace another output at the same prefix")
     arguments = parser.parse_args()
     options = Options(
@@ -63,11 +72,19 @@ def main() -> None:
         arguments.append_eod,
         arguments.max_document_bytes,
         arguments.on_error == "fail",
+        arguments.validation_share,
     )
+    if options.validation_share:  # first, since a share of too little text is refused
+        _make(arguments, f"{arguments.output_prefix}.valid", replace(options, validation=True))
+    _make(arguments, arguments.output_prefix, options)
+
+
+def _make(arguments: argparse.Namespace, prefix: str, options: Options) -> None:
+    """Tokenise to `prefix` and print what came of it."""
     made = preprocess(
         arguments.input,
         arguments.tokenizer,
-        arguments.output_prefix,
+        prefix,
         workers=arguments.workers,
         options=options,
         overwrite=arguments.overwrite,
@@ -80,9 +97,9 @@ def main() -> None:
         counts = ", ".join(f"{count:,} {reason}" for reason, count in made.rejected.items())
         print(
             f"rejected {made.records - made.documents:,} of {made.records:,} records: {counts}"
-            f" (see {rejected_path(arguments.output_prefix)})"
+            f" (see {rejected_path(prefix)})"
         )
-    print(f"written to {arguments.output_prefix}.bin and .idx")
+    print(f"written to {prefix}.bin and .idx")
 
 
 if __name__ == "__main__":

@@ -67,9 +67,11 @@ def join_units(
         for _ in _rejections(units, results, unread, work):
             pass  # shows the first of each class
         raise UserError(
-            f"no document in {records} records ({_counts(rejected)})",
+            "no document fell into the validation share"
+            if setup.validation
+            else f"no document in {records} records ({_counts(rejected)})",
             where=units[0].segments[0].path,
-            fix="check --input and --json-key",
+            fix="give more text or a larger --validation-share" if setup.validation else "check --input and --json-key",
         )
     joined = work / "joined"
     with atomic_file(bin_path(joined)) as handle:

@@ -55,6 +55,8 @@ class Options:
         append_eod: put </s> after each document.
         max_document_bytes: longer documents are rejected.
         fail: stop at the first rejected record instead of skipping it.
+        validation_share: of the documents, to be left for validation; `tokenize_units.in_validation` says which.
+        validation: take those documents, and not the others.
     """
 
     key: str = "text"
@@ -62,6 +64,8 @@ class Options:
     append_eod: bool = True
     max_document_bytes: int = 64 << 20
     fail: bool = False
+    validation_share: float = 0.0
+    validation: bool = False
 
 
 def preprocess(
@@ -99,6 +103,12 @@ def preprocess(
     if not 1 <= options.max_document_bytes <= 1 << 30:
         raise UserError(
             f"{options.max_document_bytes} is out of range", where="--max-document-bytes", fix="give 1 to 1073741824"
+        )
+    if not 0 <= options.validation_share < 1:
+        raise UserError(
+            f"{options.validation_share:g} is no share",
+            where="--validation-share",
+            fix="give 0.01 for one in a hundred",
         )
     model = Tokenizer(tokenizer)
     ids = {"<s>": model.bos_id if options.prepend_bos else None, "</s>": model.eos_id if options.append_eod else None}
@@ -145,6 +155,8 @@ def preprocess(
                 options.max_document_bytes,
                 options.fail,
                 str(work),
+                options.validation_share,
+                options.validation,
             )
             results = _tokenize(units, setup, plan, workers, show_progress)
             if _plan(files, unread, model, options) != plan:
@@ -172,6 +184,8 @@ def _plan(files: list[Path], unread: list[tuple[Path, Rejected]], model: Tokeniz
     described = [(str(path), (status := path.stat()).st_size, status.st_mtime_ns) for path in files]
     missing = [(str(path), outcome.reason) for path, outcome in unread]
     decisive = {**asdict(options), "fail": None}  # whether to stop changes no byte of what is finished
+    if not options.validation_share:  # what was made before there was such a share is of the same plan
+        del decisive["validation_share"], decisive["validation"]
     content = json.dumps([UNIT_FORMAT, described, missing, model.sha256, decisive])
     return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()
 

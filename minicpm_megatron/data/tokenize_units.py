@@ -41,6 +41,8 @@ class Setup:
         max_document_bytes: longest text.
         fail: stop at the first rejected record.
         folder: the work folder.
+        validation_share, validation: of the documents, chosen by the hash of their text, and whether those or the
+            others are taken.
     """
 
     tokenizer: str
@@ -51,6 +53,8 @@ class Setup:
     max_document_bytes: int
     fail: bool
     folder: str
+    validation_share: float = 0.0
+    validation: bool = False
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,20 @@ class UnitResult:
     lines: list[int]
     bin_sha256: str
     lengths_sha256: str
+
+
+def in_validation(text: str, share: float) -> bool:
+    """Whether a document belongs to the `share` that is kept for validation.
+
+    The hash of its text decides: whatever files it comes in and however often, it is never on both sides.
+
+    >>> [in_validation("a document", share) for share in (0.0, 0.1, 0.9)]
+    [False, False, True]
+    """
+    if not share:
+        return False
+    digest = hashlib.sha256(text.encode()).digest()
+    return int.from_bytes(digest[:8], "big") < share * 2**64
 
 
 def make_units(parts: list[Segment]) -> list[Unit]:
@@ -187,8 +205,9 @@ class _UnitWriter:
         ):
             line = max(line, record.line)
             if isinstance(record.outcome, Document):
-                self._take(record.outcome)
-            else:
+                if in_validation(record.outcome.text, self.setup.validation_share) == self.setup.validation:
+                    self._take(record.outcome)
+            elif not self.setup.validation:  # reported once, with the documents to train on
                 self._reject(position, segment, record.line, record.outcome)
         self._flush()
         self.lines.append(line)

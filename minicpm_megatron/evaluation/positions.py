@@ -20,7 +20,7 @@ from minicpm_megatron.data.megatron_dataset import open_indexed_dataset
 from minicpm_megatron.data.progress import progress_bar
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.storage.atomic import write_json
-from minicpm_megatron.storage.picture import offscreen_pyplot, save_picture
+from minicpm_megatron.storage.picture import legend_beside, offscreen_pyplot, save_picture
 
 PICTURE = "positions.png"
 _FIRST_RANGE = 16
@@ -172,7 +172,7 @@ def table(curves: Sequence[Curve]) -> str:
 def draw(curves: Sequence[Curve], path: Path) -> Path:
     """Loss over position, both as ranges that double, as a picture."""
     pyplot = offscreen_pyplot()
-    figure, axis = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
+    figure, axis = pyplot.subplots(figsize=(8, 4.2))
     for curve in curves:
         middles = [(first + last) / 2 for first, last in curve.ranges]
         axis.errorbar(middles, curve.losses, curve.errors, marker="o", markersize=4, capsize=2, label=curve.name)
@@ -180,7 +180,6 @@ def draw(curves: Sequence[Curve], path: Path) -> Path:
     axis.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axis.set_xlabel("position in the document (tokens)")
     axis.set_ylabel("loss (nats per token)")
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, fontsize=8)
-    axis.set_title(f"loss by position, {curves[0].windows} texts", fontsize=11)
+    legend_beside(axis, title="run, ± standard error")
+    axis.set_title(f"loss by position: means over {curves[0].windows} texts")
     return save_picture(figure, path)

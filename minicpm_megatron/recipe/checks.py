@@ -419,30 +419,22 @@ def _micro_batch_size(recipe: Recipe, data_parallel: int) -> int:
     Raises:
         UserError: a batch size does not divide.
     """
-    given = recipe.training.micro_batch_size
+    given, most = recipe.training.micro_batch_size, recipe.training.max_micro_batch_size
+    sizes = [samples for _, samples in batch_sizes(recipe)]
+    divide = all(samples % data_parallel == 0 for samples in sizes)
+    fits = largest_micro_batch(math.gcd(*sizes) // data_parallel, most if given == "auto" else given) if divide else 0
+    unit, told = (data_parallel, "") if given == "auto" else (given * data_parallel, f" in micro-batches of {given}")
+    other = f", or training.micro_batch_size={fits} (auto takes the largest that divides)" if fits else ""
     for field, samples in batch_sizes(recipe):
-        if given == "auto":
-            refuse_unless(
-                samples % data_parallel == 0,
-                field,
-                f"{samples} samples do not divide over {data_parallel} data-parallel ranks",
-                f"give a multiple of {data_parallel}",
-            )
-            continue
-        largest = largest_micro_batch(samples // data_parallel, given) if samples % data_parallel == 0 else 0
-        other = f", or training.micro_batch_size={largest} (auto takes the largest that divides)" if largest else ""
         refuse_unless(
-            samples % (given * data_parallel) == 0,
+            samples % unit == 0,
             field,
-            f"{samples} samples do not divide over {data_parallel} data-parallel ranks in micro-batches of {given}",
-            f"give a multiple of {given * data_parallel}{other}",
+            f"{samples} samples do not divide over {data_parallel} data-parallel ranks{told}",
+            f"give a multiple of {unit}{other}",
         )
-    if given != "auto":
-        return given
-    shares = [samples // data_parallel for _, samples in batch_sizes(recipe)]
-    return largest_micro_batch(math.gcd(*shares), recipe.training.max_micro_batch_size)
+    return fits if given == "auto" else given
 
 
 def largest_micro_batch(samples: int, at_most: int) -> int:
-    """The largest divisor of `samples` that is not above `at_most`."""
-    return next(size for size in range(min(samples, at_most), 0, -1) if samples % size == 0)
+    """The largest divisor of `samples` that is not above `at_most`, nor above 4,096."""
+    return next(size for size in range(min(samples, at_most, 4096), 0, -1) if samples % size == 0)

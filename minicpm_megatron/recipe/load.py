@@ -18,7 +18,8 @@ from pydantic_core import ErrorDetails
 from minicpm_megatron.errors import UserError, shorten
 from minicpm_megatron.recipe import yaml_text
 from minicpm_megatron.recipe.presets import get_preset
-from minicpm_megatron.recipe.schema import Recipe, Section
+from minicpm_megatron.recipe.schema import ModelRecipe, Recipe, Section
+from minicpm_megatron.recipe.sizes import model_of_size, parse_size
 
 S = TypeVar("S", bound=Section)
 SHOWN_VALUE = 60  # characters of a refused value that an error line repeats
@@ -65,12 +66,16 @@ def build(fields: Any, *, origins: Mapping[str, str] | None = None) -> Recipe:
     _refuse_no_mapping(fields, origins.get("", "recipe"))
     merged = {key: value for key, value in fields.items() if value is not None or _section_of(Recipe, key) is None}
     try:
+        model, size = merged.get("model", {}), None
+        if isinstance(model, dict) and "size" in model:
+            model = {key: value for key, value in model.items() if key != "size"}
+            merged["model"], size = model, fields["model"]["size"]
         _refuse_unknown_keys(Recipe, merged, "")
         preset = merged.get("preset")
-        if isinstance(preset, str):
-            model = merged.get("model", {})
-            if isinstance(model, dict):
-                merged["model"] = _over_preset(get_preset(preset).model_dump(), model)
+        if isinstance(preset, str) and isinstance(model, dict):
+            merged["model"] = _over_preset(_scaled(get_preset(preset), model, size), model)
+        elif size is not None:
+            raise UserError("scales a preset, and there is none", where="model.size", fix="give a preset")
         return _validate(Recipe, merged)
     except UserError as error:
         raise _located(error, origins) from error
@@ -247,6 +252,17 @@ def _over_preset(preset: dict[str, Any], model: dict[str, Any]) -> dict[str, Any
         if isinstance(value, dict) and isinstance(preset.get(key), dict)
     }
     return preset | model | inner
+
+
+def _scaled(preset: ModelRecipe, model: dict[str, Any], size: Any) -> dict[str, Any]:
+    """The preset's fields, in another size of its family where one is asked for."""
+    fields = preset.model_dump()
+    if size is None:
+        return fields
+    channels = model.get("kv_channels", preset.kv_channels)
+    if not isinstance(channels, int) or channels < 1:
+        return fields  # refused with its own line
+    return fields | model_of_size(*parse_size(size, "model.size"), channels, "model.size")
 
 
 def _is_below(dotted: str, ancestor: str) -> bool:

@@ -10,8 +10,8 @@ from minicpm_megatron.errors import UserError
 from minicpm_megatron.recipe import Recipe, count_parameters, load_recipe
 from minicpm_megatron.recipe.dump import RECIPE
 from minicpm_megatron.recipe.flops import flops_per_token, run_flops
-from minicpm_megatron.storage.picture import offscreen_pyplot, save_picture
-from minicpm_megatron.training.metrics import METRICS, read_metrics
+from minicpm_megatron.storage.picture import VALIDATION_LOSS, legend_beside, offscreen_pyplot, save_picture
+from minicpm_megatron.training.metrics import METRICS, human, read_metrics
 from minicpm_megatron.training.text import aligned
 
 _LAST = 10  # steps whose losses are averaged
@@ -30,6 +30,8 @@ class RunCurve:
         loss: mean of its last steps' training losses, nats per token.
         held_out: set -> loss per token at its last evaluation.
         points: (tokens, FLOPs, mean loss over the held-out sets) of every evaluation.
+        first_tokens: read before its own steps.
+        recipe: of the run.
     """
 
     name: str
@@ -40,6 +42,8 @@ class RunCurve:
     loss: float
     held_out: dict[str, float]
     points: tuple[tuple[int, float, float], ...]
+    first_tokens: int
+    recipe: Recipe
 
 
 def run_recipe(run: Path) -> Recipe:
@@ -92,6 +96,8 @@ def read_curve(run: Path) -> RunCurve:
         loss=sum(last) / len(last) if last else float("nan"),
         held_out={name: loss for name, _, loss in by_step[max(by_step)]} if by_step else {},
         points=tuple(points),
+        first_tokens=begin,
+        recipe=recipe,
     )
 
 
@@ -110,21 +116,35 @@ def format_table(curves: Sequence[RunCurve]) -> str:
     return "\n".join(aligned(rows))
 
 
+def shifted(curves: Sequence[RunCurve]) -> list[list[tuple[float, float, float]]]:
+    """The points of every run, counted from where the first of them began.
+
+    A run that began later, a branch for one, has behind it what the first run had done by then: its tokens and FLOPs.
+    """
+    first = min(curves, key=lambda curve: curve.first_step)
+    moved: list[list[tuple[float, float, float]]] = []
+    for curve in curves:
+        tokens = curve.first_tokens - first.first_tokens
+        flops = run_flops(first.recipe, first.first_step, curve.first_step)
+        moved.append([(tokens + at, flops + cost, loss) for at, cost, loss in curve.points])
+    return moved
+
+
 def draw(curves: Sequence[RunCurve], path: Path) -> None:
-    """Mean held-out loss over tokens and over FLOPs, side by side, as a picture."""
+    """Mean validation loss over tokens and over FLOPs, side by side, as a picture."""
     pyplot = offscreen_pyplot()
-    figure, axes = pyplot.subplots(1, 2, figsize=(9, 4), sharey=True, layout="constrained")
+    figure, axes = pyplot.subplots(1, 2, figsize=(10.5, 4), sharey=True)
+    together = len({curve.first_step for curve in curves}) == 1
+    since = "since the runs parted" if together else f"since the start of {min(curves, key=_began).name}"
     for axis, index, label in ((axes[0], 0, "tokens"), (axes[1], 1, "FLOPs")):
-        for curve in curves:
-            axis.plot(
-                [point[index] for point in curve.points],
-                [point[2] for point in curve.points],
-                marker="o",
-                markersize=3,
-                label=curve.name,
-            )
-        axis.set_xlabel(f"{label} since the runs parted")
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel("held-out loss (nats per token)")
-    axes[0].legend(frameon=False, fontsize=8)
+        for curve, points in zip(curves, shifted(curves), strict=True):
+            axis.plot([each[index] for each in points], [each[2] for each in points], marker="o", label=curve.name)
+        axis.set_xlabel(f"{label} {since}")
+        axis.xaxis.set_major_formatter(lambda value, _: human(value).strip() if value > 0 else f"{value:g}")
+    axes[0].set_ylabel(VALIDATION_LOSS)
+    legend_beside(axes[1], title="run")
     save_picture(figure, path)
+
+
+def _began(curve: RunCurve) -> int:
+    return curve.first_step

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from minicpm_megatron.storage.picture import offscreen_pyplot, save_picture
+from minicpm_megatron.storage.picture import legend_beside, offscreen_pyplot, save_picture, shades, whole_steps
 from minicpm_megatron.training.metrics import EXPERTS, METRICS, read_metrics
 
 PICTURE = "experts.png"
+_MOST_NAMED = 12  # layers whose numbers and shares have room to be written
+_MOST_IN_A_COLUMN = 16  # of the legend
 
 
 def finish_experts(folder: Path) -> None:
@@ -30,33 +32,53 @@ def draw_experts(folder: Path) -> Path:
     records = read_metrics(folder / METRICS, EXPERTS)
     last = records[-1]["layers"]
     experts, layers = len(last[0]["share"]), [layer["layer"] for layer in last]
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    shares = [[share * experts for share in layer["share"]] for layer in last]
-    image = left.imshow(shares, aspect="auto", cmap="RdBu_r", vmin=0, vmax=2)
-    for row, values in enumerate(shares):
-        for column, value in enumerate(values):
-            if len(shares) <= 12:
-                left.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=8)
-    left.set(
-        title=f"load at step {records[-1]['step']}, 1 is even",
-        xlabel="expert",
-        ylabel="layer",
-        xticks=range(experts),
-        yticks=range(len(layers)) if len(layers) <= 12 else range(0, len(layers), 4),
-    )
-    left.set_yticklabels(layers if len(layers) <= 12 else layers[::4])
-    figure.colorbar(image, ax=left)
-    colours = pyplot.get_cmap("viridis")
-    for place, number in enumerate(layers):
-        points = [
+    evenness = {
+        number: [
             (record["step"], layer["evenness"])
             for record in records
             for layer in record["layers"]
             if layer["layer"] == number
         ]
-        right.plot(*zip(*points, strict=True), color=colours(place / max(1, len(layers) - 1)), linewidth=1.2)
-    right.set(
-        title="evenness of the load, a line a layer (dark: first)", xlabel="step", ylabel="entropy / log(experts)"
+        for number in layers
+    }
+    # of one measurement there is no curve
+    over_steps = len(records) > 1
+    figure, axes = pyplot.subplots(1, 1 + over_steps, figsize=(5.5 + 6.5 * over_steps, 4.2), squeeze=False)
+    left = axes[0][0]
+    shares = [[share * experts for share in layer["share"]] for layer in last]
+    image = left.imshow(shares, aspect="auto", cmap="RdBu_r", vmin=0, vmax=2)
+    for row, values in enumerate(shares):
+        for column, value in enumerate(values):
+            if len(shares) <= _MOST_NAMED:
+                # the ends of the scale are dark
+                left.text(
+                    column,
+                    row,
+                    f"{value:.2f}",
+                    ha="center",
+                    va="center",
+                    fontsize=8,
+                    color="white" if abs(value - 1) > 0.7 else "black",
+                )
+    left.set(
+        title=f"tokens of each expert at step {records[-1]['step']:,}",
+        xlabel="expert",
+        ylabel="layer",
+        xticks=range(experts),
+        yticks=range(len(layers)) if len(layers) <= _MOST_NAMED else range(0, len(layers), 4),
     )
-    right.grid(alpha=0.3)
+    left.grid(False)
+    left.set_yticklabels(layers if len(layers) <= _MOST_NAMED else layers[::4])
+    figure.colorbar(image, ax=left, label="times an even share (1 / experts)", extend="max")
+    if over_steps:
+        right = axes[0][1]
+        for number, colour in zip(layers, shades(len(layers)), strict=True):
+            right.plot(*zip(*evenness[number], strict=True), color=colour, marker="o", markersize=2.5, label=number)
+        right.set(
+            title="evenness of the load: 1 where all experts serve alike",
+            xlabel="step",
+            ylabel="entropy of the shares / log(experts)",
+        )
+        whole_steps(right)
+        legend_beside(right, title="layer", ncols=-(-len(layers) // _MOST_IN_A_COLUMN))
     return save_picture(figure, folder / PICTURE)

@@ -4,23 +4,38 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import itertools
 import math
 import sys
 from collections.abc import Iterator
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from minicpm_megatron.checkpoint.find import CHECKPOINTS
+from minicpm_megatron.checkpoint.names import published_steps, step_folder
 from minicpm_megatron.data.statistics import blend_entropy
+from minicpm_megatron.errors import UserError
 from minicpm_megatron.methods.schedules import WSD, build_schedule
 from minicpm_megatron.recipe import BatchPlan, Recipe
-from minicpm_megatron.storage.picture import offscreen_pyplot, save_picture
+from minicpm_megatron.storage.manifest import read_manifest
+from minicpm_megatron.storage.picture import (
+    COLOURS,
+    CONTROL,
+    DECAY_COLOUR,
+    LEARNING_RATE,
+    OURS,
+    legend_beside,
+    offscreen_pyplot,
+    save_picture,
+    whole_steps,
+)
 from minicpm_megatron.training.expert_picture import PICTURE as EXPERT_PICTURE
 from minicpm_megatron.training.expert_picture import finish_experts
 from minicpm_megatron.training.metrics import METRICS, read_metrics
 
 PICTURE = "loss.png"
-DECAY_COLOUR = "#e8eef7"
+WINDOW = 15  # steps that a smoothed curve averages
+_EVERY_STEP = "#a9c8de"
 
 
 def finish(folder: Path, recipe: Recipe) -> None:
@@ -95,53 +110,88 @@ def _evaluations(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def draw_loss(folder: Path, recipe: Recipe, entropy: float) -> Path:
-    """Loss and rate over steps, with the decay stage shaded; written to the run's folder."""
+    """Loss and learning rate over steps, the decay stage shaded, a branch after its trunk; into the run's folder."""
     pyplot = offscreen_pyplot()
     train = _updates(folder)
     steps = [record["step"] for record in train]
     losses = [record["loss"] for record in train]
-    figure, (upper, lower) = pyplot.subplots(
-        2, 1, figsize=(8, 5.5), sharex=True, height_ratios=(4, 1), layout="constrained"
-    )
-    upper.plot(steps, losses, color="#9db7d9", linewidth=0.8, label="training, every step")
-    upper.plot(steps, smooth(losses), color="#1f4e8c", linewidth=1.8, label="training, smoothed")
+    figure, (upper, lower) = pyplot.subplots(2, 1, figsize=(9, 5.5), sharex=True, height_ratios=(4, 1))
+    upper.plot(steps, losses, color=_EVERY_STEP, linewidth=0.8, label="training, every step")
+    upper.plot(steps, smooth(losses), color=OURS, linewidth=1.8, label=f"training, mean of {WINDOW} steps")
+    sets = dict(zip(sorted(_evaluations(folder)), itertools.cycle(COLOURS[1:6]), strict=False))
     for name, points in sorted(_evaluations(folder).items()):
-        upper.plot(*zip(*points, strict=True), marker="o", markersize=3, linewidth=1, label=f"held out: {name}")
-    upper.axhline(entropy, color="#777777", linestyle="--", linewidth=1, label="unigram entropy")
+        upper.plot(*zip(*points, strict=True), marker="o", markersize=3, color=sets[name], label=f"validation: {name}")
+    trunk = trunk_of(folder, steps[0])
+    if trunk is not None:
+        _draw_trunk(upper, lower, trunk, steps, sets)
+    upper.axhline(entropy, color=CONTROL, linestyle="--", linewidth=1, label="unigram entropy of the data")
     decay_start = _decay_start(recipe)
-    for axis in (upper, lower):
-        if decay_start is not None:
-            axis.axvspan(decay_start, max(steps[-1], decay_start), color=DECAY_COLOUR, zorder=0)
-        axis.spines[["top", "right"]].set_visible(False)
     if decay_start is not None and decay_start < steps[-1]:
-        upper.text(decay_start, upper.get_ylim()[1], " decay", va="top", fontsize=9, color="#1f4e8c")
+        upper.axvspan(decay_start, steps[-1], color=DECAY_COLOUR, zorder=0, label="decay")
+        lower.axvspan(decay_start, steps[-1], color=DECAY_COLOUR, zorder=0)
     _mark_growth(upper, recipe, steps[0], steps[-1])
     upper.set_ylabel("loss (nats per token)")
-    upper.set_title(f"{recipe.name}: {recipe.preset or 'own shape'}")
-    upper.legend(frameon=False, fontsize=8)
-    lower.plot(steps, [record["lr"] for record in train], color="#1f4e8c", linewidth=1.5)
-    lower.set_ylabel("rate")
+    upper.set_title(f"{recipe.name}: {recipe.preset or 'a model of its own shape'}")
+    legend_beside(upper)
+    lower.plot(steps, [record["lr"] for record in train], color=OURS)
+    lower.set_ylabel(LEARNING_RATE)
     lower.set_xlabel("step")
     lower.set_ylim(bottom=0)
+    whole_steps(lower)
     return save_picture(figure, folder / PICTURE)
 
 
 def _mark_growth(axis: Any, recipe: Recipe, first: int, last: int) -> None:
     """Mark the steps at which the batch grows: there the loss drops, as figure 12 shows for 1.2B."""
     phases = BatchPlan(recipe).phases
-    for before, phase in pairwise(phases):
+    for before, phase in itertools.pairwise(phases):
         if first <= phase.first_step <= last:
-            axis.axvline(phase.first_step, color="#777777", linewidth=0.8, linestyle=":")
+            axis.axvline(phase.first_step, color=CONTROL, linewidth=0.8, linestyle=":")
             told = f" batch {before.global_batch_size} to {phase.global_batch_size} samples"
-            # below the word "decay", which may stand beside it
-            axis.text(phase.first_step, 0.9, told, transform=axis.get_xaxis_transform(), va="top", fontsize=8)
+            axis.text(phase.first_step, 0.98, told, transform=axis.get_xaxis_transform(), va="top", fontsize=8)
 
 
-def smooth(values: list[float], window: int = 15) -> list[float]:
-    """Moving average over the `window` values around each, or at the ends over those there are; nan stays out."""
-    result, reach = [], window // 2
+def trunk_of(folder: Path, first_step: int) -> Path | None:
+    """The run that the run in `folder` branched from before `first_step`; None where there is none, or it is gone."""
+    saves = folder / CHECKPOINTS
+    for step in reversed(published_steps(saves)):
+        try:
+            origin = read_manifest(step_folder(saves, step))["state"].get("origin") or {}
+        except (UserError, KeyError):
+            continue
+        # a new stage begins with another run's weights, too, but at step 0
+        branched = origin.get("step") == first_step - 1 > 0
+        return Path(origin["run"]) if branched and (Path(origin["run"]) / METRICS).is_file() else None
+    return None
+
+
+def _draw_trunk(upper: Any, lower: Any, trunk: Path, steps: list[int], sets: dict[str, str]) -> None:
+    """The end of the trunk's stable stage before the branch, up to four times as long as the branch."""
+    first = steps[0] - 4 * len(steps)
+    before = [record for record in _updates(trunk) if first <= record["step"] < steps[0]]
+    if not before:
+        return
+    at = [record["step"] for record in before]
+    label = f"before, in {trunk.name}: mean of {WINDOW} steps"
+    upper.plot(at, smooth([record["loss"] for record in before]), color=CONTROL, label=label)
+    for each, points in sorted(_evaluations(trunk).items()):
+        earlier = [point for point in points if first <= point[0] < steps[0]]
+        if earlier and each in sets:
+            upper.plot(*zip(*earlier, strict=True), marker="o", markersize=3, linestyle=":", color=sets[each])
+    upper.plot([], [], marker="o", markersize=3, linestyle=":", color=CONTROL, label=f"validation, in {trunk.name}")
+    lower.plot(at, [record["lr"] for record in before], color=CONTROL)
+
+
+def smooth(values: list[float], window: int = WINDOW) -> list[float]:
+    """Moving average over the `window` values around each; nan stays out.
+
+    At the beginning the window shrinks on both sides alike, down to the first value itself: whole on its right, it
+    would begin a falling curve far below its first values. At the end it has what there is.
+    """
+    result = []
     for index in range(len(values)):
-        near = [value for value in values[max(0, index - reach) : index + reach + 1] if math.isfinite(value)]
+        reach = min(window // 2, index)
+        near = [value for value in values[index - reach : index + reach + 1] if math.isfinite(value)]
         result.append(sum(near) / len(near) if near else math.nan)
     return result
 

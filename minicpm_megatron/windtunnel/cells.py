@@ -13,6 +13,7 @@ from minicpm_megatron.data.metadata import data_fingerprint
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.methods.schedules import build_schedule
 from minicpm_megatron.recipe import BatchPlan, Recipe, build, count_parameters, recipe_hash
+from minicpm_megatron.recipe import sizes as recipe_sizes
 from minicpm_megatron.recipe.flops import run_flops
 from minicpm_megatron.training.run_data import label_bytes, open_data
 
@@ -191,20 +192,7 @@ def model_of_size(base: Recipe, width: int, layers: int) -> dict[str, Any]:
     Raises:
         UserError: the width is no multiple of d_head, or odd.
     """
-    channels = base.model.kv_channels
-    if width % channels or width * 5 % 2:
-        raise UserError(
-            f"a width of {width} does not divide into heads of {channels} channels",
-            where=f"size {size_name(width, layers)}",
-            fix=f"give multiples of {channels}, or another model.kv_channels",
-        )
-    sizes = {
-        "num_layers": layers,
-        "hidden_size": width,
-        "ffn_hidden_size": width * 5 // 2,
-        "num_attention_heads": width // channels,
-        "num_query_groups": width // channels,
-    }
+    sizes = recipe_sizes.model_of_size(width, layers, base.model.kv_channels, f"size {size_name(width, layers)}")
     return {f"model.{key}": value for key, value in sizes.items()}
 
 

@@ -42,6 +42,53 @@ def test_tool_makes_what_megatron_reads(
     assert not (tmp_path / "new" / "p.work").exists()
 
 
+def _documents(prefix: Path) -> list[list[int]]:
+    reader = open_indexed_dataset(prefix)
+    return [reader[k].tolist() for k in range(len(reader))]
+
+
+def test_a_validation_share_divides_the_documents_by_their_text(
+    corpus: Path, tokenizer_dir: Path, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    twice = write_jsonl(tmp_path / "twice.jsonl", [*texts(), *reversed(texts()), ""])
+    common = ["--tokenizer", tokenizer_dir, "--workers", "2", "--validation-share", "0.2"]
+    done = tool("--input", twice, "--output-prefix", tmp_path / "p", *common)
+    assert done.returncode == 0, done.stderr
+    train, validation = (_documents(tmp_path / name) for name in ("p", "p.valid"))
+    # a document that comes twice is twice on one side
+    assert not {tuple(document) for document in train} & {tuple(document) for document in validation}
+    every = [[1, *tokenizer.processor.encode(text), 2] for text in texts()] * 2
+    assert sorted(train + validation) == sorted(every)
+    # of n documents the share has n p (1 - p) as its variance; four deviations
+    distinct = len(every) // 2
+    assert abs(len(validation) / 2 - 0.2 * distinct) < 4 * (0.16 * distinct) ** 0.5
+    # the same documents in other files are on the same sides
+    again = tool("--input", corpus, "--output-prefix", tmp_path / "q", *common)
+    assert again.returncode == 0, again.stderr
+    assert set(map(tuple, _documents(tmp_path / "q.valid"))) == set(map(tuple, validation))
+    # what is no document is counted once
+    assert (verify(tmp_path / "p").rejected, verify(tmp_path / "p.valid").rejected) == ({"empty": 1}, {})
+    assert verify(tmp_path / "p.valid").text_bytes + verify(tmp_path / "p").text_bytes == 2 * sum(
+        len(text.encode()) for text in texts()
+    )
+
+
+@pytest.mark.parametrize(
+    ("share", "message"),
+    [
+        ("1", "--validation-share: 1 is no share; give 0.01"),
+        ("1e-9", "no document fell into the validation share; give more"),
+    ],
+)
+def test_a_share_that_leaves_nothing_is_one_line(
+    share: str, message: str, corpus: Path, tokenizer_dir: Path, tmp_path: Path
+) -> None:
+    done = tool(
+        "--input", corpus, "--tokenizer", tokenizer_dir, "--output-prefix", tmp_path / "p", "--validation-share", share
+    )
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+
+
 def test_formats_and_workers_agree(
     corpus: Path, tokenizer_dir: Path, tmp_path: Path, small_units: Callable[[int], None]
 ) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from minicpm_megatron.engine import patches
 from tests.distributed.forked import run_forked
 from tests.engine.test_engine import _engine
 
@@ -27,3 +28,13 @@ def test_no_extension_is_compiled_and_a_stale_lock_is_harmless(tmp_path, monkeyp
         "tests.engine.test_patches:start", [{"stage": 1, "precision": "fp32", "folder": str(tmp_path)}]
     )
     assert [outcome.result for outcome in outcomes] == [["lock"], ["lock"]], outcomes[0].log
+
+
+def test_the_optimizer_for_bf16_prints_no_screens_of_memory(capsys):
+    from deepspeed.runtime import bf16_optimizer, utils
+
+    patches.prepare()
+    bf16_optimizer.see_memory_usage("begin bf16_optimizer", force=True)
+    assert capsys.readouterr().out == ""
+    utils.see_memory_usage("what memory_breakdown asks for", force=True)
+    assert capsys.readouterr().out.startswith("what memory_breakdown asks for")

@@ -227,7 +227,9 @@ def test_auto_is_the_largest_micro_batch_that_divides_every_batch() -> None:
 
 @pytest.mark.parametrize("value", [0, -1, 1.5, True, "4", "automatic", None])
 def test_a_micro_batch_size_is_a_count_or_auto(value: object) -> None:
-    with pytest.raises(UserError, match=r"^training.micro_batch_size: .* is refused, it must be auto, or a whole number"):
+    with pytest.raises(
+        UserError, match=r"^training.micro_batch_size: .* is refused, it must be auto, or a whole number"
+    ):
         build(minimal_fields(training__micro_batch_size=value))
 
 

@@ -10,9 +10,10 @@ import pytest
 
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.recipe import build, dump_recipe
-from minicpm_megatron.training.compare import equal_flops, format_table, read_curve
+from minicpm_megatron.training.compare import equal_flops, format_table, read_curve, shifted
 from tests.cli.commands import command
 from tests.convert.conftest import EXPERTS, small_model
+from tests.pictures import drawn
 
 
 def write_run(folder: Path, name: str, first: int, last: int, curriculum: Any = (), **model: Any) -> Path:
@@ -67,6 +68,19 @@ def test_short_rows_cost_less(tmp_path: Path) -> None:
     assert [flops for _, flops, _ in curve.points] == pytest.approx([128 * 5 * short, curve.flops])
 
 
+def test_in_the_picture_a_branch_follows_on_its_trunk(tmp_path: Path) -> None:
+    trunk, branch = (read_curve(write_run(tmp_path, *run)) for run in (("trunk", 1, 40), ("branch", 31, 40)))
+    alone, after = shifted([trunk, branch])
+    # the same model on the same data: where both were evaluated, tokens and FLOPs agree
+    assert after == [pytest.approx(point) for point in alone[6:]]
+    assert after[0] == pytest.approx((35 * 128, 35 * 128 * flops_by_hand(1, 240), 7.0))
+    [together, _] = shifted([branch, branch])
+    assert together == [pytest.approx(point) for point in branch.points], "from where they parted"
+    # experts that begin where a dense run stood have the dense run's cost behind them
+    [_, moe] = shifted([trunk, read_curve(write_run(tmp_path, "moe", 31, 40, **EXPERTS))])
+    assert moe[0][1] == pytest.approx(128 * (30 * flops_by_hand(1, 240) + 5 * flops_by_hand(2, 72)))
+
+
 def test_steps_of_equal_flops(tmp_path: Path) -> None:
     dense, moe = write_run(tmp_path, "dense", 1, 2), write_run(tmp_path, "moe", 1, 2, **EXPERTS)
     ratio = flops_by_hand(2, 72) / flops_by_hand(1, 240)
@@ -77,7 +91,12 @@ def test_steps_of_equal_flops(tmp_path: Path) -> None:
 def test_the_command_prints_a_table_and_draws(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     runs = [write_run(tmp_path, "dense", 31, 40), write_run(tmp_path, "moe", 31, 35, **EXPERTS)]
     picture = tmp_path / "moe" / "comparison.png"
-    assert command("compare_runs.py", "--runs", *runs, "--output", picture) == 0
+    with drawn() as figures:
+        assert command("compare_runs.py", "--runs", *runs, "--output", picture) == 0
+    assert [axis.get_xlabel() for axis in figures[0].axes] == [
+        "tokens since the runs parted",
+        "FLOPs since the runs parted",
+    ]
     printed = capfd.readouterr().out
     assert format_table([read_curve(run) for run in runs]) in printed and str(picture) in printed
     assert picture.read_bytes().startswith(b"\x89PNG")

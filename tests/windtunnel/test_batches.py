@@ -16,6 +16,7 @@ from minicpm_megatron.windtunnel.batches import findings
 from minicpm_megatron.windtunnel.batches.findings import Reading, read_runs
 from minicpm_megatron.windtunnel.batches.picture import CONTOURS, LAW
 from minicpm_megatron.windtunnel.batches.runs import BatchSettings, plan_batches
+from tests.pictures import drawn, legend_of
 from tests.windtunnel.pretended import base, pretend
 
 BATCHES = (128, 256, 512, 1024, 2048, 4096)
@@ -102,7 +103,12 @@ def test_a_known_law_is_found_and_predicts(tmp_path: Path) -> None:
     law = measured.law.fit.law
     assert law.b == pytest.approx(KNOWN.b, rel=0.1) and law.predict(3.4) == pytest.approx(KNOWN.predict(3.4), rel=0.1)
     assert KNOWN.b in measured.law.b_interval() and KNOWN.predict(3.4) in measured.law.predict_interval(3.4)
-    results = experiment.results()
+    with drawn() as figures:
+        results = experiment.results()
+    contours, minima = figures
+    # both panels' kinds of marks are explained below them, and losses rise from left to right
+    assert len(contours.legends[0].get_texts()) == 4
+    assert "ours, 95 % limits" in legend_of(minima.axes[0])
     assert [finding.agrees for finding in results.findings] == [True, True, True]
     rows = {row[0]: row for row in results.tables[-1].rows}
     assert float(rows["3.3"][1].replace(",", "")) == pytest.approx(law.predict(3.3), rel=0.01)

@@ -21,6 +21,7 @@ from minicpm_megatron.windtunnel.coordinates.check import (
 from minicpm_megatron.windtunnel.coordinates.measure import QUANTITIES
 from minicpm_megatron.windtunnel.results import read_results
 from tests.cli.commands import command, error_lines, tree
+from tests.pictures import drawn
 from tests.windtunnel.pretended import base, pretend
 
 SETTINGS = CoordinateSettings(widths=(32, 64, 128), layers=2, depths=(2, 4, 8), width=32, steps=3, seeds=(1, 2))
@@ -55,7 +56,10 @@ def pretended(folder: Path, slopes: dict[str, float]):
 )
 def test_verdicts(tmp_path: Path, slopes: dict[str, float], verdicts: list[bool]) -> None:
     experiment = pretended(tmp_path, slopes)
-    assert [finding.agrees for finding in experiment.results().findings] == verdicts
+    with drawn() as figures:
+        assert [finding.agrees for finding in experiment.results().findings] == verdicts
+    meanings = [text.get_text() for text in figures[0].legends[0].get_texts()]
+    assert meanings == ["at the start", "after the steps", "the change between"]
     points = collect(experiment)
     for (name, over, when, _), limits in slopes_of(points).items():
         half = {"start": 0.5 if over == "width" else 0.0}.get(when, 1.0)

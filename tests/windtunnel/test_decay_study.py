@@ -27,6 +27,7 @@ from minicpm_megatron.windtunnel.decay_stage.study import StudySettings, plan_st
 from minicpm_megatron.windtunnel.decay_stage.updates import kind_of, read_updates
 from minicpm_megatron.windtunnel.experiment import Experiment
 from minicpm_megatron.windtunnel.progress import DONE
+from tests.pictures import drawn, legend_of
 from tests.windtunnel.pretended import base
 
 SETTINGS = StudySettings(decay_share=0.2, shape="exponential", checkpoints=4, interval=1, seeds=(1, 2))
@@ -155,7 +156,11 @@ def test_what_cannot_be_measured_is_refused(tmp_path: Path, change: dict, said: 
 def test_the_papers_numbers_agree_with_the_paper(tmp_path: Path) -> None:
     experiment = study(tmp_path)
     pretend(experiment, paper, lambda rate: rate)
-    results = experiment.results()
+    with drawn() as figures:
+        results = experiment.results()
+    updates, gradients = figures
+    assert legend_of(updates.axes[1]) == ["without decay", "with decay"]
+    assert len(gradients.legends[0].get_texts()) == 4
     assert [finding.agrees for finding in results.findings] == [True] * 8, results.findings
     for picture in results.pictures:
         assert (experiment.output / picture.file).stat().st_size > 10_000

@@ -11,6 +11,7 @@ from minicpm_megatron.windtunnel.branching import shared_costs
 from minicpm_megatron.windtunnel.decays.comparison import DecaySettings, plan_decays
 from minicpm_megatron.windtunnel.decays.findings import compare
 from minicpm_megatron.windtunnel.noise import noise_of
+from tests.pictures import drawn, legend_of
 from tests.windtunnel.pretended import base, pretend
 
 SETTINGS = DecaySettings(
@@ -70,9 +71,17 @@ def run(experiment, noise: float, loss=loss_of):
 
 
 def test_the_papers_losses_agree_with_the_paper(tmp_path) -> None:
-    results = run(plan_decays(base(tmp_path), SETTINGS, tmp_path / "out"), 0.001)
+    with drawn() as figures:
+        results = run(plan_decays(base(tmp_path), SETTINGS, tmp_path / "out"), 0.001)
     assert [finding.agrees for finding in results.findings] == [True] * 5
     assert (tmp_path / "out" / "decays.png").exists() and (tmp_path / "out" / "cosines.png").exists()
+    cosines, decays = (figure.axes[0] for figure in figures)
+    # 400 steps of 128 tokens
+    assert "S = 51.2 k tokens" in cosines.get_title()
+    assert [name for name in legend_of(decays) if name.startswith("Cosine")] == [
+        "Cosine(T = 51.2 k tokens)",
+        "Cosine(T = 25.6 k tokens)",
+    ]
 
 
 def test_noise_leaves_it_open_and_other_losses_disagree(tmp_path) -> None:

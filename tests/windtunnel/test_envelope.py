@@ -15,6 +15,7 @@ from minicpm_megatron.windtunnel.envelope import findings
 from minicpm_megatron.windtunnel.envelope.findings import fit_forms, read_ends, trades
 from minicpm_megatron.windtunnel.envelope.picture import PICTURE
 from minicpm_megatron.windtunnel.envelope.runs import EnvelopeSettings, plan_envelope
+from tests.pictures import drawn
 from tests.windtunnel.pretended import base, pretend
 
 SETTINGS = EnvelopeSettings(
@@ -89,7 +90,9 @@ def test_a_power_law_and_the_papers_trade_are_found(tmp_path: Path) -> None:
         assert 6 * 23_712 * each.needed == pytest.approx(compute, rel=0.05)
         assert each.ratio.estimate == pytest.approx(compute / (6 * 188_992 * each.tokens), rel=0.05)
         assert each.ratio.estimate in each.ratio and each.ratio.high < 1.2 * each.ratio.low and each.all_seeds
-    results = experiment.results()
+    with drawn() as figures:
+        results = experiment.results()
+    assert len(figures) == 1
     assert [finding.agrees for finding in results.findings] == [True, True, True]
     # 2 (N_l - N_s) a token pays for 6 (N_s D_s - N_l D_l); here the small one was cheaper to train, too
     assert [row[5:] for row in results.tables[2].rows] == [("0", "measured"), ("0", "measured")]

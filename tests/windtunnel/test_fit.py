@@ -13,8 +13,10 @@ from minicpm_megatron.windtunnel.law.fit_csv import fit_csv
 from minicpm_megatron.windtunnel.law.fits import fit_sets
 from minicpm_megatron.windtunnel.law.losses import Measurement
 from minicpm_megatron.windtunnel.law.losses_csv import read_losses, write_losses
+from minicpm_megatron.windtunnel.law.picture import draw_law
 from minicpm_megatron.windtunnel.results import read_results
 from tests.cli.commands import command, error_lines, tree
+from tests.pictures import drawn, legend_of
 
 N = np.repeat([0.04, 0.1, 0.3, 0.5, 0.85, 2.0], 6) * 1e9
 D = N * np.tile([10, 20, 30, 40, 50, 60], 6)
@@ -56,6 +58,23 @@ def test_a_known_law_is_found_and_printed(tmp_path: Path, capsys: pytest.Capture
     assert command("windtunnel.py", "fit", "--csv", tmp_path / "losses.csv", "--output", tmp_path / "out") == 0
     assert tree(tmp_path).keys() == before.keys()
     assert command("windtunnel.py", "report", "--runs", tmp_path / "out") == 0
+
+
+@pytest.mark.parametrize(("tokens_per_parameter", "seen"), [((50, 100, 200, 400), True), ((1, 2, 4, 8), False)])
+def test_the_caption_names_the_optimum_where_it_is_in_the_picture(
+    tokens_per_parameter: tuple[int, ...], seen: bool, tmp_path: Path
+) -> None:
+    law = PUBLISHED["average"].law
+    n = np.repeat([0.5, 0.7, 1.0, 1.4], 4)
+    d = n * np.tile(tokens_per_parameter, 4)
+    points = [Measurement(*row) for row in zip(n * 1e9, d * 1e9, law.loss(n, d), strict=True)]
+    with drawn() as figures:
+        caption = draw_law(fit_sets({"c4": points}), "curve_fit", 1e15, tmp_path, loss="loss")[0].caption
+    [axis, _] = figures[0].axes
+    assert ("best for their compute" in caption) == seen == ("best for its compute" in legend_of(axis))
+    # the optimum lies at 100 to 200 tokens a parameter at these sizes, which the picture says where it does not show it
+    note = axis.get_legend().get_title().get_text()
+    assert ("tokens a parameter,\noutside the picture" in note) == (not seen)
 
 
 def test_sets_are_fitted_apart_and_so_is_their_mean(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 from minicpm_megatron.windtunnel.rates.sweep import RateSettings, plan_rates, read_sweeps, shift_of
 from minicpm_megatron.windtunnel.report.markdown import format_markdown
 from minicpm_megatron.windtunnel.results import format_results, read_results, write_results
+from tests.pictures import drawn, legend_of
 from tests.windtunnel.pretended import base, pretend
 
 SETTINGS = RateSettings(
@@ -53,8 +54,14 @@ def test_optima_and_shift_are_found(experiment) -> None:
 
 
 def test_the_findings_agree_and_are_read_again(experiment) -> None:
-    results = experiment.results()
+    with drawn() as figures:
+        results = experiment.results()
     assert [finding.agrees for finding in results.findings] == [True, True, True]
+    [figure] = figures
+    # 2^0.02 and 2^-0.4
+    told = [axis.get_title().splitlines()[1] for axis in figure.axes]
+    assert told == [f"twice the parameters: best learning rate times {times}" for times in ("1.01", "0.76")]
+    assert {"one seed", "parabola near the minimum", "its minimum"} <= set(legend_of(figure.axes[1]))
     write_results(results, experiment.output)
     again = read_results(experiment.output)
     assert again.findings == results.findings and again.tables == results.tables

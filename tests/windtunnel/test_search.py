@@ -22,6 +22,7 @@ from minicpm_megatron.windtunnel.search.search import SearchSettings, plan_searc
 from minicpm_megatron.windtunnel.search.space import AXES, PAPER, Values, position
 from minicpm_megatron.windtunnel.search.trials import TRIALS, Decided, Trial, read_trials, write_trials
 from tests.cli.commands import ROOT, command, error_lines, tree
+from tests.pictures import drawn, legend_of
 from tests.training import nano
 from tests.windtunnel.pretended import base, pretend
 from tests.windtunnel.warm import WarmTrainer
@@ -117,7 +118,11 @@ def test_what_matters_is_found(tmp_path: Path) -> None:
 
 
 def test_what_was_not_beaten_agrees_and_what_was_does_not(searched: Experiment, tmp_path: Path) -> None:
-    results = searched.results()
+    with drawn() as figures:
+        results = searched.results()
+    [figure] = figures
+    assert "above the picture, or diverged" in legend_of(figure.axes[0])
+    assert [axis.get_xlabel() for axis in figure.axes[1:]] == [axis.key for axis in AXES]
     [finding] = results.findings
     assert finding.agrees is False and "rank" in finding.ours
     paper, best = bowl(PAPER), min(bowl(each.values) for each in read_search(searched).results)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from minicpm_megatron.cli.windtunnel.options import Subparsers, add_queue_options, parse_list, parse_size, run_queue
+from minicpm_megatron.cli.windtunnel.options import Subparsers, add_queue_options, parse_list, parse_sizes, run_queue
 from minicpm_megatron.recipe import Recipe
 from minicpm_megatron.windtunnel.batches.findings import Reading
 from minicpm_megatron.windtunnel.batches.runs import BatchSettings, plan_batches
@@ -48,7 +48,7 @@ def add(commands: Subparsers) -> None:
 
     def plan(options: argparse.Namespace, base: Recipe) -> Experiment:
         settings = BatchSettings(
-            sizes=parse_list(options.sizes, parse_size, "--sizes"),
+            sizes=parse_sizes(options.sizes, "--sizes"),
             batches=parse_list(options.batches, int, "--batches"),
             seeds=parse_list(options.seeds, int, "--seeds"),
             tokens=options.tokens,

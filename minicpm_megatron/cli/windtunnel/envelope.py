@@ -9,7 +9,7 @@ from minicpm_megatron.cli.windtunnel.options import (
     add_decay_options,
     add_queue_options,
     parse_list,
-    parse_size,
+    parse_sizes,
     run_queue,
 )
 from minicpm_megatron.recipe import Recipe
@@ -48,7 +48,7 @@ def add(commands: Subparsers) -> None:
     def plan(options: argparse.Namespace, base: Recipe) -> Experiment:
         per = "--large-tokens-per-parameter"
         settings = EnvelopeSettings(
-            sizes=parse_list(options.sizes, parse_size, "--sizes"),
+            sizes=parse_sizes(options.sizes, "--sizes"),
             points=options.points,
             tokens_per_parameter=parse_list(options.tokens_per_parameter, float, "--tokens-per-parameter"),
             large_tokens_per_parameter=parse_list(options.large_tokens_per_parameter, float, per),

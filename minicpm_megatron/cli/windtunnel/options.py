@@ -12,6 +12,7 @@ from minicpm_megatron.errors import UserError
 from minicpm_megatron.methods.economics import DECAY_SHARE
 from minicpm_megatron.methods.scaling_law import PUBLISHED_COMPUTE
 from minicpm_megatron.recipe import Recipe, load_recipe
+from minicpm_megatron.recipe.sizes import parse_size
 from minicpm_megatron.windtunnel.experiment import Ended, Experiment, format_plan, run_experiment
 from minicpm_megatron.windtunnel.launch import Launcher
 from minicpm_megatron.windtunnel.law.fits import METHODS
@@ -97,12 +98,9 @@ def parse_list[T](text: str, convert: Callable[[str], T], where: str) -> tuple[T
         raise UserError(f"{text!r} is not a list that can be read", where=where, fix="separate by commas") from None
 
 
-def parse_size(text: str) -> tuple[int, int]:
-    """(width, layers) of WIDTHxLAYERS; ValueError where it is none."""
-    width, layers = text.lower().split("x")
-    if int(width) < 1 or int(layers) < 1:
-        raise ValueError(text)
-    return int(width), int(layers)
+def parse_sizes(text: str, where: str) -> tuple[tuple[int, int], ...]:
+    """(width, layers) of each of WIDTHxLAYERS,...; UserError at `where` where one is of another form."""
+    return tuple(parse_size(part.strip(), where) for part in text.split(","))
 
 
 def add_decay_options(command: argparse.ArgumentParser, points: int, tokens_per_parameter: tuple[float, float]) -> None:

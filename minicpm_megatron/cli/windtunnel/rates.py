@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from minicpm_megatron.cli.windtunnel.options import Subparsers, add_queue_options, parse_list, parse_size, run_queue
+from minicpm_megatron.cli.windtunnel.options import Subparsers, add_queue_options, parse_list, parse_sizes, run_queue
 from minicpm_megatron.recipe import Recipe
 from minicpm_megatron.windtunnel.experiment import Experiment
 from minicpm_megatron.windtunnel.rates.sweep import (
@@ -56,7 +56,7 @@ def add(commands: Subparsers) -> None:
             else parse_list(options.standard_rates, float, "--standard-rates")
         )
         settings = RateSettings(
-            sizes=parse_list(options.sizes, parse_size, "--sizes"),
+            sizes=parse_sizes(options.sizes, "--sizes"),
             rates=rates,
             standard_rates=standard,
             parametrizations=parse_list(options.parametrizations, _parametrization, "--parametrizations"),

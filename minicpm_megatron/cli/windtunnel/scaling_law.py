@@ -11,7 +11,7 @@ from minicpm_megatron.cli.windtunnel.options import (
     add_queue_options,
     parse_compute,
     parse_list,
-    parse_size,
+    parse_sizes,
     run_queue,
 )
 from minicpm_megatron.recipe import Recipe
@@ -42,7 +42,7 @@ def add(commands: Subparsers) -> None:
 
     def plan(options: argparse.Namespace, base: Recipe) -> Experiment:
         settings = ScalingSettings(
-            sizes=parse_list(options.sizes, parse_size, "--sizes"),
+            sizes=parse_sizes(options.sizes, "--sizes"),
             points=options.points,
             tokens_per_parameter=parse_list(options.tokens_per_parameter, float, "--tokens-per-parameter"),
             decay_share=options.decay_share,

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 
-from minicpm_megatron.cli.windtunnel.options import Subparsers, add_queue_options, parse_list, parse_size, run_queue
+from minicpm_megatron.cli.windtunnel.options import Subparsers, add_queue_options, parse_list, run_queue
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.recipe import Recipe
+from minicpm_megatron.recipe.sizes import parse_size
 from minicpm_megatron.windtunnel.experiment import Experiment
 from minicpm_megatron.windtunnel.search.search import REPEATS, TRIALS, SearchSettings, plan_search
 from minicpm_megatron.windtunnel.search.space import AXES, Range
@@ -58,7 +59,7 @@ def _plan(options: argparse.Namespace, base: Recipe) -> Experiment:
         trials=options.trials,
         repeats=options.repeats,
         seed=options.seed,
-        size=None if options.size is None else _size(options.size),
+        size=None if options.size is None else parse_size(options.size, "--size"),
         tokens_per_parameter=options.tokens_per_parameter,
     )
     return plan_search(base, settings, options.output)
@@ -69,10 +70,3 @@ def _range(text: str, option: str) -> Range:
     if len(ends) != 2:
         raise UserError(f"{text!r} is no range", where=option, fix="give LOW,HIGH")
     return ends[0], ends[1]
-
-
-def _size(text: str) -> tuple[int, int]:
-    try:
-        return parse_size(text)
-    except ValueError:
-        raise UserError(f"{text!r} is no size", where="--size", fix="give WIDTHxLAYERS, for instance 64x2") from None

@@ -134,14 +134,19 @@ def evaluate_batches(experiment: Experiment, reading: Reading) -> Findings:
     if measured.runs:
         draw_contours(measured.names, measured.runs, measured.contours, experiment.output / CONTOURS)
         pictures.append(
-            Picture(CONTOURS, "Tokens to equal losses over the batch size, parabolas and minima (figure 1)")
+            Picture(
+                CONTOURS,
+                "Tokens that reach equal losses over the batch size, parabolas and their minima (figure 1)",
+            )
         )
     if measured.law is None:
         reason = f"no law: {measured.why}{_hidden_text(measured)}"
         failed = Finding(_CLAIM, f"b = {PUBLISHED.b:g}", reason, "undecided")
         return Findings((failed,), tuple(tables), tuple(pictures))
     draw_law(measured.names, measured.law, experiment.output / LAW)
-    pictures.append(Picture(LAW, "Best batch size over the loss: the minima, their line, and the paper's (figure 2)"))
+    pictures.append(
+        Picture(LAW, "Best batch size over the loss: the minima, the law through them, and the paper's (figure 2)")
+    )
     tables += [_law_table(measured.law), _prediction_table(measured.law, reading.predict)]
     findings = (_grows(measured, measured.law), _one_line(measured, measured.law), _same_exponent(measured.law))
     return Findings(findings, tuple(tables), tuple(pictures))

@@ -11,9 +11,21 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from minicpm_megatron.storage.picture import offscreen_pyplot, save_picture
+from minicpm_megatron.storage.picture import (
+    COLOURS,
+    DECAY_COLOUR,
+    LEARNING_RATE,
+    legend_below,
+    legend_beside,
+    mark,
+    offscreen_pyplot,
+    save_picture,
+    whole_steps,
+)
+from minicpm_megatron.storage.picture import CONTROL as GREY
+from minicpm_megatron.storage.picture import OURS as BLUE
 from minicpm_megatron.training.metrics import METRICS, read_metrics
-from minicpm_megatron.training.report import DECAY_COLOUR, smooth
+from minicpm_megatron.training.report import WINDOW, smooth
 from minicpm_megatron.windtunnel.decay_stage.series import Around, Values, finished_pairs
 from minicpm_megatron.windtunnel.decay_stage.updates import BEFORE, CONTROL, DECAY, MatrixUpdate
 
@@ -21,9 +33,8 @@ if TYPE_CHECKING:
     from minicpm_megatron.windtunnel.experiment import Experiment
 
 UPDATES, GRADIENTS = "updates.png", "gradients.png"
-BLUE, GREY = "#1f4e8c", "#8a8a8a"
 # figure 7's two: ours hold query, key and value, and gate and up in one matrix each
-SHOWN = {"linear_fc1": "#c1440e", "linear_qkv": BLUE}
+SHOWN = {"linear_fc1": COLOURS[1], "linear_qkv": BLUE}
 LINES = {BEFORE: "-", DECAY: "-", CONTROL: ":"}
 
 
@@ -31,9 +42,7 @@ def draw_updates(experiment: Experiment, runs: Sequence[Around], updates: Sequen
     """Largest update of every matrix from checkpoint to checkpoint, first seed; below it the loss and the rate."""
     pyplot = offscreen_pyplot()
     first = runs[0]
-    figure, (upper, middle, lower) = pyplot.subplots(
-        3, 1, figsize=(8, 6.5), sharex=True, height_ratios=(4, 1.6, 1), layout="constrained"
-    )
+    figure, (upper, middle, lower) = pyplot.subplots(3, 1, figsize=(10, 6.5), sharex=True, height_ratios=(4, 1.6, 1))
     mine = [each for each in updates if each.seed == first.seed]
     layers = sorted({_layer(each.matrix) for each in mine} - {-1})
     chosen = layers[len(layers) // 2] if layers else -1
@@ -44,7 +53,7 @@ def draw_updates(experiment: Experiment, runs: Sequence[Around], updates: Sequen
             name = ".".join(matrix.split(".")[-2:-1]) + f", layer {chosen + 1}"
             label = name if colour and window == DECAY else None
             if colour is None and window == DECAY and "others" not in labelled:
-                label = "other matrices"
+                label = "other matrices (dotted: without decay)"
                 labelled.add("others")
             if colour and window == CONTROL:
                 label = f"{name}, without decay"
@@ -60,8 +69,8 @@ def draw_updates(experiment: Experiment, runs: Sequence[Around], updates: Sequen
             )
     upper.set_yscale("log")
     upper.set_ylabel("largest update of an element")
-    upper.set_title("from one checkpoint to the next, at the later one", fontsize=10)
-    upper.legend(frameon=False, fontsize=8, loc="lower left")
+    upper.set_title("updates from one checkpoint to the next, each at the later one; shaded: the decay")
+    legend_beside(upper)
     trunk, decay = finished_pairs(experiment)[0]
     start = int(first.before["step"][0])
     needs = ("loss", "lr")
@@ -72,12 +81,15 @@ def draw_updates(experiment: Experiment, runs: Sequence[Around], updates: Sequen
         steps = [each["step"] for each in records]
         shown = slice(bisect.bisect_left(steps, begin), None)
         losses, rates = smooth([each["loss"] for each in records]), [each["lr"] for each in records]
-        middle.plot(steps[shown], losses[shown], color=colour, linestyle=line, linewidth=1.4)
-        lower.plot(steps[shown], rates[shown], color=colour, linestyle=line, linewidth=1.4)
-    middle.set_ylabel("training loss,\nsmoothed")
-    lower.set_ylabel("rate")
+        label = "without decay" if records is whole else "with decay"
+        middle.plot(steps[shown], losses[shown], color=colour, linestyle=line, label=label)
+        lower.plot(steps[shown], rates[shown], color=colour, linestyle=line)
+    middle.set_ylabel("training loss\n(nats per token)")
+    legend_beside(middle, title=f"mean of {WINDOW} steps")
+    lower.set_ylabel(LEARNING_RATE)
     lower.set_ylim(bottom=0)
     lower.set_xlabel("step")
+    whole_steps(lower)
     for axis in (upper, middle, lower):
         _shade(axis, first)
     return save_picture(figure, path)
@@ -103,17 +115,19 @@ PANELS = (  # name in metrics.jsonl, title, scale, factor
     ("max_gradient", "largest gradient of an element", "linear", 1),
     ("gradient_norm", "gradient norm", "linear", 1),
     ("gradient_cosine", "cosine of consecutive gradients", "linear", 1),
-    ("lr", "rate", "linear", 1),
+    ("lr", LEARNING_RATE, "linear", 1),
     ("second_derivative", "D2, second derivative along the update", "symlog", 1),
-    ("first_derivative", "-D1, negative first derivative", "symlog", -1),
-    ("curvature", "curvature on the trajectory", "log", 1),
+    ("first_derivative", "-D1, minus the first derivative", "symlog", -1),
+    ("curvature", "curvature along the trajectory", "log", 1),
 )
 
 
 def draw_gradients(runs: Sequence[Around], path: Path) -> Path:
     """Figure 8's six panels, loss and rate: every step of the first seed, and the mean of the seeds, smoothed."""
     pyplot = offscreen_pyplot()
-    figure, axes = pyplot.subplots(2, 4, figsize=(15, 6), sharex=True, layout="constrained")
+    from matplotlib.ticker import LogLocator
+
+    figure, axes = pyplot.subplots(2, 4, figsize=(15, 6.4), sharex=True)
     first = runs[0]
     for axis, (name, title, scale, factor) in zip(axes.flat, PANELS, strict=True):
         past = [(run.before["step"], factor * run.before[name]) for run in runs]
@@ -125,16 +139,20 @@ def draw_gradients(runs: Sequence[Around], path: Path) -> Path:
             (before_at, before), (at, mean) = _mean(past), _mean(after)
             both = np.concatenate([before, mean])
             curve = both if name == "lr" else _smooth_log(both) if scale == "log" else np.array(smooth(list(both)))
-            label = "before, and in the decay" if window == "decay" else "without decay"
             shown = 0 if window == "decay" else len(before)
             steps = np.concatenate([before_at, at])[shown:]
-            axis.plot(steps, curve[shown:], color=colour, linewidth=1.6, linestyle=line, label=label)
-        axis.set_title(title, fontsize=10)
+            axis.plot(steps, curve[shown:], color=colour, linewidth=1.6, linestyle=line)
+        axis.set_title(title)
         if scale == "symlog":
             usual = float(np.nanmedian(np.abs(first.before[name]))) or 1.0
-            axis.set_yscale("symlog", linthresh=10 ** math.ceil(math.log10(usual)))
-        else:
+            threshold, most = 10 ** math.ceil(math.log10(usual)), max(map(abs, axis.get_ylim()))
+            if most > 10 * threshold:  # within it a symmetric logarithm is linear, with hardly a tick
+                axis.set_yscale("symlog", linthresh=threshold)
+        elif scale == "log":
             axis.set_yscale(scale)
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+            axis.yaxis.set_minor_formatter("")
         if scale == "symlog" or name == "gradient_cosine":
             axis.axhline(0, color="#444444", linewidth=0.8)
         if name == "lr":
@@ -142,7 +160,19 @@ def draw_gradients(runs: Sequence[Around], path: Path) -> Path:
         _shade(axis, first)
     for axis in axes[1]:
         axis.set_xlabel("step")
-    axes[0][0].legend(frameon=False, fontsize=8)
+        whole_steps(axis)
+    seeds = "1 seed" if len(runs) == 1 else f"{len(runs)} seeds"
+    said = f"mean of {seeds} and {WINDOW} steps"
+    dot = {"linestyle": "", "marker": ".", "markersize": 5, "alpha": 0.5}
+    legend_below(
+        figure,
+        [
+            mark(f"before and in the decay (shaded): {said}", color=BLUE),
+            mark(f"without decay: {said}", color=GREY, linestyle=":"),
+            mark("every step of the first seed, with decay", color=BLUE, **dot),
+            mark("without", color=GREY, **dot),
+        ],
+    )
     return save_picture(figure, path)
 
 
@@ -163,4 +193,3 @@ def _smooth_log(values: Values) -> Values:
 
 def _shade(axis: Any, run: Around) -> None:
     axis.axvspan(run.leaves, run.end, color=DECAY_COLOUR, zorder=0)
-    axis.spines[["top", "right"]].set_visible(False)

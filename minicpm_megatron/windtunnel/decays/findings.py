@@ -92,8 +92,13 @@ def evaluate_decays(experiment: Experiment) -> Findings:
     draw_cosines(experiment, experiment.output / COSINES)
     draw_decays(experiment, comparisons, experiment.output / DECAYS)
     pictures = (
-        Picture(COSINES, "Held-out loss under Cosine(T) and CosineLoop(T), after figure 4"),
-        Picture(DECAYS, "The trunk, the decays that leave it, and Cosine(S), after figure 5; the loss over the share"),
+        Picture(
+            COSINES, "Validation loss under Cosine(T) and CosineLoop(T), after figure 4; S is the length of the run"
+        ),
+        Picture(
+            DECAYS,
+            "The trunk, the decays that leave it, and cosines, after figure 5; final loss over the share of decay",
+        ),
     )
     tables = (*(_table(each) for each in comparisons), _costs(experiment))
     return Findings(tuple(findings), tables, pictures)

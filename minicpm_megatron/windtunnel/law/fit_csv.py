@@ -42,7 +42,7 @@ def fit_csv(path: Path, method: Method, compute: float, output: Path | None) -> 
     if output is not None:
         plan = {"kind": KIND, "settings": settings, "data": data}
         claim(output, plan, "holds another experiment, or this one with other settings")
-        pictures = draw_law(found, method, compute, output)
+        pictures = draw_law(found, method, compute, output, loss="loss (in the unit of the CSV)")
     title = f"Scaling law of {path.name} (section 4.5 of arXiv 2404.06395)"
     results = Results(KIND, title, settings, "", data, library_versions(), findings, tables, pictures)
     if output is not None:

@@ -42,7 +42,7 @@ def evaluate_scaling(experiment: Experiment) -> Findings:
     return Findings(
         (*law_findings(found, method, compute), *shared),
         (*law_tables(found, method, compute), _losses(experiment)),
-        draw_law(found, method, compute, experiment.output),
+        draw_law(found, method, compute, experiment.output, loss="validation loss (nats per byte)"),
     )
 
 

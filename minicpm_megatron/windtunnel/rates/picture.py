@@ -10,36 +10,47 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from minicpm_megatron.methods.rate_law import RateShift
-from minicpm_megatron.storage.picture import offscreen_pyplot, save_picture
+from minicpm_megatron.storage.picture import (
+    VALIDATION_LOSS,
+    legend_beside,
+    mark,
+    offscreen_pyplot,
+    save_picture,
+    shades,
+)
 
 if TYPE_CHECKING:
     from minicpm_megatron.windtunnel.rates.sweep import Sweep
 
 PICTURE = "rates.png"
-_TITLES = {"mup": "muP", "standard": "standard parametrisation"}
+_TITLES = {"mup": "muP", "standard": "standard parametrization"}
 
 
 def draw_rates(sweeps: Sequence[Sweep], shifts: Mapping[str, RateShift | None], path: Path) -> Path:
-    """One panel a parametrisation: loss over rate, a colour a size, seeds as small marks, minima as stars."""
+    """One panel a parametrization: loss over learning rate, a colour a size, seeds as small marks, minima as stars."""
     pyplot = offscreen_pyplot()
     names = [name for name in _TITLES if any(sweep.parametrization == name for sweep in sweeps)]
-    figure, axes = pyplot.subplots(
-        1, len(names), figsize=(1.2 + 4.4 * len(names), 4.2), sharey=True, squeeze=False, layout="constrained"
-    )
+    figure, axes = pyplot.subplots(1, len(names), figsize=(2.6 + 4.4 * len(names), 4.2), sharey=True, squeeze=False)
     for axis, name in zip(axes[0], names, strict=True):
         group = [sweep for sweep in sweeps if sweep.parametrization == name]
-        for number, sweep in enumerate(group):
-            _draw_sweep(axis, sweep, pyplot.cm.viridis(0.85 * number / max(1, len(group) - 1)))
+        for sweep, colour in zip(group, shades(len(group)), strict=True):
+            _draw_sweep(axis, sweep, colour)
         shift = shifts[name]
-        moved = "" if shift is None else f"\nbest rate: {shift.slope:+.2f} octaves an octave of N"
-        axis.set_title(_TITLES[name] + moved, fontsize=10)
+        moved = "" if shift is None else f"\ntwice the parameters: best learning rate times {2**shift.slope:.2f}"
+        axis.set_title(_TITLES[name] + moved)
         axis.set_xscale("log", base=2)
         rates = group[0].rates
         axis.set_xticks(rates, [f"{rate:.3g}" for rate in rates], fontsize=8)
         axis.set_xlabel("base learning rate")
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(frameon=False, fontsize=8, title="width x layers", title_fontsize=8)
-    axes[0][0].set_ylabel("held-out loss (nats per token)")
+    # both panels have the same sizes in the same colours
+    handles = axes[0][-1].get_legend_handles_labels()[0]
+    if any(len(sweep.losses) > 1 for sweep in sweeps):
+        handles.append(mark("one seed", linestyle="", marker=".", markersize=3, alpha=0.5))
+    if any(sweep.optimum is not None for sweep in sweeps):
+        handles.append(mark("parabola near the minimum", linestyle="--", linewidth=0.8))
+        handles.append(mark("its minimum", linestyle="", marker="*", markersize=11))
+    legend_beside(axes[0][-1], handles=handles, title="width x layers")
+    axes[0][0].set_ylabel(VALIDATION_LOSS)
     return save_picture(figure, path)
 
 

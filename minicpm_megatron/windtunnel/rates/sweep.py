@@ -200,7 +200,7 @@ def evaluate_rates(experiment: Experiment) -> Findings:
     if groups["standard"]:
         findings.append(_control(groups["standard"], shifts))
     draw_rates(sweeps, shifts, experiment.output / PICTURE)
-    caption = "Held-out loss over the base rate, by parametrisation and size; the parabolas and their minima"
+    caption = "Validation loss over the base learning rate, by parametrization and size; parabolas and their minima"
     return Findings(tuple(findings), _tables(sweeps, shifts), (Picture(PICTURE, caption),))
 
 

@@ -101,7 +101,7 @@ def evaluate_search(experiment: Experiment) -> Findings:
     searched = read_search(experiment)
     ranges = {name: tuple(limits) for name, limits in experiment.settings["ranges"].items()}
     draw_search(searched, ranges, experiment.output / PICTURE)
-    caption = "Held-out loss of every trial, and over each of the values; the paper's set and the best"
+    caption = "Validation loss of every trial, and over each of the values; the paper's values and the best"
     tables = (_best(searched), *_repeats(searched), _all(searched))
     return Findings((_nothing_better(searched),), tables, (Picture(PICTURE, caption),))
 

@@ -9,14 +9,22 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from minicpm_megatron.storage.picture import offscreen_pyplot, save_picture
+from minicpm_megatron.storage.picture import (
+    COLOURS,
+    VALIDATION_LOSS,
+    legend_beside,
+    mark,
+    offscreen_pyplot,
+    save_picture,
+)
+from minicpm_megatron.storage.picture import PAPER as _PAPER
 from minicpm_megatron.windtunnel.search.space import AXES, Range
 
 if TYPE_CHECKING:
     from minicpm_megatron.windtunnel.search.findings import Searched
 
 PICTURE = "search.png"
-_PAPER, _BEST = "tab:red", "tab:orange"
+_BEST = COLOURS[5]
 _SHOWN = 0.75  # quantile of the losses that the scale is made for: the worst runs are far above all that matters
 
 
@@ -26,7 +34,7 @@ def draw_search(searched: Searched, ranges: Mapping[str, Range], path: Path) -> 
     What lies above the picture, or diverged, is a triangle at its upper edge.
     """
     pyplot = offscreen_pyplot()
-    figure = pyplot.figure(figsize=(12, 7), layout="constrained")
+    figure = pyplot.figure(figsize=(13, 7))
     grid = figure.add_gridspec(2, len(AXES), height_ratios=(1, 1.1))
     above = figure.add_subplot(grid[0, :])
     low, high = _scale(searched)
@@ -44,13 +52,13 @@ def draw_search(searched: Searched, ranges: Mapping[str, Range], path: Path) -> 
         panel.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks], fontsize=8)
         panel.minorticks_off()
         share = "" if searched.importances is None else f": importance {searched.importances.shares[column]:.0%}"
-        panel.set_title(axis.name + share, fontsize=10)
+        panel.set_title(share.removeprefix(": ").capitalize())
+        panel.set_xlabel(axis.key)
         panel.tick_params(labelleft=column == 0)
     for panel in figure.axes:
         panel.set_ylim(low, high)
-        panel.spines[["top", "right"]].set_visible(False)
     for panel in (above, figure.axes[1]):
-        panel.set_ylabel("held-out loss (nats per token)", fontsize=9)
+        panel.set_ylabel(VALIDATION_LOSS, fontsize=9)
     return save_picture(figure, path)
 
 
@@ -63,7 +71,15 @@ def _draw_order(panel: Any, searched: Searched, high: float) -> None:
         panel.axhline(searched.paper.loss, color=_PAPER, linewidth=0.8, linestyle="--")
     panel.set_xlabel("trial")
     panel.xaxis.get_major_locator().set_params(integer=True)
-    panel.legend(frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1, 1.02), ncols=4)
+    handles = panel.get_legend_handles_labels()[0]
+    dot = {"linestyle": "", "marker": "o", "markersize": 5}
+    handles += [
+        mark("an early trial", color=_shade(0), **dot),
+        mark("a late trial", color=_shade(1), **dot),
+        mark("above the picture, or diverged", linestyle="", marker="^", markersize=5),
+        mark("the paper's values, and their loss", color=_PAPER, linestyle="--", linewidth=0.8),
+    ]
+    legend_beside(panel, handles=handles)
 
 
 def _draw(panel: Any, searched: Searched, places: list[float], high: float) -> None:
@@ -73,7 +89,7 @@ def _draw(panel: Any, searched: Searched, places: list[float], high: float) -> N
         if math.isnan(result.loss):
             continue
         outside = not result.loss < high
-        shade = str(0.75 - 0.6 * result.number / len(searched.results))
+        shade = _shade(result.number / len(searched.results))
         shape, size, colour, label = marked.get(result.number, ("o", 22, shade, None))
         panel.scatter(
             [place],
@@ -85,6 +101,11 @@ def _draw(panel: Any, searched: Searched, places: list[float], high: float) -> N
             clip_on=False,
             zorder=4 if label else 3,
         )
+
+
+def _shade(place: float) -> str:
+    """The grey of a trial at `place` of the search, from 0 for the first to 1 for the last."""
+    return str(0.75 - 0.6 * place)
 
 
 def _scale(searched: Searched) -> tuple[float, float]:
