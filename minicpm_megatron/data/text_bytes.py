@@ -6,8 +6,8 @@ import numpy as np
 
 from minicpm_megatron.data.dataset import TokenDataset
 from minicpm_megatron.data.metadata import TokenMetadata
-from minicpm_megatron.data.sentencepiece_model import Piece, PieceType
 from minicpm_megatron.data.tokenizer import Tokenizer
+from minicpm_megatron.storage.sentencepiece_model import Piece, PieceType
 
 _MARK = "▁"
 
