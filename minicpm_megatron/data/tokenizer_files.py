@@ -176,12 +176,12 @@ def _pre_tokenizer(tokenizer: Tokenizer, symbols: set[str]) -> dict[str, Any] | 
     # what is left between two symbols is looked up whole, names of control tokens and of bytes, too
     heads: dict[str, list[str]] = {}
     symbol = longest_first[0]
-    before = len(tokenizer.processor.encode(symbol, out_type=str))
+    before, processor = len(tokenizer.processor.encode(symbol)), tokenizer.processor
     for piece in tokenizer.description.pieces:
         if piece.type not in (PieceType.NORMAL, PieceType.USER_DEFINED):
-            first = tokenizer.processor.encode(symbol + piece.text, out_type=str)[before]
+            first = processor.encode(symbol + piece.text)[before]
             # a character that is no piece stands as its bytes
-            head = first if piece.text.startswith(first) else piece.text[0]
+            head = piece.text[0] if processor.is_byte(first) else processor.id_to_piece(first)
             heads.setdefault(head, []).append(piece.text.removeprefix(head))
     cuts = (rf"\A{re.escape(head)}(?=(?:{'|'.join(map(re.escape, rests))})\z)" for head, rests in sorted(heads.items()))
     patterns = ("|".join(map(re.escape, longest_first)), "|".join(cuts))

@@ -212,7 +212,7 @@ def test_names_of_control_tokens_in_a_text_are_text(
     backend.encode_special_tokens = True
     loaded = AutoTokenizer.from_pretrained(str(tokenizer_dir), local_files_only=True)
     source = random.Random(1)
-    names = ["<s>", "</s>", "<unk>", "<0x0A>", "<用户>", "<AI>", " ", "a", "<", "s>", "\n", "1"]
+    names = ["<s>", "</s>", "<unk>", "<0x0A>", "<0x3C>", "<用户>", "<AI>", " ", "a", "<", "s>", "\n", "1"]
     mixed = ["".join(source.choices(names, k=source.randint(1, 8))) for _ in range(400)]
     for text in [*CONTROL, *mixed]:
         ids = reference.encode(text)
