@@ -22,7 +22,6 @@ from minicpm_megatron.recipe.schema import ModelRecipe, Recipe, Section
 from minicpm_megatron.recipe.sizes import model_of_size, parse_size
 
 S = TypeVar("S", bound=Section)
-SHOWN_VALUE = 60  # characters of a refused value that an error line repeats
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -227,9 +226,7 @@ def _first_error(section: type[Section], errors: list[ErrorDetails]) -> UserErro
     if error["type"] == "missing":
         fix = "give it, or a preset" if dotted == "model" or dotted.startswith("model.") else "give it"
         return UserError(f"missing{more}", where=dotted, fix=fix)
-    shown = repr(error["input"])
-    shown = shown if len(shown) <= SHOWN_VALUE else shown[:SHOWN_VALUE] + "..."
-    return UserError(f"{shown} is refused, it {_rule(error)}{more}", where=dotted)
+    return UserError(f"{shorten(error['input'])} is refused, it {_rule(error)}{more}", where=dotted)
 
 
 def _rule(error: ErrorDetails) -> str:

@@ -67,7 +67,7 @@ def test_a_validation_share_divides_the_documents_by_their_text(
     assert again.returncode == 0, again.stderr
     assert set(map(tuple, _documents(tmp_path / "q.valid"))) == set(map(tuple, validation))
     # what is no document is counted once
-    assert (verify(tmp_path / "p").rejected, verify(tmp_path / "p.valid").rejected) == ({"empty": 1}, {})
+    assert (verify(tmp_path / "p").rejected, verify(tmp_path / "p.valid").rejected) == ({"empty_text": 1}, {})
     assert verify(tmp_path / "p.valid").text_bytes + verify(tmp_path / "p").text_bytes == 2 * sum(
         len(text.encode()) for text in texts()
     )
