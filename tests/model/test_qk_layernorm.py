@@ -103,7 +103,7 @@ def qwen3(model: ModelRecipe, ours: dict[str, torch.Tensor]) -> torch.nn.Module:
     return theirs
 
 
-def compared(tensor: int, sequence_parallel: bool) -> dict[str, float]:
+def compared(tensor: int) -> dict[str, float]:
     """Largest relative differences to Qwen3: of losses, and of the gradients of the norms and of one matrix."""
     import minicpm_megatron as library
     from minicpm_megatron.model.sharding import named_shards
@@ -120,9 +120,7 @@ def compared(tensor: int, sequence_parallel: bool) -> dict[str, float]:
     logits = theirs(rows[:, :-1]).logits
     expected = torch.nn.functional.cross_entropy(logits.transpose(1, 2), rows[:, 1:], reduction="none")
     expected.mean().backward()
-    config = library.MiniCPMConfig.from_recipe(
-        shape, ParallelRecipe(tensor_model_parallel_size=tensor, sequence_parallel=sequence_parallel)
-    )
+    config = library.MiniCPMConfig.from_recipe(shape, ParallelRecipe(tensor_model_parallel_size=tensor))
     found = {}
     for form in (library.MiniCPMModel, library.MiniCPMHybridModel):
         model = form(config)
@@ -142,10 +140,10 @@ def compared(tensor: int, sequence_parallel: bool) -> dict[str, float]:
     return found
 
 
-@pytest.mark.parametrize(("tensor", "sequence_parallel"), [(1, False), (2, False), (2, True)])
-def test_losses_and_gradients_are_qwen3s(tensor: int, sequence_parallel: bool) -> None:
-    target = "tests.model.test_qk_layernorm:compared"
-    for rank in run_on_ranks(target, tensor, tensor=tensor, sequence_parallel=sequence_parallel):
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_losses_and_gradients_are_qwen3s(tensor: int) -> None:
+    """Sequence parallelism is in `tests/distributed/test_parity.py`."""
+    for rank in run_on_ranks("tests.model.test_qk_layernorm:compared", tensor, tensor=tensor):
         assert len(rank) == 2 * (1 + 2 * SHAPE["num_layers"] + 1)
         assert max(rank.values()) < 1e-5, rank
 
