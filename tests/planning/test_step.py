@@ -8,6 +8,7 @@ import pytest
 
 from minicpm_megatron.planning.cluster import Cluster
 from minicpm_megatron.planning.step import predict, stage_seconds
+from minicpm_megatron.recipe import get_preset
 from minicpm_megatron.recipe.flops import flops_per_token
 from minicpm_megatron.recipe.memory import estimate_memory, pipeline_stages
 from tests.planning.tiny import GPU, PARAMETERS, recipe, work
@@ -89,11 +90,16 @@ def test_a_pipeline_keeps_no_more_micro_batches_than_there_are() -> None:
     assert pipeline_stages(one.recipe, one.layout)[0].in_flight == 1
 
 
-@pytest.mark.parametrize(("stage", "buckets", "live"), [(2, 1, 0), (3, 1, PARAMETERS)], ids=["ZeRO 2", "ZeRO 3"])
-def test_reduce_buckets_are_whole_whatever_the_model(stage: int, buckets: int, live: int) -> None:
+@pytest.mark.parametrize(("stage", "live"), [(2, 0), (3, PARAMETERS)], ids=["ZeRO 2", "ZeRO 3"])
+def test_a_reduce_bucket_is_as_large_as_the_model(stage: int, live: int) -> None:
     memory = predict(recipe(deepspeed__zero_stage=stage), Cluster(GPU, 4, 8)).memory
-    # a bucket in bf16 and, while it is reduced, in fp32
-    assert memory.buffers == (2 + 4) * buckets * 500_000_000 + 2 * live
+    # a bucket in bf16 and, while it is reduced, in fp32; with room for a row more of the embedding and of the head
+    assert memory.buffers == (2 + 4) * (PARAMETERS + 2 * 8) + 2 * live
+
+
+def test_a_reduce_bucket_is_never_above_deepspeeds_default() -> None:
+    large = recipe(deepspeed__zero_stage=2).model_copy(update={"model": get_preset("minicpm-2.4b")})
+    assert predict(large, Cluster(GPU, 4, 8)).memory.buffers == (2 + 4) * 500_000_000
 
 
 def test_what_zero_1_reduces_takes_the_place_of_the_activations() -> None:
