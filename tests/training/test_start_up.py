@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 from pathlib import Path
@@ -32,9 +33,9 @@ def started(folder: Path, launcher: tuple[str, ...], *overrides: str) -> Job:
 def test_no_rank_outlives_a_launcher_that_dies_before_the_first_step(launcher: tuple[str, ...], tmp_path: Path) -> None:
     job = started(tmp_path, launcher)
     second = job.rank(1)
-    for process in psutil.Process(second).parents():  # of deepspeed the launcher of this node, and the command
-        if process in job.family:
-            process.kill()
+    # the command first, and of deepspeed then the launcher of this node, at whose death the command would end by itself
+    for process in reversed([each for each in psutil.Process(second).parents() if each in job.family]):
+        process.kill()
     os.kill(second, signal.SIGCONT)
     assert job.end() == -signal.SIGKILL
     assert job.log().count("error: the launcher died before the first step") == 1, job.log()
@@ -47,8 +48,10 @@ def test_a_rank_that_is_stopped_before_the_first_step_is_named(tmp_path: Path) -
     hang.parent.mkdir(parents=True)
     hang.write_text('{"doing": "of another start", "collective": null, "host": "h", "place": "p", "launched": {}}')
     job = started(tmp_path, TORCHRUN, "training.hang_timeout=6")
+    second = psutil.Process(job.rank(1))
     job.say("rank 1 does not answer: its process is stopped or gone")
-    os.kill(job.rank(1), signal.SIGKILL)  # a stopped process cannot end itself
+    with contextlib.suppress(psutil.NoSuchProcess):
+        second.kill()  # a stopped process cannot end itself
     assert job.end() == EXIT_HANG
     assert "error: no progress for 6 s; the run is ended, start it again to go on" in job.log()
     assert ": start-up: meeting the other ranks" in job.log()
