@@ -59,6 +59,7 @@ class Checkpointer:
         on_corrupt: what to do when the newest checkpoint is damaged.
         group: process group of the run, used by nothing else while a save is under way; None: one process.
         on_phase: called with the name of every phase of a save that is waited for (`publish.PHASES`).
+        on_progress: called with a file's path again and again while its checksum is verified.
     """
 
     def __init__(
@@ -71,12 +72,13 @@ class Checkpointer:
         on_corrupt: Literal["stop", "previous"] = "stop",
         group: dist.ProcessGroup | None = None,
         on_phase: Callable[[str], None] = lambda phase: None,
+        on_progress: Callable[[Path], None] = lambda path: None,
     ) -> None:
         self.directory = Path(directory)
         self.keep_last, self.keep_every, self.keep_steps = keep_last, keep_every, frozenset(keep_steps)
         self.on_corrupt = on_corrupt
         self.ranks = Ranks(group)
-        self.on_phase = on_phase
+        self.on_phase, self.on_progress = on_phase, on_progress
         self._lock: BinaryIO | None = None
         self._staging = Staging()
         self._under_way: BackgroundSave | None = None
@@ -142,7 +144,7 @@ class Checkpointer:
         found: list[str] = []
         fault = None
         try:
-            found = problems(folder, self.ranks.rank, self.ranks.size)
+            found = problems(folder, self.ranks.rank, self.ranks.size, self.on_progress)
         except Unreadable as error:
             fault = [error.what, error.where, error.fix]
         outcomes = self.ranks.gather({"found": found, "fault": fault})

@@ -83,13 +83,20 @@ class EngineState:
         return max((int(state["step"]) for state in self.inner.state.values() if "step" in state), default=0)
 
     @torch.no_grad()
-    def load(self, reader: ShardReader, updates: int | None) -> None:
-        """Take weights and, unless `updates` is None, Adam's moments from a checkpoint of any layout."""
+    def load(
+        self, reader: ShardReader, updates: int | None, on_progress: Callable[[str], None] = lambda name: None
+    ) -> None:
+        """Take weights and, unless `updates` is None, Adam's moments from a checkpoint of any layout.
+
+        Args:
+            on_progress: called with the name of each parameter before it is read.
+        """
         if updates:
             self._allocate_moments(updates)
         elif updates == 0:
             self.inner.state.clear()  # an engine that goes back to its start has some
         for parameter, spec in self._parameters():
+            on_progress(spec.name)
             shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
             self._load_weights(parameter, reader.read_shard(spec, WEIGHT, shape))
             if updates:

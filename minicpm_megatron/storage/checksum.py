@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+_BLOCK = 1 << 22  # bytes
 
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file in hex, read in blocks."""
-    with open(path, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+def file_sha256(path: Path, on_block: Callable[[], None] = lambda: None) -> str:
+    """SHA-256 of a file in hex, read in blocks of 4 MiB; `on_block` is called after each."""
+    digest, block = hashlib.sha256(), memoryview(bytearray(_BLOCK))
+    with open(path, "rb", buffering=0) as handle:
+        while count := handle.readinto(block):
+            digest.update(block[:count])
+            on_block()
+    return digest.hexdigest()
 
 
 def content_sha256(content: dict[str, Any]) -> str:

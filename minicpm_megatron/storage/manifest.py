@@ -6,7 +6,9 @@ The manifest carries a checksum of its own, so that a flipped bit in a step or a
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -85,11 +87,14 @@ def _records(value: dict[str, Any], path: Path) -> list[FileRecord]:
         raise UserError("the manifest is incomplete", where=str(path)) from None
 
 
-def problems(folder: Path, part: int = 0, parts: int = 1) -> list[str]:
+def problems(
+    folder: Path, part: int = 0, parts: int = 1, on_progress: Callable[[Path], None] = lambda path: None
+) -> list[str]:
     """Everything in which `folder` differs from its manifest; every file is read in full. Empty: verified.
 
     Args:
         part, parts: look at every `parts`-th file only, from number `part` on.
+        on_progress: called again and again while a file is read, with its path.
 
     Raises:
         Unreadable: the disk fails, which leaves the question open.
@@ -108,7 +113,7 @@ def problems(folder: Path, part: int = 0, parts: int = 1) -> list[str]:
                 found.append(f"{path}: missing")
             elif path.stat().st_size != record.size:
                 found.append(f"{path}: {path.stat().st_size} bytes, {record.size} were written")
-            elif file_sha256(path) != record.sha256:
+            elif file_sha256(path, partial(on_progress, path)) != record.sha256:
                 found.append(f"{path}: the checksum is not that of what was written")
         except OSError as error:
             raise _unreadable(path, error) from None

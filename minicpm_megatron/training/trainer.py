@@ -75,6 +75,8 @@ class Trainer:
             # of its own, for the thread that saves; over gloo, so that it waits for no kernel
             group=dist.new_group(backend="gloo", timeout=patience),
             on_phase=lambda phase: self.watchdog.tick(f"saving step {self.step}: {phase}"),
+            # tens of gigabytes a rank take longer on a slow disk than a rank may be silent
+            on_progress=lambda path: self.watchdog.tick(f"verifying {path}"),
         )
         watchdog.tick("start-up: looking at the run's folder")
         self.checkpointer.preflight(count_parameters(recipe.model).total * CHECKPOINT_BYTES)
@@ -332,7 +334,7 @@ class Trainer:
             said = f"branching from {origin.reference} ({origin.folder}) at step {self.step}"
         else:
             self.engine.ledger.check_saved(loaded.state.get("rates", {}))
-            self.state.load(loaded.reader, int(loaded.state.get("updates", 0)))
+            self.state.load(loaded.reader, int(loaded.state.get("updates", 0)), self._loading)
             self.evaluation_due = self.recipe.evaluation.interval is not None
             said = f"starting with the weights and moments of {origin.reference} ({origin.folder})"
         self.origin = {"run": str(origin.folder.parent.parent), "step": origin.step}
@@ -342,11 +344,14 @@ class Trainer:
 
     def _start_with(self, origin: Origin, weights: Callable[[], ShardReader]) -> None:
         reader = self.checkpointer.on_all(weights)
-        self.checkpointer.on_all(lambda: self.state.load(reader, 0))
+        self.checkpointer.on_all(lambda: self.state.load(reader, 0, self._loading))
         self.evaluation_due = self.recipe.evaluation.interval is not None
         self.origin = {"run": str(origin.folder), "step": origin.step}
         if groups.rank() == 0:
             print(f"starting with the weights of {origin.reference}", flush=True)
+
+    def _loading(self, name: str) -> None:
+        self.watchdog.tick(f"loading {name}")
 
     def _load(self, loaded: Any) -> None:
         state = loaded.state
@@ -354,7 +359,7 @@ class Trainer:
         check_same_order(loaded.manifest, self.recipe, self.data)
         self.engine.ledger.check_saved(state.get("rates", {}))
         self.step = int(state["step"])
-        self.state.load(loaded.reader, int(state.get("updates", 0)))
+        self.state.load(loaded.reader, int(state.get("updates", 0)), self._loading)
         self.faults.load(state.get("faults", {}))
         tensors = loaded.rank_tensors(groups.rank())
         if tensors:

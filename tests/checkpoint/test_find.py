@@ -114,6 +114,16 @@ def test_never_from_scratch_beside_damage(run: Path, policy: str) -> None:
             Checkpointer(directory, on_corrupt="previous").find_latest()
 
 
+def test_a_long_verification_is_no_silence(tmp_path: Path) -> None:
+    """The watchdog hears of every few megabytes: a rank of a large model reads for longer than it may be silent."""
+    heard: list[Path] = []
+    checkpointer = Checkpointer(tmp_path, on_progress=heard.append)
+    folder = save(checkpointer, 1, rows=1 << 18)
+    assert heard == [] and checkpointer.find_latest() == folder
+    size = (folder / "rank-00000.safetensors").stat().st_size
+    assert size > 2**23 and heard.count(folder / "rank-00000.safetensors") >= size / 2**22
+
+
 def test_nothing_there_is_a_start(tmp_path: Path) -> None:
     assert Checkpointer(tmp_path / "none").find_latest() is None
     (tmp_path / "none").mkdir()
@@ -123,7 +133,7 @@ def test_nothing_there_is_a_start(tmp_path: Path) -> None:
 def test_a_failing_disk_condemns_no_checkpoint(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sound = manifest.file_sha256
 
-    def fail(path: Path) -> str:
+    def fail(path: Path, on_block: Callable[[], None]) -> str:
         if path.parent.name == "step-2":
             raise OSError(5, "Input/output error", str(path))
         return sound(path)

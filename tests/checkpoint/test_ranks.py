@@ -8,7 +8,7 @@ import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +112,7 @@ def verify_worker(folder: str) -> dict[str, Any]:
     save(checkpointer, 1)
     save(checkpointer, 2)
 
-    def hashed(path: Path) -> str:
+    def hashed(path: Path, on_block: Callable[[], None]) -> str:
         read.append(f"{path.parent.name}/{path.name}")
         if rank == 1 and path.parent.name == "step-2" and len(read) > 1:
             raise OSError(5, "Input/output error", str(path))

@@ -22,6 +22,7 @@ from minicpm_megatron.model.model import MiniCPMModel
 from minicpm_megatron.parallel import groups
 from minicpm_megatron.recipe import build
 from minicpm_megatron.recipe.presets import get_preset
+from minicpm_megatron.storage.sharded import ShardSpec
 from tests.device import put, ranks
 from tests.distributed.forked import Outcome, run_forked
 
@@ -95,10 +96,21 @@ def shrink(rank: int, case: dict[str, Any]) -> list[dict[str, float]]:
     return lines
 
 
-def tamper(rank: int, case: dict[str, Any]) -> list[str]:
-    """What the engine says to rates that something else has set, for one group after the other."""
+class Zeros:
+    """A checkpoint whose tensors are all zero."""
+
+    def read_shard(self, spec: ShardSpec, kind: str, padded_shape: tuple[int, ...] | None) -> torch.Tensor:
+        """One shard."""
+        assert padded_shape is not None
+        return put(torch.zeros(padded_shape))
+
+
+def tamper(rank: int, case: dict[str, Any]) -> dict[str, Any]:
+    """What the engine says to rates that something else has set, group by group, and what it tells while it loads."""
     engine = _engine(case)
-    said = []
+    said, heard = [], []
+    EngineState(engine).load(Zeros(), 1, heard.append)
+    assert all(not fragment.tensor.any() for fragment in EngineState(engine).fragments())
     for group in engine.param_groups:
         for field in ("lr", "lr_multiplier"):
             kept = group[field]
@@ -110,7 +122,7 @@ def tamper(rank: int, case: dict[str, Any]) -> list[str]:
                 said.append(str(error))
             group[field] = kept
     engine.check_rates(1.0)
-    return said
+    return {"said": said, "heard": heard, "names": list(engine.names.values())}
 
 
 class Two(torch.nn.Module):
@@ -203,9 +215,16 @@ def test_a_rate_that_something_else_set_is_refused_and_the_group_named(
 ) -> None:
     for rank in jobs[f"tamper-{stage}-fp32-"]:
         names = [name for name in ("embedding", "hidden", "vector") for _ in ("lr", "lr_multiplier")]
-        assert len(rank.result) == len(names)
-        for name, said in zip(names, rank.result, strict=True):
+        assert len(rank.result["said"]) == len(names)
+        for name, said in zip(names, rank.result["said"], strict=True):
             assert said.startswith(f"learning rates: group '{name}' has rate")
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_a_long_load_is_no_silence(stage: int, jobs: dict[str, list[Outcome]]) -> None:
+    """The watchdog hears of every parameter: a rank may read for longer than it may be silent."""
+    for rank in jobs[f"tamper-{stage}-fp32-"]:
+        assert len(rank.result["heard"]) > 10 and rank.result["heard"] == rank.result["names"]
 
 
 @pytest.mark.parametrize("unit", ["steps", "tokens"])

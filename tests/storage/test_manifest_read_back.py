@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -74,7 +75,7 @@ def test_whatever_can_be_saved_can_be_loaded(tmp_path: Path) -> None:
 
 
 def test_a_failing_disk_is_no_verdict(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(path: Path) -> str:
+    def fail(path: Path, on_block: Callable[[], None]) -> str:
         raise OSError(5, "Input/output error", str(path))
 
     monkeypatch.setattr(manifest, "file_sha256", fail)
