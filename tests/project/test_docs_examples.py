@@ -1,6 +1,6 @@
 """The Python examples of the docs run as printed, each page in one go.
 
-`tests/methods` has those with prompts, `tests/megatron_lm/test_spec.py` those of the page on Megatron-LM's trainer.
+`tests/methods` has those with prompts; pages whose examples are checked for more than running have tests of their own.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import pytest
 from tests.distributed.launch import run_on_ranks
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
+ELSEWHERE = {"megatron_lm.md": "tests/megatron_lm/test_spec.py", "own_script.md": "tests/project/test_own_script.py"}
 
 
 def examples() -> dict[str, list[str]]:
@@ -25,7 +26,7 @@ def examples() -> dict[str, list[str]]:
     for page in sorted(DOCS.rglob("*.md")):
         blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.S | re.M)
         plain = [block for block in blocks if ">>>" not in block]
-        if plain and page.name != "megatron_lm.md":
+        if plain and page.name not in ELSEWHERE:
             found[page.name] = plain
     return found
 
