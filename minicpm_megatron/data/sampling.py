@@ -136,15 +136,21 @@ class Mixture:
                 where="data.train",
                 fix="give weights that differ less",
             )
-        # 1 + (1 - p) + p (n - 1) <= 3
-        jittered = max(exact) * (len(exact) - 2) <= total
-        self._tree = None if jittered else MixtureTree(exact, partial(key, seed, "mixture tree"))
+        self._shares = exact
         self._order = lru_cache(maxsize=4)(self._block_order)
+        # 1 + (1 - p) + p (n - 1) <= 3
+        self.follow(JITTER if max(exact) * (len(exact) - 2) <= total else TREE)
 
-    @property
-    def method(self) -> str:
-        """Which of the two decides the order: JITTER or TREE."""
-        return JITTER if self._tree is None else TREE
+    def follow(self, method: str) -> None:
+        """Mix by `method`, JITTER or TREE, whatever the shares: what a run has begun with decides what it has read.
+
+        Raises:
+            UserError: there is no such method.
+        """
+        if method not in (JITTER, TREE):
+            raise UserError(f"corpora were mixed by {method!r}, which this version does not know", where="data.train")
+        self.method = method
+        self._tree = None if method == JITTER else MixtureTree(self._shares, partial(key, self.seed, "mixture tree"))
 
     def consumed(self, blocks: int) -> list[int]:
         """Samples of each source in the first `blocks` blocks, where these decide the order."""

@@ -14,6 +14,7 @@ from minicpm_megatron.errors import UserError, require
 from minicpm_megatron.methods.mup import mup_table
 from minicpm_megatron.parallel import device
 from minicpm_megatron.recipe import ModelRecipe, ParallelRecipe, Recipe, RopeScaling
+from minicpm_megatron.recipe.memory import VOCABULARY_MULTIPLE
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # role of the muP table -> fields of TransformerConfig; `initialize_parameters` draws the same for every layout
@@ -86,7 +87,7 @@ class MiniCPMConfig(TransformerConfig):
     embedding_role: Literal["vector", "matrix"] = _default("embedding_role")
     fused_loss: bool = True
     z_loss_coeff: float = 0.0
-    make_vocab_size_divisible_by: int = 128
+    make_vocab_size_divisible_by: int = VOCABULARY_MULTIPLE
 
     def __post_init__(self) -> None:
         if self.use_mup:

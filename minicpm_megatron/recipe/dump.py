@@ -38,7 +38,8 @@ def recipe_hash(recipe: Recipe) -> str:
         section: fields[section] if keys is None else {key: fields[section][key] for key in keys}
         for section, keys in DEFINING.items()
     }
-    # a key younger than the hash: without it the hashes of earlier runs hold
-    if not defining["training"]["z_loss_coeff"]:
-        del defining["training"]["z_loss_coeff"]
+    # keys younger than the hash: without them, where they are off, the hashes of earlier runs hold
+    for section, key in (("training", "z_loss_coeff"), ("model", "qk_layernorm")):
+        if not defining[section][key]:
+            del defining[section][key]
     return hashlib.sha256(json.dumps(defining, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

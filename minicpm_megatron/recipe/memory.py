@@ -20,6 +20,7 @@ from minicpm_megatron.recipe.schema import ModelRecipe, Recipe
 
 FP32 = 4
 ELEMENT_BYTES = {"fp32": 4, "bf16": 2}
+VOCABULARY_MULTIPLE = 128  # rows; Megatron-Core's default of make_vocab_size_divisible_by, for each rank
 REDUCE_BUCKET_SIZE = 500_000_000  # elements; DeepSpeed's default of zero_optimization.reduce_bucket_size
 ALLREDUCE_BUCKET_SIZE = 500_000_000  # elements; DeepSpeed's MEMORY_OPT_ALLREDUCE_SIZE, which no setting changes
 
@@ -301,8 +302,9 @@ def reduce_bucket_size(recipe: Recipe, layout: Layout) -> int:
     """
     stages = pipeline_stages(recipe, layout)
     most = max(sum(count for count, _ in parameters_on_rank(recipe.model, layout, stage)) for stage in stages)
-    # tensor parallelism can add a row to the embedding and to the head
-    return min(REDUCE_BUCKET_SIZE, math.ceil(most) + 2 * recipe.model.hidden_size)
+    # Megatron-Core pads the vocabulary: each rank's part of embedding and head can have that many rows more
+    padding = 2 * VOCABULARY_MULTIPLE * recipe.model.hidden_size
+    return min(REDUCE_BUCKET_SIZE, math.ceil(most) + padding)
 
 
 def live_parameters(recipe: Recipe, parameters: float) -> float:

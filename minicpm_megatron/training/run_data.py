@@ -102,19 +102,14 @@ def check_unchanged(saved: dict[str, str], now: dict[str, str]) -> None:
             )
 
 
-def check_same_order(manifest: dict[str, Any], recipe: Recipe, data: RunData) -> None:
-    """Refuse to go on with a checkpoint whose run has mixed the same corpora in another order.
+def keep_order(manifest: dict[str, Any], recipe: Recipe, data: RunData) -> None:
+    """Mix the corpora of `data` as the run of a checkpoint has mixed them, where the recipe mixes the same ones.
 
     Versions before manifests had `MIXTURE` knew jitter alone.
 
     Raises:
-        UserError: the order is another one.
+        UserError: the manifest names a method that this version does not know.
     """
     before = [source["weight"] for source in manifest.get("recipe", {}).get("data", {}).get("train", ())]
-    same_mixture = before == [source.weight for source in recipe.data.train]
-    if same_mixture and manifest.get(MIXTURE, JITTER) != data.train.mixture.method:
-        raise UserError(
-            "the version that saved the checkpoint mixed so many corpora in another order",
-            where="data.train",
-            fix="begin a stage with the checkpoint: --init-from RUN@STEP name=NEW",
-        )
+    if before == [source.weight for source in recipe.data.train]:
+        data.train.mixture.follow(manifest.get(MIXTURE, JITTER))

@@ -35,7 +35,7 @@ from minicpm_megatron.training.flops import device_peak, flops_per_token
 from minicpm_megatron.training.gradient_log import GradientLog
 from minicpm_megatron.training.launcher import Launcher
 from minicpm_megatron.training.metrics import MetricsLog, StepRecord
-from minicpm_megatron.training.run_data import MIXTURE, check_same_order, check_unchanged, open_data
+from minicpm_megatron.training.run_data import MIXTURE, check_unchanged, keep_order, open_data
 from minicpm_megatron.training.start import Origin, check_same_past
 from minicpm_megatron.training.watchdog import Watchdog
 
@@ -356,7 +356,7 @@ class Trainer:
     def _load(self, loaded: Any) -> None:
         state = loaded.state
         check_unchanged(loaded.manifest.get("data") or {}, self.data.fingerprint)
-        check_same_order(loaded.manifest, self.recipe, self.data)
+        keep_order(loaded.manifest, self.recipe, self.data)
         self.engine.ledger.check_saved(state.get("rates", {}))
         self.step = int(state["step"])
         self.state.load(loaded.reader, int(state.get("updates", 0)), self._loading)

@@ -25,6 +25,8 @@ from minicpm_megatron.windtunnel.results import Finding, Picture, Results, Table
 
 Ended = Literal["done", "stopped", "failed"]
 BASE_RECIPE = "base.yaml"
+# how cells measure their validation losses; one experiment must not mix cells of two ways
+MEASURE = "every sample of a set, weighted by tokens; bytes of the tokens read"
 _POLL = 0.2  # seconds
 
 
@@ -90,8 +92,13 @@ class Experiment:
             "recipe": recipe_hash(self.base),
             "data": data_fingerprints(self.base),
             "cells": {cell.name: cell.fingerprint for cell in self.cells},
+            "measure": MEASURE,
         }
-        claim(self.output, plan, "holds another experiment, or this one with other settings")
+        claim(
+            self.output,
+            plan,
+            "holds another experiment, this one with other settings, or one whose losses an earlier version measured",
+        )
 
     def state(self, cell: Cell) -> str:
         """ "done", "diverged", "failed" or "missing"."""

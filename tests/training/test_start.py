@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from minicpm_megatron.errors import UserError
-from minicpm_megatron.recipe import load_recipe
-from minicpm_megatron.training.run_data import check_same_order, check_unchanged, open_data
+from minicpm_megatron.recipe import Recipe, load_recipe
+from minicpm_megatron.training.run_data import check_unchanged, keep_order, open_data
 from minicpm_megatron.training.start import check_same_past
 from tests.training import nano
 
@@ -93,23 +94,27 @@ def test_equal_data_under_another_path_is_the_same_past(tmp_path: Path) -> None:
         check_same_past(before, heavier, DONE, data=({"old": "1"}, {"new": "1"}))
 
 
-def test_corpora_that_were_mixed_in_another_order_are_refused(tmp_path: Path) -> None:
+def test_a_run_goes_on_in_the_order_that_it_has_begun_with(tmp_path: Path) -> None:
     path = nano.write_recipe(tmp_path)
     prefix = str(tmp_path / "data" / "train")
     few, many = (
         load_recipe(path, ["name=x", f"data.train={json.dumps([{'prefix': prefix, 'weight': w} for w in weights])}"])
         for weights in ([9.0, 1.0, 1.0], [9.0, 1.0, 1.0, 1.0])
     )
-    for recipe, method, earlier in ((few, "jitter", None), (many, "tree", "jitter"), (many, "tree", None)):
-        data, manifest = open_data(recipe), {"recipe": recipe.model_dump(mode="json")}
-        check_same_order(manifest | {"mixture": method}, recipe, data)
-        if earlier is not None or method == "tree":
-            with pytest.raises(UserError, match="mixed so many corpora in another order"):
-                check_same_order(manifest | ({"mixture": earlier} if earlier else {}), recipe, data)
-        else:
-            check_same_order(manifest, recipe, data)
+
+    def order(recipe: Recipe, manifest: dict[str, Any] | None) -> list[tuple[int, int]]:
+        data = open_data(recipe)
+        if manifest is not None:
+            keep_order(manifest, recipe, data)
+        return [data.train.source(sample) for sample in range(400)]
+
+    saved = {"recipe": many.model_dump(mode="json")}
+    jitter, tree = order(many, saved | {"mixture": "jitter"}), order(many, saved | {"mixture": "tree"})
+    assert order(many, saved) == jitter != tree == order(many, None), "manifests once had no method"
+    with pytest.raises(UserError, match="data.train: corpora were mixed by 'dice'"):
+        order(many, saved | {"mixture": "dice"})
     # a decay that reads other data begins another mixture
-    check_same_order({"recipe": few.model_dump(mode="json")}, many, open_data(many))
+    assert order(many, {"recipe": few.model_dump(mode="json"), "mixture": "jitter"}) == tree
 
 
 def test_changed_data_is_refused_by_its_prefix() -> None:
