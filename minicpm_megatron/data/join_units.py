@@ -71,7 +71,9 @@ def join_units(
             if setup.validation
             else f"no document in {records} records ({_counts(rejected)})",
             where=units[0].segments[0].path,
-            fix="give more text or a larger --validation-share" if setup.validation else "check --input and --json-key",
+            fix="check --input and --json-key, or give more text or a larger --validation-share"
+            if setup.validation
+            else "check --input and --json-key",
         )
     joined = work / "joined"
     with atomic_file(bin_path(joined)) as handle:

@@ -12,7 +12,7 @@ from minicpm_megatron.methods.tokens_per_size import PUBLISHED, Crossing, Curve,
 from minicpm_megatron.storage.checksum import file_sha256
 from minicpm_megatron.storage.claim import claim
 from minicpm_megatron.storage.manifest import library_versions
-from minicpm_megatron.storage.picture import offscreen_pyplot, save_picture
+from minicpm_megatron.storage.picture import legend_beside, offscreen_pyplot, save_picture, shades
 from minicpm_megatron.training.text import number
 from minicpm_megatron.windtunnel.law.losses import Measurement
 from minicpm_megatron.windtunnel.law.losses_csv import read_losses
@@ -97,26 +97,22 @@ def _table(name: str, found: Sequence[Crossing]) -> Table:
 
 
 def _draw(sets: Mapping[str, Mapping[float, Curve]], found: Mapping[str, Sequence[Crossing]], path: Path) -> Path:
-    figure, axes = offscreen_pyplot().subplots(
-        1, len(sets), figsize=(1 + 5 * len(sets), 4), squeeze=False, layout="constrained"
-    )
+    figure, axes = offscreen_pyplot().subplots(1, len(sets), figsize=(1 + 6 * len(sets), 4), squeeze=False)
     for axis, (name, curves) in zip(axes.flat, sets.items(), strict=True):
         _draw_set(axis, curves, found[name])
-        axis.set_title(name, fontsize=10)
+        axis.set_title(name)
     return save_picture(figure, path)
 
 
 def _draw_set(axis: Any, curves: Mapping[float, Curve], found: Sequence[Crossing]) -> None:
-    for n in sorted(curves):
+    for n, colour in zip(sorted(curves), shades(len(curves)), strict=True):
         tokens, loss = curves[n]
-        [points] = axis.plot(
-            [training_flops(n, each) for each in tokens], loss, ".", markersize=3, alpha=0.6, label=_size(n)
-        )
+        compute = [training_flops(n, each) for each in tokens]
+        axis.plot(compute, loss, ".", markersize=3, alpha=0.6, color=colour, label=_size(n))
         filled = FilledCurve.of(n, curves[n])
-        axis.plot(filled.compute, filled.loss, linewidth=1, color=points.get_color())
+        axis.plot(filled.compute, filled.loss, linewidth=1, color=colour)
     if found:
         where = [each.compute for each in found], [each.loss for each in found]
         axis.plot(*where, "x", color="black", label="the larger takes over")
-    axis.set(xscale="log", yscale="log", xlabel="compute 6 N D (FLOPs)", ylabel="loss")
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, fontsize=8, title="N (lines: concave parts filled)", title_fontsize=8)
+    axis.set(xscale="log", yscale="log", xlabel="compute 6 N D (FLOPs)", ylabel="loss (in the unit of the CSV)")
+    legend_beside(axis, title="N\n(points: measured, lines:\nconcave parts filled)")

@@ -77,7 +77,7 @@ def test_a_validation_share_divides_the_documents_by_their_text(
     ("share", "message"),
     [
         ("1", "--validation-share: 1 is no share; give 0.01"),
-        ("1e-9", "no document fell into the validation share; give more"),
+        ("1e-9", "no document fell into the validation share; check --input and --json-key, or give more"),
     ],
 )
 def test_a_share_that_leaves_nothing_is_one_line(

@@ -9,6 +9,7 @@ import pytest
 from minicpm_megatron.windtunnel.results import read_results
 from tests.cli.commands import command, error_lines
 from tests.methods.test_tokens_per_size import straight_lines
+from tests.pictures import drawn
 
 
 def write(path: Path, lines: dict) -> Path:
@@ -19,7 +20,9 @@ def write(path: Path, lines: dict) -> Path:
 
 def test_llama_2_by_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     csv = write(tmp_path / "curves.csv", straight_lines(0.02))
-    assert command("windtunnel.py", "tokens-per-size", "--csv", csv, "--output", tmp_path / "out") == 0
+    with drawn() as figures:
+        assert command("windtunnel.py", "tokens-per-size", "--csv", csv, "--output", tmp_path / "out") == 0
+    assert len(figures) == 1
     text = capsys.readouterr().out
     assert "98.6 (13B to 34B), 72.1 (34B to 70B)" in text and "70 to 100" in text
     results = read_results(tmp_path / "out")
