@@ -194,7 +194,7 @@ def test_the_example_script_is_the_recipe(found):
     assert found["example"] == {
         "model": {name: getattr(recipe.model, name) for name in found["example"]["model"]},
         "bf16": True,
-        "micro_batch_size": recipe.training.micro_batch_size,
+        "micro_batch_size": recipe.training.max_micro_batch_size,  # what auto takes on eight GPUs
         "global_batch_size": recipe.training.global_batch_size,
         "sequence_length": recipe.data.sequence_length,
         "optimizer": [

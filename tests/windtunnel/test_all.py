@@ -128,7 +128,10 @@ MISTAKES: dict[str, tuple[str | bytes, str]] = {
         "plan.yaml: report: windtunnel.py: unrecognized arguments: --recipe",
     ),
     "an unknown option": (PLAN.replace("widths", "width-s"), "coord-check: windtunnel.py: unrecognized arguments"),
-    "a value that is refused": (PLAN.replace("32x1", "32x0"), "plan.yaml: rates: --sizes: '32x0' is not a list"),
+    "a value that is refused": (
+        PLAN.replace("32x1", "32x0"),
+        "plan.yaml: rates: --sizes: '32x0' is no size; give WIDTHxLAYERS",
+    ),
     "no such recipe": (PLAN.replace("recipe.yaml", "no.yaml"), "plan.yaml: rates: no.yaml: cannot read the recipe"),
     "overrides": (PLAN.replace("[schedule.total=6]", "a"), "plan.yaml: rates: overrides are not a list"),
     "a folder outside": ('recipe: recipe.yaml\nexperiments: {"../lr": {}}', "no experiment '../lr' of a plan"),
