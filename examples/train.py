@@ -1,6 +1,6 @@
 """Train a MiniCPM model: the one script that the deepspeed launcher (or torchrun) starts. See --help."""
 
-from minicpm_megatron.cli import interrupts  # noqa: F401  # isort: skip
+from minicpm_megatron.cli import at_once  # noqa: F401  # isort: skip
 
 from minicpm_megatron.cli.entry import run
 from minicpm_megatron.cli.train import main

@@ -10,7 +10,7 @@ again, it goes on where it was.
 
 from __future__ import annotations
 
-from minicpm_megatron.cli import interrupts  # noqa: F401  # isort: skip
+from minicpm_megatron.cli import at_once  # noqa: F401  # isort: skip
 
 from collections.abc import Callable
 from pathlib import Path

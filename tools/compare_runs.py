@@ -8,7 +8,7 @@ from where the first of the runs began, so that a branch follows on its trunk.
 
 from __future__ import annotations
 
-from minicpm_megatron.cli import interrupts  # noqa: F401  # isort: skip
+from minicpm_megatron.cli import at_once  # noqa: F401  # isort: skip
 
 from pathlib import Path
 

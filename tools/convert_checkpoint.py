@@ -11,7 +11,7 @@ embedding. To megatron that makes a run, with step, data position, schedule and 
 
 from __future__ import annotations
 
-from minicpm_megatron.cli import interrupts  # noqa: F401  # isort: skip
+from minicpm_megatron.cli import at_once  # noqa: F401  # isort: skip
 
 import argparse
 import sys

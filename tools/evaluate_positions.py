@@ -9,7 +9,7 @@ run again, it goes on with the first model that is missing.
 
 from __future__ import annotations
 
-from minicpm_megatron.cli import interrupts  # noqa: F401  # isort: skip
+from minicpm_megatron.cli import at_once  # noqa: F401  # isort: skip
 
 from pathlib import Path
 

@@ -7,7 +7,7 @@ Takes a run (its newest checkpoint), RUN@STEP, one checkpoint, or an exported or
 
 from __future__ import annotations
 
-from minicpm_megatron.cli import interrupts  # noqa: F401  # isort: skip
+from minicpm_megatron.cli import at_once  # noqa: F401  # isort: skip
 
 import math
 from pathlib import Path

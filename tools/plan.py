@@ -8,7 +8,7 @@ Predictions, not measurements (docs/plan.md).
 
 from __future__ import annotations
 
-from minicpm_megatron.cli import interrupts  # noqa: F401  # isort: skip
+from minicpm_megatron.cli import at_once  # noqa: F401  # isort: skip
 
 import argparse
 import json

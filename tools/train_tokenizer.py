@@ -6,7 +6,7 @@ tokenizer_report.json, and prints how many bytes of each input a token holds.
 
 from __future__ import annotations
 
-from minicpm_megatron.cli import interrupts  # noqa: F401  # isort: skip
+from minicpm_megatron.cli import at_once  # noqa: F401  # isort: skip
 
 from pathlib import Path
 

@@ -9,7 +9,7 @@ new model computes what the dense one did. Step, data position, schedule and opt
 
 from __future__ import annotations
 
-from minicpm_megatron.cli import interrupts  # noqa: F401  # isort: skip
+from minicpm_megatron.cli import at_once  # noqa: F401  # isort: skip
 
 import sys
 from pathlib import Path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import logging
 import shutil
 import tempfile
@@ -26,6 +27,8 @@ from minicpm_megatron.storage.manifest import Unreadable, problems
 from minicpm_megatron.storage.sharded import CheckpointReader, Fragment
 
 log = logging.getLogger(__name__)
+
+MEETING = 16  # blocks of 4 MiB that a rank verifies between two exchanges
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ class Checkpointer:
         on_corrupt: what to do when the newest checkpoint is damaged.
         group: process group of the run, used by nothing else while a save is under way; None: one process.
         on_phase: called with the name of every phase of a save that is waited for (`publish.PHASES`).
-        on_progress: called with a file's path again and again while its checksum is verified.
+        on_progress: called with a path again and again while this rank or another one verifies checksums.
     """
 
     def __init__(
@@ -143,11 +146,20 @@ class Checkpointer:
     def _verify_part(self, folder: Path) -> list[str]:
         found: list[str] = []
         fault = None
+        calls = itertools.count(1)
+
+        def on_progress(path: Path) -> None:
+            self.on_progress(path)
+            if next(calls) % MEETING == 0:
+                self.ranks.gather(None)
+
         try:
-            found = problems(folder, self.ranks.rank, self.ranks.size, self.on_progress)
+            found = problems(folder, self.ranks.rank, self.ranks.size, on_progress)
         except Unreadable as error:
             fault = [error.what, error.where, error.fix]
-        outcomes = self.ranks.gather({"found": found, "fault": fault})
+        # a rank that is done hears of each piece that others have read: it waits for none for longer than a piece takes
+        while None in (outcomes := self.ranks.gather({"found": found, "fault": fault})):
+            self.on_progress(folder)
         for what, where, fix in (outcome["fault"] for outcome in outcomes if outcome["fault"]):
             if self.ranks.rank == 0:  # which decides what it means
                 raise Unreadable(what, where=where, fix=fix)

@@ -1,7 +1,8 @@
 """Ctrl-C while a command still imports its libraries: one line, and the process is gone.
 
-Commands import this module first, because importing it installs the handler. KeyboardInterrupt would not do here: it
-ends in a traceback through whatever was being imported, and libraries that try optional imports swallow it.
+Scripts import `at_once` first, which installs the handler; this module leaves the signals of whoever imports it alone.
+KeyboardInterrupt would not do here: it ends in a traceback through whatever was being imported, and libraries that try
+optional imports swallow it.
 """
 
 from __future__ import annotations
@@ -49,6 +50,3 @@ def leaving_at_once() -> Iterator[None]:
         yield
     finally:
         clean_up_first()
-
-
-leave_at_once()

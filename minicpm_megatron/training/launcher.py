@@ -1,4 +1,4 @@
-"""The processes that started this rank: `deepspeed` or torchrun. A rank must not go on long after they have died.
+"""The processes that started this rank: `deepspeed`, torchrun and others like it. No rank goes on long after them.
 
 Neither passes its own death on. Left to themselves, ranks of a killed `deepspeed` train on as orphans. Ranks of a
 torchrun that was killed while they met wait for its store until the timeout of their process group.
@@ -10,13 +10,16 @@ import contextlib
 import os
 import sys
 import threading
+from collections.abc import Sequence
+from pathlib import Path
 
 import psutil
 
 EXIT_ORPHANED = 1
 _POLL = 1.0  # seconds between two looks
 _WORDS = ("deepspeed", "torchrun", "torch.distributed")  # one of them is in a launcher's command line
-# names that a launcher gives to its ranks' environment: torchrun, deepspeed's launcher of a node
+# names that a launcher gives to its ranks' environment: whatever calls torch's elastic agent (torchrun, accelerate, a
+# script), deepspeed's launcher of a node
 _MARKS = ("TORCHELASTIC_RUN_ID", "CROSS_RANK")
 
 
@@ -28,9 +31,10 @@ class Launcher:
     """
 
     def __init__(self) -> None:
-        started = "RANK" in os.environ
-        self._processes = _ancestors(2) if started else []
-        self._died_before = started and _is_orphan()
+        parents = psutil.Process().parents() if "RANK" in os.environ else []
+        marked = any(name in os.environ for name in _MARKS)
+        self._died_before = marked and _is_orphan(parents, os.getsid(0))
+        self._processes = _launchers(parents, marked and not self._died_before)
         self._taken_over = threading.Event()
         if self._processes or self._died_before:
             threading.Thread(target=self._watch, name="launcher", daemon=True).start()
@@ -55,20 +59,35 @@ class Launcher:
             os._exit(EXIT_ORPHANED)
 
 
-def _ancestors(generations: int) -> list[psutil.Process]:
-    """The processes above this one that belong to a launcher: deepspeed's per-node launcher and its front end."""
-    found = []
-    for process in psutil.Process().parents()[:generations]:
-        if not _is_launcher(process):
-            break
-        found.append(process)
-    return found
+def _launchers(parents: Sequence[psutil.Process], marked: bool) -> list[psutil.Process]:
+    """Those of the processes above this one, nearest first, that belong to its launcher.
+
+    The nearest that is one by its command line, where a script may stand between, and what started that: deepspeed's
+    launcher of a node and its front end. Of a rank that is `marked` its parent, too, which may have any name.
+    """
+    nearest = next((place for place, process in enumerate(parents) if _is_launcher(process)), len(parents))
+    found = [process for process in parents[nearest : nearest + 2] if _is_launcher(process)]
+    return [*parents[: 1 if marked and nearest else 0], *found]
 
 
-def _is_orphan() -> bool:
-    """Whether a launcher has started this process, and no process above it is one any more."""
-    marked = any(name in os.environ for name in _MARKS)
-    return marked and not any(_is_launcher(process) for process in psutil.Process().parents())
+def _is_orphan(parents: Sequence[psutil.Process], session: int) -> bool:
+    """Whether the launcher of a marked rank has died, so that the rank has become a child of init.
+
+    Where it cannot be told the answer is no, because a run that has nothing wrong must go on. Init may be the launcher
+    itself, in a container. A rank in a container of its own is a child of that container's init from the start, and in
+    its session or in one from outside.
+
+    Args:
+        parents: of the rank, nearest first.
+        session: of the rank.
+    """
+    if not parents or session in (0, 1) or any(_is_launcher(process) for process in parents):
+        return False
+    try:
+        is_init = parents[0].pid == 1 or parents[0].name() == "systemd"  # a user's, which adopts orphans as well
+        return is_init and not Path(parents[0].cmdline()[0]).name.startswith("python")
+    except (psutil.Error, IndexError):
+        return False
 
 
 def _is_launcher(process: psutil.Process) -> bool:

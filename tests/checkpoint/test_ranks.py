@@ -131,6 +131,29 @@ def test_ranks_share_the_reading_and_what_they_find(tmp_path: Path) -> None:
     assert names(tmp_path) == ["latest", "step-1", "step-2"], "a disk that fails to read condemns nothing"
 
 
+def slow_worker(folder: str) -> list[str]:
+    """What each rank hears while rank 1 alone reads a file of 64 blocks."""
+    init_gloo(30)
+    rank, sound, heard = dist.get_rank(), manifest.file_sha256, []
+    checkpointer = world(Path(folder), on_progress=lambda path: heard.append(path.name))
+    save(checkpointer, 1)
+
+    def hashed(path: Path, on_block: Callable[[], None]) -> str:
+        for _ in range(64 if rank else 1):
+            on_block()
+        return sound(path)
+
+    manifest.file_sha256 = hashed
+    assert checkpointer.find_latest() == Path(folder) / "step-1"
+    return heard
+
+
+def test_a_rank_that_waits_for_another_one_to_read_is_not_silent(tmp_path: Path) -> None:
+    one, two = run_on_ranks("tests.checkpoint.test_ranks:slow_worker", 2, folder=str(tmp_path))
+    assert one == ["rank-00000.safetensors", *["step-1"] * 4]  # every 16 blocks of the other rank's file
+    assert two == ["rank-00001.safetensors"] * 64
+
+
 def fault_worker(folder: str, small: str | None, read_only: str | None) -> dict[str, Any]:
     """Everything that can go wrong with a disk, one after the other on the same two ranks."""
     init_gloo(30)

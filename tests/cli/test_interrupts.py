@@ -52,3 +52,9 @@ def test_so_does_training_before_its_slow_imports(tmp_path: Path) -> None:
     # swallowed as KeyboardInterrupt by whoever tries an optional import, this one would come to nothing
     done = interrupted("torch.distributed", tmp_path, "examples/train.py", "--recipe", recipe)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+
+
+def test_a_script_that_imports_our_code_keeps_its_own_way_with_signals() -> None:
+    code = "import signal; before = signal.getsignal(signal.SIGINT); from minicpm_megatron.cli import entry, train"
+    code += "; assert signal.getsignal(signal.SIGINT) is before is signal.default_int_handler"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)
