@@ -6,10 +6,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import fields
 
 from minicpm_megatron.methods.schedules import Schedule, build_schedule
-from minicpm_megatron.recipe import BatchPlan, Layout, Recipe, count_parameters, dump_recipe, recipe_hash
+from minicpm_megatron.recipe import BatchPlan, Layout, Recipe, build, count_parameters, dump_recipe, recipe_hash
 from minicpm_megatron.recipe.memory import MemoryEstimate, estimate_memory, offloaded_bytes
 from minicpm_megatron.training.notes import schedule_note
-from minicpm_megatron.training.run_data import open_data
+from minicpm_megatron.training.run_data import RunData, check_unchanged, open_data
 
 WIDTH = 100
 GIB = 2**30
@@ -41,12 +41,16 @@ def format_dry_run(recipe: Recipe, world_size: int) -> str:
 
 
 def check_inputs(recipe: Recipe, layout: Layout) -> str:
-    """Read the data and the DeepSpeed JSON as the start does; returns what was found, as one line.
+    """Read the data, the run's newest checkpoint's manifest and the DeepSpeed JSON as the start does.
+
+    Returns:
+        What was found, as one line.
 
     Raises:
         UserError: the start would refuse them.
     """
     data = open_data(recipe)
+    _check_resume(recipe, data)
     found = f"the data are there: {len(data.train.datasets)} for training, {len(data.validation)} for validation"
     if recipe.deepspeed.config is None:
         return found
@@ -54,6 +58,25 @@ def check_inputs(recipe: Recipe, layout: Layout) -> str:
 
     deepspeed_config(recipe, layout)
     return f"{found}; {recipe.deepspeed.config} agrees with the recipe"
+
+
+def _check_resume(recipe: Recipe, data: RunData) -> None:
+    """Refuse what a start would refuse because of the steps that the run has done already."""
+    folder = recipe.run_directory / "checkpoints"
+    if not folder.is_dir():
+        return
+    # these load torch
+    from minicpm_megatron.checkpoint.names import published_steps, step_folder
+    from minicpm_megatron.storage.manifest import read_manifest
+    from minicpm_megatron.training.start import check_same_past
+
+    steps = published_steps(folder)
+    if steps:
+        manifest = read_manifest(step_folder(folder, steps[-1]))
+        saved = manifest.get("data") or {}
+        if "recipe" in manifest:
+            check_same_past(build(manifest["recipe"]), recipe, int(manifest["step"]), data=(saved, data.fingerprint))
+        check_unchanged(saved, data.fingerprint)
 
 
 def _heading(title: str) -> str:

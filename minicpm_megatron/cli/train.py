@@ -79,6 +79,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_intermixed_args(arguments)
     if options.world_size is not None and options.world_size < 1:
         raise UserError(f"{options.world_size} is no number of ranks", where="--world-size", fix="give 1 or more")
+    if options.world_size is not None and not options.dry_run:
+        raise UserError("is assumed by --dry-run alone", where="--world-size", fix="tell the launcher how many ranks")
+    if options.finished and options.dry_run:
+        raise UserError("ask two things", where="--dry-run and --finished", fix="give one of them")
     check_versions()
     recipe = load_recipe_of_run(Path(options.recipe), options.overrides)
     origin = None

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minicpm_megatron.errors import UserError
-from minicpm_megatron.recipe import Recipe, count_parameters, load_recipe
+from minicpm_megatron.recipe import BatchPlan, Recipe, count_parameters, load_recipe
 from minicpm_megatron.recipe.dump import RECIPE
 from minicpm_megatron.recipe.flops import flops_per_token, run_flops
 from minicpm_megatron.storage.picture import VALIDATION_LOSS, legend_beside, offscreen_pyplot, save_picture
@@ -22,7 +22,7 @@ class RunCurve:
     """A run's own steps, those before a branch or an upcycling left out.
 
     Attributes:
-        name: of the run.
+        name: of the run's folder; a run that was moved may have another one in its recipe.
         parameters: all, and those that serve one token.
         first_step: steps done when the run's own began.
         tokens: read in its own steps.
@@ -77,7 +77,7 @@ def read_curve(run: Path) -> RunCurve:
     if not steps:
         raise UserError("has made no step", where=str(run), fix="start it first")
     count, first = count_parameters(recipe.model), steps[0]["step"] - 1
-    begin = steps[0]["tokens"] - (steps[-1]["tokens"] - steps[0]["tokens"]) // max(1, len(steps) - 1)
+    begin = BatchPlan(recipe).tokens(first)
     by_step: dict[int, list[tuple[str, int, float]]] = {}
     for record in read_metrics(run / METRICS, "evaluation", ("set", "tokens", "loss_per_token")):
         by_step.setdefault(record["step"], []).append((record["set"], record["tokens"], record["loss_per_token"]))
@@ -88,7 +88,7 @@ def read_curve(run: Path) -> RunCurve:
         )
     last = [record["loss"] for record in steps if not record.get("skipped")][-_LAST:]
     return RunCurve(
-        name=recipe.name,
+        name=run.resolve().name,
         parameters=(count.total, count.total - count.non_embedding + count.active_non_embedding),
         first_step=first,
         tokens=steps[-1]["tokens"] - begin,

@@ -69,6 +69,7 @@ def _entropy(recipe: Recipe) -> float:
 def _sum_up(folder: Path, recipe: Recipe) -> None:
     records = _updates(folder)
     if not records:
+        print(f"{folder / METRICS} has no step to sum up")
         return
     entropy = _entropy(recipe)
     last = [record["loss"] for record in records[-10:]]
@@ -90,12 +91,12 @@ def _updates(folder: Path) -> list[dict[str, Any]]:
 
 
 def decay_effect(folder: Path, recipe: Recipe) -> list[str]:
-    """What the decay stage did to every held-out set, as "name before -> after"."""
+    """What the decay stage did to every validation set that was evaluated at its start, as "name before -> after"."""
     start = _decay_start(recipe)
     effect = []
     if start is not None:
         for name, points in sorted(_evaluations(folder).items()):
-            before = [loss for step, loss in points if step <= start]
+            before = [loss for step, loss in points if step == start]
             if before and points[-1][0] > start:
                 effect.append(f"{name} {before[-1]:.3f} -> {points[-1][1]:.3f}")
     return effect
@@ -117,7 +118,7 @@ def draw_loss(folder: Path, recipe: Recipe, entropy: float) -> Path:
     losses = [record["loss"] for record in train]
     figure, (upper, lower) = pyplot.subplots(2, 1, figsize=(9, 5.5), sharex=True, height_ratios=(4, 1))
     upper.plot(steps, losses, color=_EVERY_STEP, linewidth=0.8, label="training, every step")
-    upper.plot(steps, smooth(losses), color=OURS, linewidth=1.8, label=f"training, mean of {WINDOW} steps")
+    upper.plot(steps, smooth(losses), color=OURS, linewidth=1.8, label=f"training, mean of up to {WINDOW} steps")
     sets = dict(zip(sorted(_evaluations(folder)), itertools.cycle(COLOURS[1:6]), strict=False))
     for name, points in sorted(_evaluations(folder).items()):
         upper.plot(*zip(*points, strict=True), marker="o", markersize=3, color=sets[name], label=f"validation: {name}")

@@ -17,7 +17,7 @@ def add(commands: Subparsers) -> None:
         "fit",
         help="the scaling law of losses that you have (section 4.5)",
         description="Fit L(N, D) = C_N N^-alpha + C_D D^-beta + L0 to losses of any origin, one held-out set after the"
-        " other and their mean, with 95 %% limits by bootstrap, beside the paper's average.",
+        " other and their mean, with 95 % limits by bootstrap, beside the paper's average.",
     )
     command.add_argument(
         "--csv",
