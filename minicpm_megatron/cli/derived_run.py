@@ -19,14 +19,13 @@ from minicpm_megatron.cli.moved_run import move_paths
 from minicpm_megatron.convert.output_folder import atomic_folder, check_space
 from minicpm_megatron.convert.rewriting import Rewrite, bytes_of, has_moments, write_rewritten
 from minicpm_megatron.convert.source import Source
-from minicpm_megatron.convert.text_settings import STATE_KEY
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.methods.mup import rates_with_roles
 from minicpm_megatron.recipe import BatchPlan, ModelRecipe, Recipe, build, dump_recipe, recipe_hash
 from minicpm_megatron.recipe.dump import RECIPE
 from minicpm_megatron.recipe.load import apply_override
 from minicpm_megatron.storage.atomic import write_bytes
-from minicpm_megatron.storage.manifest import TOKENIZER_SHA256
+from minicpm_megatron.storage.manifest import TEXT_STATE, TOKENIZER_SHA256
 from minicpm_megatron.storage.sharded import CheckpointReader
 from minicpm_megatron.training.run_data import MIXTURE
 from minicpm_megatron.training.start import check_same_past
@@ -214,5 +213,5 @@ def _state(source: Source, recipe: Recipe | None, new_roles: Collection[str]) ->
         # the first thing a run says is then what the new model is worth before any step of its own
         "evaluation_due": bool(recipe and recipe.evaluation.interval),
         "data": {"tokenizer": str(source.tokenizer.resolve()) if source.tokenizer else None},
-        STATE_KEY: source.text.state(),
+        TEXT_STATE: source.text.state(),
     }

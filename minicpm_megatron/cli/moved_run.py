@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from minicpm_megatron.errors import UserError
 from minicpm_megatron.recipe import Recipe, build, load_recipe
 from minicpm_megatron.recipe.dump import RECIPE
 
@@ -24,10 +25,8 @@ def load_recipe_of_run(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     recipe = load_recipe(path, overrides)
     if path.name != RECIPE:
         return recipe
-    from minicpm_megatron.checkpoint.find import CHECKPOINTS  # seconds, with torch
-
     here = path.resolve().parent
-    if not (here / CHECKPOINTS).is_dir():
+    if not _has_run(here):
         return recipe
     before = load_recipe(path).run_directory
     if before.resolve() == here:
@@ -37,6 +36,28 @@ def load_recipe_of_run(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         fields["name"], fields["run"]["directory"] = here.name, str(here.parent)
     move_paths(fields, before, here)
     return build(fields, origins={"": str(path)})
+
+
+def _has_run(folder: Path) -> bool:
+    """Whether the newest checkpoint in a folder was saved by a run.
+
+    A user may keep a recipe.yaml of their own beside any folder named checkpoints, or beside converted weights. A run
+    that was taken to be at that place would overwrite it.
+    """
+    # seconds, with torch
+    from minicpm_megatron.checkpoint.find import CHECKPOINTS
+    from minicpm_megatron.checkpoint.names import published_steps, step_folder
+    from minicpm_megatron.storage.manifest import MANIFEST, read_manifest
+
+    checkpoints = folder / CHECKPOINTS
+    saved = [step_folder(checkpoints, step) for step in published_steps(checkpoints)]
+    saved = [checkpoint for checkpoint in saved if (checkpoint / MANIFEST).is_file()]
+    if not saved:
+        return False
+    try:
+        return "recipe" in read_manifest(saved[-1])
+    except UserError:  # for the verification at the start to name and set aside
+        return True
 
 
 def move_paths(fields: dict[str, Any], before: Path, here: Path) -> dict[str, str]:

@@ -7,11 +7,11 @@ from pathlib import Path
 from minicpm_megatron.convert import FORMATS, open_source, recognise
 from minicpm_megatron.convert.shards import SourceShards
 from minicpm_megatron.errors import UserError
-from minicpm_megatron.recipe import ModelRecipe
+from minicpm_megatron.training.start import Published
 
 
-def open_published_weights(folder: Path) -> tuple[ModelRecipe, SourceShards]:
-    """The model in a folder of a published format, and its weights.
+def open_published_weights(folder: Path) -> Published:
+    """The model in a folder of a published format, its weights, and what the folder says about texts.
 
     Raises:
         UserError: it is no such folder, or not what the format says it is.
@@ -24,4 +24,4 @@ def open_published_weights(folder: Path) -> tuple[ModelRecipe, SourceShards]:
             fix="give RUN@STEP; tools/convert_checkpoint.py --to megatron makes a checkpoint of a torch_dist one",
         )
     source = open_source(folder)
-    return source.model, SourceShards(source)
+    return Published(source.model, SourceShards(source), source.text.state())

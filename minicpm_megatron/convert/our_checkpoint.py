@@ -11,11 +11,11 @@ from tqdm import tqdm
 
 from minicpm_megatron.convert.recorded_tokenizer import recorded_tokenizer
 from minicpm_megatron.convert.source import Source
-from minicpm_megatron.convert.text_settings import STATE_KEY, of_state
+from minicpm_megatron.convert.text_settings import of_state
 from minicpm_megatron.convert.weight_files import is_finite
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.recipe import ModelRecipe, build_section
-from minicpm_megatron.storage.manifest import MANIFEST, problems
+from minicpm_megatron.storage.manifest import MANIFEST, TEXT_STATE, problems
 from minicpm_megatron.storage.sharded import CheckpointReader, write_single
 
 MEGATRON = "megatron"
@@ -44,7 +44,7 @@ def open_checkpoint(folder: Path) -> Source:
         model=model,
         tensors=reader,
         tokenizer=tokenizer,
-        text=of_state(manifest["state"].get(STATE_KEY), model.vocab_size, where),
+        text=of_state(manifest["state"].get(TEXT_STATE), model.vocab_size, where),
         notes=notes,
     )
 
@@ -56,7 +56,7 @@ def write_checkpoint(output: Path, source: Source, *, tokenizer: Path | None, pr
         "tokens": 0,
         "data": {"tokenizer": str(tokenizer.resolve()) if tokenizer else None},
         "origin": dict(source.origin),
-        STATE_KEY: source.text.state(),
+        TEXT_STATE: source.text.state(),
         **(source.optimizer.position if source.optimizer else {}),
     }
     moments = functools.partial(_moments, source)

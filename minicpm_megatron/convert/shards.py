@@ -10,7 +10,10 @@ from minicpm_megatron.storage.sharded import WEIGHT, ShardSpec
 
 
 class SourceShards:
-    """What `storage.sharded.CheckpointReader` is to a checkpoint of ours, for weights alone; one tensor in memory."""
+    """What `storage.sharded.CheckpointReader` is to a checkpoint of ours, for weights alone.
+
+    In memory are one tensor, or a layer's experts where the source has them stacked.
+    """
 
     def __init__(self, source: Source) -> None:
         self._source = source

@@ -80,12 +80,16 @@ class Source:
 
 
 class PublishedTensors:
-    """A published folder read as canonical tensors, one group at a time."""
+    """A published folder read as canonical tensors, one group at a time.
+
+    A group of several canonical tensors is read once, and those not asked for yet are held. A model has an expert's
+    two weights one after the other, so that two groups of a mixture are asked for in turns.
+    """
 
     def __init__(self, weights: WeightFolder, groups: list[Group], model: ModelRecipe) -> None:
         self._weights, self._model = weights, model
         self._groups = {name: group for group in groups for name in group.canonical}
-        self._stacked: dict[str, torch.Tensor] = {}
+        self._held: list[dict[str, torch.Tensor]] = []
 
     def names(self) -> list[str]:
         """Canonical names, in reading order."""
@@ -93,12 +97,16 @@ class PublishedTensors:
 
     def read(self, name: str) -> torch.Tensor:
         """One canonical tensor in fp32."""
-        if name not in self._stacked:
+        found = next((held for held in self._held if name in held), None)
+        if found is None:
+            del self._held[:-1]  # with the one that is read now there are two in memory
             group = self._groups[name]
             parts = [self._weights.read(part).float() for part in group.published]
-            # experts that are stored as one tensor are asked for one after the other
-            self._stacked = group.to_canonical(parts, self._model)
-        return self._stacked.pop(name)
+            found = group.to_canonical(parts, self._model)
+            self._held.append(found)
+        tensor = found.pop(name)
+        self._held = [held for held in self._held if held]
+        return tensor
 
 
 def open_published(folder: Path, layout: Format) -> Source:

@@ -1,7 +1,7 @@
 """What a model's folder says about the texts it makes: its end tokens, and its settings for generation.
 
 A tokenizer knows one end token at most and no settings; config.json and generation_config.json have the rest. Both
-travel with the model: through our checkpoints, and the runs that go on from them, under `STATE_KEY` of the state.
+travel with the model: through our checkpoints, and the runs that go on from them, under `TEXT_STATE` of the state.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import Any
 
 from minicpm_megatron.convert.config_fields import read_json
 from minicpm_megatron.errors import UserError
+from minicpm_megatron.storage.manifest import TEXT_STATE
 
 GENERATION = "generation_config.json"
-STATE_KEY = "text"
 _KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _SETTINGS_KEY = "generation_config"
 _LARGEST_SETTINGS = 2**20
@@ -113,7 +113,7 @@ def of_state(state: Any, vocab_size: int, where: str) -> TextSettings:
         return TextSettings()
     generation = state.get(_SETTINGS_KEY) if isinstance(state, dict) else state
     if not isinstance(state, dict) or not (generation is None or isinstance(generation, dict)):
-        raise UserError(f"{STATE_KEY} is malformed", where=where)
+        raise UserError(f"{TEXT_STATE} is malformed", where=where)
     _tokens(generation or {}, vocab_size, where)
     return TextSettings(_tokens(state, vocab_size, where), generation)
 

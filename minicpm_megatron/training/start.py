@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from minicpm_megatron.checkpoint.find import CHECKPOINTS, resolve_reference
-from minicpm_megatron.checkpoint.names import published_steps, step_folder
+from minicpm_megatron.checkpoint.names import published_steps, step_folder, steps_set_aside
 from minicpm_megatron.errors import UserError, require
 from minicpm_megatron.methods.schedules import build_schedule
 from minicpm_megatron.recipe import BatchPlan, ModelRecipe, Recipe, build, build_section
@@ -46,49 +47,62 @@ ADAPTABLE = (
 INITIAL = ("init_method_std", "embedding_role")
 
 
-class Origin(NamedTuple):
-    """A checkpoint of another run that a run starts from.
+class Published(NamedTuple):
+    """A model in a folder that is no checkpoint of ours.
 
     Attributes:
-        folder, step: the checkpoint.
+        weights: its tensors; there are no moments.
+        text: its end tokens and settings for generation, as a manifest's state has them under `TEXT_STATE`.
+    """
+
+    model: ModelRecipe
+    weights: ShardReader
+    text: dict[str, Any]
+
+
+class Origin(NamedTuple):
+    """A checkpoint of another run, or a published folder, that a run starts from.
+
+    Attributes:
+        folder, step: the checkpoint; or the published folder, and 0.
         reference: what the user called it.
         goes_on: the run is a branch, whose steps go on from the checkpoint's; else one of its own from step 0, with
             the checkpoint's weights and Adam's moments.
-        weights: opens the weights of a folder that is no checkpoint of ours, and has no moments.
+        published: opens the folder that is no checkpoint of ours; None: it is one.
     """
 
     folder: Path
     step: int
     reference: str
     goes_on: bool
-    weights: Callable[[], ShardReader] | None = None
+    published: Callable[[], Published] | None = None
 
 
-def initial_weights(
-    recipe: Recipe, reference: str, open_folder: Callable[[Path], tuple[ModelRecipe, ShardReader]]
-) -> Origin:
+def initial_weights(recipe: Recipe, reference: str, open_folder: Callable[[Path], Published]) -> Origin:
     """Where a run of its own takes its weights and moments from, to go on with other data, lengths, RoPE or schedule.
 
     Args:
         reference: RUN@STEP, as for `branch_recipe`; or a Hugging Face folder, which has weights alone.
-        open_folder: such a folder -> its model, and its weights.
+        open_folder: opens such a folder.
 
     Raises:
         UserError: no such checkpoint or folder, one of another model (but for `ADAPTABLE`), or the run has checkpoints
             already and did not begin so.
     """
-    published = Path(reference).is_dir()
-    # a folder may be gone when the run is started again
-    of_a_folder = published or "@" not in reference
-    started = _started(recipe, f"{Path(reference).resolve()}@0" if of_a_folder else reference)
+    if Path(reference).is_dir() or "@" not in reference:
+        published = functools.cache(lambda: _open_same_model(recipe.model, reference, open_folder))
+        given = Path(reference).resolve()
+        checkpoints = recipe.run_directory / CHECKPOINTS
+        _started(recipe, f"{given}@0")  # refuses a run that began otherwise
+        # with checkpoints a run needs the folder no more, and it may be gone; damaged ones are the start's to name
+        if not published_steps(checkpoints) and not steps_set_aside(checkpoints):
+            published()
+        return Origin(given, 0, reference, False, published)
+    started = _started(recipe, reference)
     if started is not None:
         return Origin(
             step_folder(Path(started["run"]) / CHECKPOINTS, started["step"]), started["step"], reference, False
         )
-    if published:
-        model, weights = open_folder(Path(reference))
-        _check_same_model(model, recipe.model, reference, free=(*ADAPTABLE, *INITIAL))
-        return Origin(Path(reference).resolve(), 0, reference, False, lambda: weights)
     folder = resolve_reference(reference, Path(recipe.run.directory))
     manifest = read_manifest(folder)
     # a checkpoint from before a key existed has its default
@@ -104,8 +118,16 @@ def initial_weights(
     return Origin(folder, int(manifest["step"]), reference, False)
 
 
-def _check_same_model(found: ModelRecipe, asked: ModelRecipe, reference: str, *, free: Collection[str]) -> None:
-    """Refuse a published model that is not the recipe's, with everything that makes it so."""
+def _open_same_model(asked: ModelRecipe, reference: str, open_folder: Callable[[Path], Published]) -> Published:
+    """Open a published folder, and refuse a model that is not the recipe's, with everything that makes it so."""
+    require(
+        Path(reference).is_dir(),
+        where=reference,
+        what="no such folder, and not of the form RUN@STEP",
+        fix="give a Hugging Face folder, or for instance quickstart@300",
+    )
+    published = open_folder(Path(reference))
+    found, free = published.model, (*ADAPTABLE, *INITIAL)
     keys = [key for key in ModelRecipe.model_fields if key not in free and getattr(found, key) != getattr(asked, key)]
     if keys:
         raise UserError(
@@ -114,6 +136,7 @@ def _check_same_model(found: ModelRecipe, asked: ModelRecipe, reference: str, *,
             where="model",
             fix="give " + " ".join(f"model.{key}={_yaml(getattr(found, key))}" for key in keys),
         )
+    return published
 
 
 def _yaml(value: Any) -> str:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from minicpm_megatron.checkpoint import Checkpointer
 from minicpm_megatron.checkpoint.find import CHECKPOINTS
 from minicpm_megatron.engine.build import build_engine, build_model
-from minicpm_megatron.engine.state import EngineState, ShardReader
+from minicpm_megatron.engine.state import EngineState
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.methods.schedules import build_schedule
 from minicpm_megatron.model.config import MiniCPMConfig
@@ -25,7 +25,7 @@ from minicpm_megatron.recipe import BatchPlan, Recipe, build, count_parameters, 
 from minicpm_megatron.recipe.dump import RECIPE
 from minicpm_megatron.recipe.parameters import CHECKPOINT_BYTES
 from minicpm_megatron.storage.atomic import write_bytes, write_json
-from minicpm_megatron.storage.manifest import TOKENIZER_SHA256
+from minicpm_megatron.storage.manifest import TEXT_STATE, TOKENIZER_SHA256
 from minicpm_megatron.training import guards
 from minicpm_megatron.training.datasets import held_out_sets, train_reader
 from minicpm_megatron.training.evaluate import HeldOut, evaluate
@@ -36,7 +36,7 @@ from minicpm_megatron.training.gradient_log import GradientLog
 from minicpm_megatron.training.launcher import Launcher
 from minicpm_megatron.training.metrics import MetricsLog, StepRecord
 from minicpm_megatron.training.run_data import MIXTURE, check_unchanged, keep_order, open_data
-from minicpm_megatron.training.start import Origin, check_same_past
+from minicpm_megatron.training.start import Origin, Published, check_same_past
 from minicpm_megatron.training.watchdog import Watchdog
 
 
@@ -285,7 +285,7 @@ class Trainer:
             "tokens": self.plan.tokens(self.step),
             "updates": self.state.updates(),
             "origin": self.origin,
-            "text": self.text,
+            TEXT_STATE: self.text,
             "rates": {group["name"]: group["lr"] for group in self.engine.param_groups},
             "evaluation_due": self.evaluation_due,
             "fault": fault,
@@ -319,14 +319,14 @@ class Trainer:
                 data=(loaded.manifest.get("data") or {}, self.data.fingerprint),
             )
         self._load(loaded)
-        self.origin, self.text = loaded.state.get("origin"), loaded.state.get("text")
+        self.origin, self.text = loaded.state.get("origin"), loaded.state.get(TEXT_STATE)
         self.evaluation_due = bool(loaded.state.get("evaluation_due"))
         if groups.rank() == 0:
             print(f"resuming from {folder} at step {self.step}", flush=True)
 
     def _start_from(self, origin: Origin) -> None:
-        if origin.weights is not None:
-            self._start_with(origin, origin.weights)
+        if origin.published is not None:
+            self._start_with(origin, origin.published)
             return
         loaded = self.checkpointer.open(origin.folder, verified=False)
         if origin.goes_on:
@@ -338,15 +338,15 @@ class Trainer:
             self.evaluation_due = self.recipe.evaluation.interval is not None
             said = f"starting with the weights and moments of {origin.reference} ({origin.folder})"
         self.origin = {"run": str(origin.folder.parent.parent), "step": origin.step}
-        self.text = loaded.state.get("text")
+        self.text = loaded.state.get(TEXT_STATE)
         if groups.rank() == 0:
             print(said, flush=True)
 
-    def _start_with(self, origin: Origin, weights: Callable[[], ShardReader]) -> None:
-        reader = self.checkpointer.on_all(weights)
-        self.checkpointer.on_all(lambda: self.state.load(reader, 0, self._loading))
+    def _start_with(self, origin: Origin, open_folder: Callable[[], Published]) -> None:
+        published = self.checkpointer.on_all(open_folder)
+        self.checkpointer.on_all(lambda: self.state.load(published.weights, 0, self._loading))
         self.evaluation_due = self.recipe.evaluation.interval is not None
-        self.origin = {"run": str(origin.folder), "step": origin.step}
+        self.origin, self.text = {"run": str(origin.folder), "step": origin.step}, published.text
         if groups.rank() == 0:
             print(f"starting with the weights of {origin.reference}", flush=True)
 

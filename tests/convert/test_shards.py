@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,10 @@ import torch
 
 from minicpm_megatron.convert import convert, open_source
 from minicpm_megatron.convert.shards import SourceShards
+from minicpm_megatron.convert.weight_files import WeightFolder
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.storage.sharded import WEIGHT, ShardSpec
-from tests.convert.conftest import EXPERTS, MakeCheckpoint, read_checkpoint
+from tests.convert.conftest import CASES, EXPERTS, MakeCheckpoint, named, random_tensors, read_checkpoint
 
 
 @pytest.mark.parametrize(("target", "kind"), [("minicpm", {}), ("granitemoe", EXPERTS)], ids=["dense", "experts"])
@@ -37,3 +39,23 @@ def test_every_shard_is_the_part_of_its_tensor(
             shards.read_shard(spec)
     with pytest.raises(UserError, match=f"holds no exp_avg of {name}"):
         shards.read_shard(ShardSpec(name, tuple(whole.shape)), "exp_avg")
+
+
+@pytest.mark.parametrize(**named(CASES))
+def test_in_the_order_of_the_model_every_tensor_is_read_once(
+    target: str, kind: dict, checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = checkpoint(num_layers=2, **kind)
+    convert(folder, tmp_path / "out", target, dtype="fp32")
+    source, reads = open_source(tmp_path / "out"), Counter()
+    read = WeightFolder.read
+
+    def counted(self: WeightFolder, name: str) -> torch.Tensor:
+        reads[name] += 1
+        return read(self, name)
+
+    monkeypatch.setattr(WeightFolder, "read", counted)
+    shards = SourceShards(source)
+    for name, tensor in random_tensors(source.model).items():  # an expert's two weights one after the other
+        assert shards.read_shard(ShardSpec(name, tuple(tensor.shape))).shape == tensor.shape
+    assert set(reads.values()) == {1}

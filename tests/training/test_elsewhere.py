@@ -22,6 +22,10 @@ from tests.distributed.forked import Outcome, run_forked
 from tests.training import nano
 from tests.training.text_run import write_text_recipe
 
+# of a model that somebody else has released
+SETTINGS = {"do_sample": False, "top_k": 20, "bos_token_id": 1, "eos_token_id": [2, 5, 7]}
+TOKENS = {"bos_token_id": 1, "eos_token_id": [2, 5]}
+
 
 def worker(rank: int, case: dict[str, Any]) -> dict[str, Any]:
     """`nano.train` after what rank 0 does to folders."""
@@ -40,6 +44,9 @@ def worker(rank: int, case: dict[str, Any]) -> dict[str, Any]:
 
 def _export(run: str, output: str) -> None:
     convert(find_source(run), Path(output), "minicpm", dtype="fp32")
+    config = Path(output) / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | TOKENS))
+    (Path(output) / "generation_config.json").write_text(json.dumps(SETTINGS))
 
 
 def _upcycle(run: str, output: str) -> None:
@@ -165,12 +172,21 @@ def test_a_run_begins_with_the_weights_of_a_published_folder(name: str, jobs: Jo
     assert list(nano.steps(run))[0] == 1
     state = nano.state(run / "checkpoints" / "step-3")
     assert (state["updates"], state["origin"]) == (3, {"run": str(folder / "hf"), "step": 0})
+    assert state["text"] == TOKENS | {"generation_config": SETTINGS}
 
 
 def test_such_a_run_goes_on_without_the_folder(jobs: Jobs) -> None:
     folder, outcomes = jobs
     nano.check(outcomes["again"])
     assert "resuming from" in outcomes["again"][0].log and list(nano.steps(folder / "runs" / "stage")) == [1, 2, 3, 4]
+
+
+def test_such_a_run_is_exported_with_the_end_tokens_of_the_folder(jobs: Jobs, tmp_path: Path) -> None:
+    folder, _ = jobs
+    convert(find_source(f"{folder / 'runs' / 'stage'}@4"), tmp_path / "out", "llama")  # after a resumption
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert {key: config[key] for key in TOKENS} == TOKENS
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text()) == SETTINGS
 
 
 def test_another_model_is_refused_with_all_that_is_other(jobs: Jobs) -> None:

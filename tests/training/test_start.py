@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ import pytest
 
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.recipe import Recipe, load_recipe
+from minicpm_megatron.storage.manifest import write_manifest
 from minicpm_megatron.training.run_data import check_unchanged, keep_order, open_data
-from minicpm_megatron.training.start import check_same_past
+from minicpm_megatron.training.start import Published, check_same_past, initial_weights
 from tests.training import nano
 
 DONE = 12  # steps: two of them in the decay
@@ -121,3 +123,43 @@ def test_changed_data_is_refused_by_its_prefix() -> None:
     check_unchanged({"a": "1", "b": "2"}, {"a": "1", "c": "3"})
     with pytest.raises(UserError, match="b: the data changed since the checkpoint was saved"):
         check_unchanged({"a": "1", "b": "2"}, {"a": "1", "b": "3"})
+
+
+def test_a_published_folder_is_opened_when_its_weights_are_needed(tmp_path: Path) -> None:
+    recipe, given = load_recipe(nano.write_recipe(tmp_path), ["name=x"]), tmp_path / "hf"
+    given.mkdir()
+    opened: list[Path] = []
+
+    def open_folder(folder: Path) -> Published:
+        opened.append(folder)
+        return Published(recipe.model, reader, {"eos_token_id": [2, 5]})
+
+    reader: Any = object()
+    for done in (False, True):
+        if done:
+            checkpoint = recipe.run_directory / "checkpoints" / "step-3"
+            checkpoint.mkdir(parents=True)
+            state = {"step": 3, "origin": {"run": str(given), "step": 0}}
+            write_manifest(checkpoint, [], state=state, facts={"recipe": recipe.model_dump(mode="json")})
+        opened.clear()
+        origin = initial_weights(recipe, str(given), open_folder)
+        # a model that does not fit is refused at once, and a run that has a checkpoint may not need the folder
+        assert opened == ([] if done else [given])
+        assert (origin.folder, origin.step, origin.goes_on) == (given, 0, False)
+        assert origin.published is not None and origin.published().weights is reader
+        origin.published()
+        assert opened == [given]
+    shutil.rmtree(given)
+    # the verification at the start has more to say of a damaged checkpoint
+    (checkpoint / "manifest.json").write_text("{damaged")
+    initial_weights(recipe, str(given), open_folder)
+    checkpoint.rename(f"{checkpoint}.corrupt")
+    origin = initial_weights(recipe, str(given), open_folder)
+    shutil.rmtree(recipe.run_directory)
+    for start in (origin.published, lambda: initial_weights(recipe, str(given), open_folder)):
+        with pytest.raises(UserError) as refusal:
+            start()
+        assert str(refusal.value) == (
+            f"{given}: no such folder, and not of the form RUN@STEP;"
+            " give a Hugging Face folder, or for instance quickstart@300"
+        )

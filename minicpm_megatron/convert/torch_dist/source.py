@@ -11,7 +11,7 @@ from torch import Tensor
 
 from minicpm_megatron.convert.mapping import EMBEDDING, HEAD
 from minicpm_megatron.convert.source import OptimizerState, Source
-from minicpm_megatron.convert.text_settings import STATE_KEY, of_state
+from minicpm_megatron.convert.text_settings import of_state
 from minicpm_megatron.convert.torch_dist import TORCH_DIST
 from minicpm_megatron.convert.torch_dist.architecture import check_args, model_of_args
 from minicpm_megatron.convert.torch_dist.chunks import ChunkReader
@@ -28,6 +28,7 @@ from minicpm_megatron.convert.torch_dist.placement import (
 )
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.recipe import ModelRecipe, build_section, count_parameters
+from minicpm_megatron.storage.manifest import TEXT_STATE
 
 _NO_MODEL = "give tools/convert_checkpoint.py the --preset or --recipe of the model that was trained"
 
@@ -89,7 +90,7 @@ def open_torch_dist(folder: Path, model: ModelRecipe | None = None) -> Source:
         tensors=PlacedTensors(reader, weights | masters, model.vocab_size),
         origin={"format": TORCH_DIST, "folder": str(folder.resolve()), "iteration": common.iteration},
         optimizer=optimizer,
-        text=of_state(common.note.get(STATE_KEY), model.vocab_size, f"{where}: {NOTE_KEY}"),
+        text=of_state(common.note.get(TEXT_STATE), model.vocab_size, f"{where}: {NOTE_KEY}"),
         notes=(f"{padding} rows of padding of the vocabulary are left out",) if padding else (),
         left_behind=left_behind,
     )

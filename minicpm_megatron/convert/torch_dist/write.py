@@ -18,7 +18,6 @@ from tqdm import tqdm
 
 from minicpm_megatron.convert.fused import Shape
 from minicpm_megatron.convert.source import Source, check_complete, read_tensor
-from minicpm_megatron.convert.text_settings import STATE_KEY
 from minicpm_megatron.convert.torch_dist.architecture import args_of_model
 from minicpm_megatron.convert.torch_dist.chunks import Region
 from minicpm_megatron.convert.torch_dist.common_state import COMMON_OBJECT, NOTE_KEY
@@ -27,6 +26,7 @@ from minicpm_megatron.convert.torch_dist.names import stacked
 from minicpm_megatron.convert.torch_dist.placement import canonical_shapes
 from minicpm_megatron.convert.weight_files import DTYPES, cast_weight
 from minicpm_megatron.storage.atomic import write_bytes, write_json
+from minicpm_megatron.storage.manifest import TEXT_STATE
 
 # where a value goes, and what makes it
 _Value = tuple[WriteItem, Callable[[], Any]]
@@ -128,7 +128,7 @@ def _common_state(source: Source) -> _Value:
         "iteration": 0,
         # how the names and shapes of the weights were made, by which Megatron-LM makes those that it asks for
         "content_metadata": {"singleton_local_shards": False, "chained_optim_avoid_prefix": True},
-        NOTE_KEY: {"model": source.model.model_dump(mode="json"), STATE_KEY: source.text.state()},
+        NOTE_KEY: {"model": source.model.model_dump(mode="json"), TEXT_STATE: source.text.state()},
     }
     return _object(COMMON_OBJECT, state)
 
