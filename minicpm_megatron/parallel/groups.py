@@ -14,7 +14,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
 from minicpm_megatron.errors import UserError
-from minicpm_megatron.parallel import device, open_files
+from minicpm_megatron.parallel import device, meeting, open_files
 from minicpm_megatron.recipe import Layout
 
 DEFAULT_TIMEOUT = datetime.timedelta(minutes=10)
@@ -115,11 +115,11 @@ def _join(layout: Layout, init_method: str | None, timeout: datetime.timedelta, 
             dist.init_process_group(device.backend(), store=store, rank=0, world_size=1, timeout=timeout)
         elif init_method is None:
             common, _, _ = next(dist.rendezvous("env://", rank(), layout.world_size, timeout=timeout))
-            # torchrun with a fixed port restarts ranks on the store of those that died, full of their addresses
-            restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-            attempt = dist.PrefixStore(f"{job} attempt {restarts}", common)
+            ours = dist.PrefixStore(job, common)
+            if meeting.outlives_ranks():  # and is full of the addresses of those that died
+                ours = dist.PrefixStore(meeting.name_of_start(ours, rank(), layout.world_size, timeout), ours)
             dist.init_process_group(
-                device.backend(), store=attempt, rank=rank(), world_size=layout.world_size, timeout=timeout
+                device.backend(), store=ours, rank=rank(), world_size=layout.world_size, timeout=timeout
             )
         else:
             dist.init_process_group(

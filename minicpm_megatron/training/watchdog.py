@@ -28,8 +28,12 @@ from torch.distributed import distributed_c10d
 from minicpm_megatron.checkpoint import background
 from minicpm_megatron.storage.atomic import write_json
 
-# modules of torch in which a rank waits for others: collectives, and the meeting before them
-COLLECTIVES = tuple(os.path.join("torch", "distributed", name) for name in ("distributed_c10d.py", "rendezvous.py"))
+# modules in which a rank waits for others: torch's collectives, and the meeting before them
+COLLECTIVES = (
+    os.path.join("torch", "distributed", "distributed_c10d.py"),
+    os.path.join("torch", "distributed", "rendezvous.py"),
+    os.path.join("minicpm_megatron", "parallel", "meeting.py"),
+)
 EXIT_HANG = 1
 _LONGEST_LOOK = 5.0  # seconds between two looks at the clock
 
