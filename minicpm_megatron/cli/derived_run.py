@@ -21,7 +21,7 @@ from minicpm_megatron.convert.rewriting import Rewrite, bytes_of, has_moments, w
 from minicpm_megatron.convert.source import Source
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.methods.mup import rates_with_roles
-from minicpm_megatron.recipe import BatchPlan, ModelRecipe, Recipe, build, dump_recipe, recipe_hash
+from minicpm_megatron.recipe import BatchPlan, ModelRecipe, Recipe, build, build_saved, dump_recipe, recipe_hash
 from minicpm_megatron.recipe.dump import RECIPE
 from minicpm_megatron.recipe.load import apply_override
 from minicpm_megatron.storage.atomic import write_bytes
@@ -107,7 +107,7 @@ def derived_recipe(source: Source, model: ModelRecipe, run: Path, overrides: Seq
         if overrides:
             raise UserError("the model was not saved by a run, so there is no recipe to change", where=overrides[0])
         return None
-    old = build(manifest["recipe"])
+    old = build_saved(manifest["recipe"])
     fields = old.model_dump(mode="json")
     fields |= {"name": run.name, "preset": None, "model": model.model_dump(mode="json")}
     fields["run"]["directory"] = str(run.parent)
@@ -184,7 +184,7 @@ def _manifest(source: Source) -> dict[str, Any]:
     if "recipe" not in manifest or folder.parent.name != CHECKPOINTS:
         return manifest
     manifest = copy.deepcopy(manifest)
-    before = build(manifest["recipe"]).run_directory
+    before = build_saved(manifest["recipe"]).run_directory
     moved = move_paths(manifest["recipe"], before, folder.parent.parent)
     if "data" in manifest:
         manifest["data"] = {moved.get(prefix, prefix): content for prefix, content in manifest["data"].items()}

@@ -115,11 +115,11 @@ def _join(layout: Layout, init_method: str | None, timeout: datetime.timedelta, 
             dist.init_process_group(device.backend(), store=store, rank=0, world_size=1, timeout=timeout)
         elif init_method is None:
             common, _, _ = next(dist.rendezvous("env://", rank(), layout.world_size, timeout=timeout))
-            store = dist.PrefixStore(job, common)
+            ours = dist.PrefixStore(job, common)
             if meeting.outlives_ranks():  # and is full of the addresses of those that died
-                store = dist.PrefixStore(meeting.name_of_start(store, rank(), layout.world_size), store)
+                ours = dist.PrefixStore(meeting.name_of_start(ours, rank(), layout.world_size, timeout), ours)
             dist.init_process_group(
-                device.backend(), store=store, rank=rank(), world_size=layout.world_size, timeout=timeout
+                device.backend(), store=ours, rank=rank(), world_size=layout.world_size, timeout=timeout
             )
         else:
             dist.init_process_group(

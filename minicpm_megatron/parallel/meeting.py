@@ -6,6 +6,7 @@ count of restarts names no start: each node's agent counts the failures of its o
 
 from __future__ import annotations
 
+import datetime
 import os
 import time
 import uuid
@@ -20,14 +21,17 @@ def outlives_ranks() -> bool:
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
-def name_of_start(store: dist.Store, rank: int, size: int) -> str:
+def name_of_start(store: dist.Store, rank: int, size: int, timeout: datetime.timedelta) -> str:
     """A name that rank 0 makes up, on every rank of this start and on no rank of another one.
 
     Each other rank asks with a word of its own, and takes the answer to that word alone. Rank 0 answers whatever is
     asked until all have said that they know the name, since what it finds at first may be a dead rank's question.
 
+    Args:
+        timeout: how long rank 0 waits for the others; these wait for it as long as the store's own timeout.
+
     Raises:
-        torch.distributed.DistStoreError: not all ranks came within the store's timeout.
+        torch.distributed.DistStoreError: not all ranks came in time.
     """
     if rank > 0:
         word = uuid.uuid4().hex
@@ -36,7 +40,7 @@ def name_of_start(store: dist.Store, rank: int, size: int) -> str:
         store.set(f"{name} is known to {rank}", "")
         return name
     name, answered = uuid.uuid4().hex, {0: ""}
-    deadline = time.monotonic() + store.timeout.total_seconds()
+    deadline = time.monotonic() + timeout.total_seconds()
     while missing := [other for other in range(1, size) if not store.check([f"{name} is known to {other}"])]:
         for other in missing:
             if store.check([f"question {other}"]):
@@ -45,6 +49,6 @@ def name_of_start(store: dist.Store, rank: int, size: int) -> str:
                     store.set(f"answer {word}", name)
                     answered[other] = word
         if time.monotonic() > deadline:
-            raise dist.DistStoreError(f"ranks {', '.join(map(str, missing))} did not come within {store.timeout}")
+            raise dist.DistStoreError(f"ranks {', '.join(map(str, missing))} did not come within {timeout}")
         time.sleep(_POLL)
     return name

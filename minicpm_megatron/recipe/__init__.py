@@ -8,7 +8,7 @@ from __future__ import annotations
 from minicpm_megatron.recipe.batches import BatchPlan
 from minicpm_megatron.recipe.checks import Layout
 from minicpm_megatron.recipe.dump import dump_recipe, recipe_hash
-from minicpm_megatron.recipe.load import build, build_section, load_recipe
+from minicpm_megatron.recipe.load import build, build_saved, build_section, load_recipe
 from minicpm_megatron.recipe.parameters import ParameterCounts, count_parameters
 from minicpm_megatron.recipe.presets import PRESETS, get_preset
 from minicpm_megatron.recipe.schema import (
@@ -54,6 +54,7 @@ __all__ = [
     "ScheduleRecipe",
     "TrainingRecipe",
     "build",
+    "build_saved",
     "build_section",
     "count_parameters",
     "dump_recipe",

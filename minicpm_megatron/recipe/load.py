@@ -18,7 +18,7 @@ from pydantic_core import ErrorDetails
 from minicpm_megatron.errors import UserError, shorten
 from minicpm_megatron.recipe import yaml_text
 from minicpm_megatron.recipe.presets import get_preset
-from minicpm_megatron.recipe.schema import ModelRecipe, Recipe, Section
+from minicpm_megatron.recipe.schema import HANG_TIMEOUTS, ModelRecipe, Recipe, Section
 from minicpm_megatron.recipe.sizes import model_of_size, parse_size
 
 S = TypeVar("S", bound=Section)
@@ -78,6 +78,22 @@ def build(fields: Any, *, origins: Mapping[str, str] | None = None) -> Recipe:
         return _validate(Recipe, merged)
     except UserError as error:
         raise _located(error, origins) from error
+
+
+def build_saved(fields: Mapping[str, Any]) -> Recipe:
+    """The `Recipe` of an earlier run from its manifest, which may hold a hang_timeout from before that had bounds.
+
+    It decides nothing about the weights, and nobody can change it there: it is brought within the bounds.
+
+    Raises:
+        UserError: as `build`.
+    """
+    training = fields.get("training")
+    if isinstance(training, Mapping) and isinstance(training.get("hang_timeout"), int | float):
+        shortest, longest = HANG_TIMEOUTS
+        kept = min(max(training["hang_timeout"], shortest), longest)
+        fields = {**fields, "training": {**training, "hang_timeout": kept}}
+    return build(fields)
 
 
 def build_section[S: Section](section: type[S], fields: Any, *, where: str) -> S:

@@ -19,6 +19,7 @@ from minicpm_megatron.recipe import checks, rope_checks
 
 MOST = 2**31 - 1  # of what is counted; libraries keep counts in 32 or 64 bits, and products of two must fit 64
 FARTHEST = 2**53  # position in a schedule, up to which every whole number is a float
+HANG_TIMEOUTS = (1.0, 1e9)  # seconds, shortest and longest
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -282,7 +283,7 @@ class TrainingRecipe(Section):
     slower. On CPU runs are so anyway."""
     stop_after: Count | None = None
     """End after this many steps, the schedule unchanged."""
-    hang_timeout: Annotated[float, Field(ge=1, le=1e9)] = 600.0
+    hang_timeout: Annotated[float, Field(ge=HANG_TIMEOUTS[0], le=HANG_TIMEOUTS[1])] = 600.0
     """Seconds without progress after which the run ends and names the ranks that the others wait for."""
 
 

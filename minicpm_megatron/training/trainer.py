@@ -21,7 +21,7 @@ from minicpm_megatron.model.config import MiniCPMConfig
 from minicpm_megatron.model.initialize import initialize_parameters
 from minicpm_megatron.parallel import device, groups
 from minicpm_megatron.parallel.determinism import make_deterministic
-from minicpm_megatron.recipe import BatchPlan, Recipe, build, count_parameters, dump_recipe, recipe_hash
+from minicpm_megatron.recipe import BatchPlan, Recipe, build_saved, count_parameters, dump_recipe, recipe_hash
 from minicpm_megatron.recipe.dump import RECIPE
 from minicpm_megatron.recipe.parameters import CHECKPOINT_BYTES
 from minicpm_megatron.storage.atomic import write_bytes, write_json
@@ -313,7 +313,7 @@ class Trainer:
         loaded = self.checkpointer.open(folder)
         if "recipe" in loaded.manifest:
             check_same_past(
-                build(loaded.manifest["recipe"]),
+                build_saved(loaded.manifest["recipe"]),
                 self.recipe,
                 int(loaded.state["step"]),
                 data=(loaded.manifest.get("data") or {}, self.data.fingerprint),

@@ -18,6 +18,8 @@ from tests.cli.commands import ROOT
 
 pytestmark = pytest.mark.cpu_only("ranks over gloo")
 
+PATIENCE = datetime.timedelta(seconds=60)
+
 JOIN = """
 import datetime, json, os
 import torch
@@ -40,12 +42,12 @@ print(json.dumps(sums))
 
 def store() -> dist.TCPStore:
     """As an elastic agent hosts one."""
-    return dist.TCPStore("127.0.0.1", 0, is_master=True, timeout=datetime.timedelta(seconds=60))
+    return dist.TCPStore("127.0.0.1", 0, is_master=True, timeout=PATIENCE)
 
 
 def client(server: dist.TCPStore) -> dist.TCPStore:
     """As a rank has one."""
-    return dist.TCPStore("127.0.0.1", server.port, timeout=datetime.timedelta(seconds=60))
+    return dist.TCPStore("127.0.0.1", server.port, timeout=PATIENCE)
 
 
 def test_ranks_meet_whatever_their_nodes_count() -> None:
@@ -72,21 +74,20 @@ def test_what_the_dead_have_asked_and_heard_is_no_answer() -> None:
     server.set("question 1", "of the dead")
     server.set("answer of the dead", "another start")
     with ThreadPoolExecutor() as pool:
-        first: Any = pool.submit(meeting.name_of_start, client(server), 0, 3)
-        second: Any = pool.submit(meeting.name_of_start, client(server), 2, 3)
+        first: Any = pool.submit(meeting.name_of_start, client(server), 0, 3, PATIENCE)
+        second: Any = pool.submit(meeting.name_of_start, client(server), 2, 3, PATIENCE)
         # rank 0 has answered rank 2, so that it has looked at the question of the dead before rank 1 comes
         name = second.result()
         assert name != "another start" and not first.done()
-        third: Any = pool.submit(meeting.name_of_start, client(server), 1, 3)
+        third: Any = pool.submit(meeting.name_of_start, client(server), 1, 3, PATIENCE)
         assert first.result() == third.result() == name
         # and once more, the other way round
-        others = [pool.submit(meeting.name_of_start, client(server), rank, 3) for rank in (1, 2)]
-        again = meeting.name_of_start(client(server), 0, 3)
+        others = [pool.submit(meeting.name_of_start, client(server), rank, 3, PATIENCE) for rank in (1, 2)]
+        again = meeting.name_of_start(client(server), 0, 3, PATIENCE)
         assert again != name and [other.result() for other in others] == [again, again]
 
 
 def test_ranks_that_do_not_come_are_named() -> None:
     server = store()
-    server.set_timeout(datetime.timedelta(0))
     with pytest.raises(dist.DistStoreError, match="ranks 1, 2 did not come"):
-        meeting.name_of_start(server, 0, 3)
+        meeting.name_of_start(server, 0, 3, datetime.timedelta(0))

@@ -14,7 +14,7 @@ import yaml
 
 from minicpm_megatron.cli import entry
 from minicpm_megatron.errors import UserError
-from minicpm_megatron.recipe import ModelRecipe, build, build_section, dump_recipe, load_recipe
+from minicpm_megatron.recipe import ModelRecipe, build, build_saved, build_section, dump_recipe, load_recipe
 from minicpm_megatron.recipe.load import known_keys
 from minicpm_megatron.recipe.yaml_text import parse
 from tests.recipe.fields import minimal_fields
@@ -233,3 +233,11 @@ def test_recipes_are_read_without_the_heavy_libraries() -> None:
         [sys.executable, "-c", code, str(RECIPES[0])], capture_output=True, text=True, cwd=RECIPES[0].parents[2]
     )
     assert done.stdout.strip() == "[]", done.stderr
+
+
+@pytest.mark.parametrize(("saved", "kept"), [(0.5, 1.0), (1e10, 1e9), (30.0, 30.0)])
+def test_a_run_from_before_hang_timeout_had_bounds_can_be_read(saved: float, kept: float) -> None:
+    fields = build(minimal_fields()).model_dump(mode="json")
+    fields["training"]["hang_timeout"] = saved
+    assert build_saved(fields).training.hang_timeout == kept
+    assert fields["training"]["hang_timeout"] == saved
