@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import fields
 
 from minicpm_megatron.methods.schedules import Schedule, build_schedule
-from minicpm_megatron.recipe import BatchPlan, Layout, Recipe, build, count_parameters, dump_recipe, recipe_hash
+from minicpm_megatron.recipe import BatchPlan, Layout, Recipe, build_saved, count_parameters, dump_recipe, recipe_hash
 from minicpm_megatron.recipe.memory import MemoryEstimate, estimate_memory, offloaded_bytes
 from minicpm_megatron.training.notes import schedule_note
 from minicpm_megatron.training.run_data import RunData, check_unchanged, open_data
@@ -75,7 +75,9 @@ def _check_resume(recipe: Recipe, data: RunData) -> None:
         manifest = read_manifest(step_folder(folder, steps[-1]))
         saved = manifest.get("data") or {}
         if "recipe" in manifest:
-            check_same_past(build(manifest["recipe"]), recipe, int(manifest["step"]), data=(saved, data.fingerprint))
+            check_same_past(
+                build_saved(manifest["recipe"]), recipe, int(manifest["step"]), data=(saved, data.fingerprint)
+            )
         check_unchanged(saved, data.fingerprint)
 
 

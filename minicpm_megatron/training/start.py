@@ -12,7 +12,7 @@ from minicpm_megatron.checkpoint.find import CHECKPOINTS, resolve_reference
 from minicpm_megatron.checkpoint.names import published_steps, step_folder, steps_set_aside
 from minicpm_megatron.errors import UserError, require
 from minicpm_megatron.methods.schedules import build_schedule
-from minicpm_megatron.recipe import BatchPlan, ModelRecipe, Recipe, build, build_section
+from minicpm_megatron.recipe import BatchPlan, ModelRecipe, Recipe, build, build_saved, build_section
 from minicpm_megatron.storage.manifest import read_manifest
 
 if TYPE_CHECKING:
@@ -173,7 +173,7 @@ def branch_recipe(recipe: Recipe, reference: str) -> tuple[Recipe, Path, int]:
     manifest = read_manifest(folder)
     if "recipe" not in manifest:
         raise UserError("was not saved by a run", where=f"--from {reference}", fix="choose a checkpoint of a run")
-    step, trunk = int(manifest["step"]), build(manifest["recipe"])
+    step, trunk = int(manifest["step"]), build_saved(manifest["recipe"])
     _check_stable(trunk, step, reference)
     branch = _branch_of(recipe, trunk, step)
     check_same_past(trunk, branch, step, changed_data=True)
@@ -190,7 +190,7 @@ def _started_branch(recipe: Recipe, reference: str) -> tuple[Recipe, Path, int] 
     if origin is None:
         return None
     folder = step_folder(Path(origin["run"]) / CHECKPOINTS, origin["step"])
-    return _branch_of(recipe, build(origin["recipe"]), origin["step"]), folder, origin["step"]
+    return _branch_of(recipe, build_saved(origin["recipe"]), origin["step"]), folder, origin["step"]
 
 
 def _started(recipe: Recipe, reference: str) -> dict[str, Any] | None:

@@ -12,7 +12,9 @@ from minicpm_megatron.cli.train import main
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.recipe import build, load_recipe
 from minicpm_megatron.recipe.memory import pipeline_stages, stage_memory
+from minicpm_megatron.storage.manifest import write_manifest
 from tests.recipe.fields import minimal_fields
+from tests.training import nano
 
 
 def section(report: str, title: str) -> str:
@@ -90,3 +92,28 @@ def test_no_ranks_are_refused(size: int, tmp_path: Path) -> None:
     path.write_text(yaml.safe_dump(minimal_fields()))
     with pytest.raises(UserError, match=f"--world-size: {size} is no number of ranks"):
         main(["--recipe", str(path), "--dry-run", "--world-size", str(size)])
+
+
+def test_a_dry_run_refuses_what_a_resume_would(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = nano.write_recipe(tmp_path)
+    recipe = load_recipe(path, ["name=done"])
+    folder = recipe.run_directory / "checkpoints" / "step-5"
+    folder.mkdir(parents=True)
+    write_manifest(folder, [], state={"step": 5}, facts={"recipe": recipe.model_dump(mode="json")})
+    assert main(["--recipe", str(path), "--dry-run", "name=done"]) == 0
+    with pytest.raises(UserError, match=r"optimizer.lr: was 0.005 in the 5 steps already done, and is 0.3 now"):
+        main(["--recipe", str(path), "--dry-run", "name=done", "optimizer.lr=0.3"])
+    assert main(["--recipe", str(path), "--dry-run", "name=other", "optimizer.lr=0.3"]) == 0
+    assert "the data are there" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--world-size", "2"], "--world-size: is assumed by --dry-run alone"),
+        (["--dry-run", "--finished"], "one of them"),
+    ],
+)
+def test_options_that_would_be_ignored_are_refused(options: list[str], said: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=said):
+        main(["--recipe", str(nano.write_recipe(tmp_path)), *options])

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from minicpm_megatron.errors import UserError
-from minicpm_megatron.recipe import build, dump_recipe
+from minicpm_megatron.recipe import build, dump_recipe, load_recipe
 from minicpm_megatron.training.compare import equal_flops, format_table, read_curve, shifted
 from tests.cli.commands import command
 from tests.convert.conftest import EXPERTS, small_model
@@ -59,6 +59,20 @@ def test_a_run_counts_its_own_steps(tmp_path: Path) -> None:
     assert curve.loss == pytest.approx(sum(10 - step / 10 for step in range(31, 41)) / 10)
     assert [(tokens, loss) for tokens, _, loss in curve.points] == [(640, 7.0), (1280, 6.5)]
     assert curve.parameters[0] > curve.parameters[1]
+
+
+def test_a_batch_that_grows_counts_by_the_plan(tmp_path: Path) -> None:
+    run = write_run(tmp_path, "grows", 1, 20)
+    fields = load_recipe(run / "recipe.yaml").model_dump(mode="json")
+    fields["training"]["batch_growth"] = [{"after_tokens": 1280, "global_batch_size": 16}]
+    (run / "recipe.yaml").write_text(dump_recipe(build(fields)))
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        line["tokens"] = 128 * min(line["step"], 10) + 512 * max(0, line["step"] - 10)
+    del lines[3]  # a damaged line was left out
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    curve = read_curve(run)
+    assert (curve.tokens, curve.first_tokens, curve.points[-1][0]) == (6400, 0, 6400)
 
 
 def test_short_rows_cost_less(tmp_path: Path) -> None:
