@@ -55,7 +55,7 @@ class DerivedRun:
 
     @property
     def has_recipe(self) -> bool:
-        """Whether RUN/recipe.yaml was written."""
+        """Return whether the command wrote RUN/recipe.yaml."""
         return self.recipe is not None
 
     def how_to_go_on(self) -> str:
@@ -76,7 +76,7 @@ class DerivedRun:
 
 
 def _can_be_longer(recipe: Recipe, step: int) -> bool:
-    """Whether the schedule may end later without having given the `step` steps that are done other rates."""
+    """Return whether a later end of the schedule keeps the learning rates of the `step` steps already done."""
     fields = recipe.model_dump(mode="json")
     fields["schedule"]["total"] *= 2
     try:

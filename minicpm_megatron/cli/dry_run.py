@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import fields
 
 from minicpm_megatron.methods.schedules import Schedule, build_schedule
-from minicpm_megatron.recipe import BatchPlan, Layout, Recipe, build_saved, count_parameters, dump_recipe, recipe_hash
+from minicpm_megatron.recipe import BatchPlan, Layout, Recipe, count_parameters, dump_recipe, recipe_hash
 from minicpm_megatron.recipe.memory import MemoryEstimate, estimate_memory, offloaded_bytes
 from minicpm_megatron.training.notes import schedule_note
 from minicpm_megatron.training.run_data import RunData, check_unchanged, open_data
@@ -68,17 +68,13 @@ def _check_resume(recipe: Recipe, data: RunData) -> None:
     # these load torch
     from minicpm_megatron.checkpoint.names import published_steps, step_folder
     from minicpm_megatron.storage.manifest import read_manifest
-    from minicpm_megatron.training.start import check_same_past
+    from minicpm_megatron.training.start import check_resume
 
     steps = published_steps(folder)
     if steps:
         manifest = read_manifest(step_folder(folder, steps[-1]))
-        saved = manifest.get("data") or {}
-        if "recipe" in manifest:
-            check_same_past(
-                build_saved(manifest["recipe"]), recipe, int(manifest["step"]), data=(saved, data.fingerprint)
-            )
-        check_unchanged(saved, data.fingerprint)
+        check_resume(manifest, recipe, data.fingerprint)
+        check_unchanged(manifest.get("data") or {}, data.fingerprint)
 
 
 def _heading(title: str) -> str:

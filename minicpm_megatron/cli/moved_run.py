@@ -39,7 +39,7 @@ def load_recipe_of_run(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def _has_run(folder: Path) -> bool:
-    """Whether the newest checkpoint in a folder was saved by a run.
+    """Return whether a run saved the newest checkpoint in a folder.
 
     A user may keep a recipe.yaml of their own beside any folder named checkpoints, or beside converted weights. A run
     that was taken to be at that place would overwrite it.

@@ -1,4 +1,4 @@
-"""What --init-from takes besides RUN@STEP: a Hugging Face folder."""
+"""The Hugging Face folder that --init-from takes in place of RUN@STEP."""
 
 from __future__ import annotations
 

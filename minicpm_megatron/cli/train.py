@@ -54,7 +54,9 @@ def parser() -> argparse.ArgumentParser:
         " Face folder: a new stage, whose data, lengths, RoPE, batches and schedule are the recipe's own",
     )
     result.add_argument(
-        "--dry-run", action="store_true", help="print what would be run, read the data and the DeepSpeed JSON, and exit"
+        "--dry-run",
+        action="store_true",
+        help="print what would be run, read the data, the run's checkpoints and the DeepSpeed JSON, and exit",
     )
     result.add_argument(
         "--finished",

@@ -1,4 +1,4 @@
-"""Where the tokenizer of a checkpoint is: at the recorded path, or, of a run that was moved or copied, in the run."""
+"""The tokenizer folder of a checkpoint: the recorded path, or a folder inside a run that was moved or copied."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ def fixed_rope(model: ModelRecipe, length: int) -> ModelRecipe:
 
 
 def dynamic_note(model: ModelRecipe) -> str | None:
-    """What to know of an export whose base grows with the length; None for every other."""
+    """Return a note for an export whose RoPE base grows with the length; None for every other export."""
     if model.rope_scaling.type != "dynamic":
         return None
     return (

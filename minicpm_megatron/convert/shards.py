@@ -10,7 +10,7 @@ from minicpm_megatron.storage.sharded import WEIGHT, ShardSpec
 
 
 class SourceShards:
-    """What `storage.sharded.CheckpointReader` is to a checkpoint of ours, for weights alone.
+    """Weights of a published folder, read as `storage.sharded.CheckpointReader` reads those of a checkpoint of ours.
 
     In memory are one tensor, or a layer's experts where the source has them stacked.
     """

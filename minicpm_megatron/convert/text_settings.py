@@ -1,4 +1,4 @@
-"""What a model's folder says about the texts it makes: its end tokens, and its settings for generation.
+"""End tokens and settings for generation that a model's folder states.
 
 A tokenizer knows one end token at most and no settings; config.json and generation_config.json have the rest. Both
 travel with the model: through our checkpoints, and the runs that go on from them, under `TEXT_STATE` of the state.
@@ -47,13 +47,13 @@ class SpecialTokens:
         return {"bos_token_id": self.bos, "eos_token_id": eos} | padding
 
     def covers(self, other: SpecialTokens) -> bool:
-        """Whether a text by `other` begins and ends by these, too, as far as `other` says."""
+        """Return whether these tokens include the begin token and all end tokens that `other` states."""
         return other.bos in (None, self.bos) and set(other.ends) <= set(self.ends)
 
 
 @dataclass(frozen=True)
 class TextSettings:
-    """What a folder says.
+    """End tokens and settings for generation that a folder states.
 
     Attributes:
         tokens: as in config.json; None where it says nothing.

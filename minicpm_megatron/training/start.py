@@ -317,6 +317,17 @@ def check_same_past(
             )
 
 
+def check_resume(manifest: Mapping[str, Any], recipe: Recipe, fingerprint: Mapping[str, str]) -> None:
+    """`check_same_past` between the recipe in a run's manifest and `recipe`; a manifest without one passes.
+
+    Args:
+        fingerprint: prefix -> fingerprint of the recipe's training data.
+    """
+    if "recipe" in manifest:
+        data = (manifest.get("data") or {}, fingerprint)
+        check_same_past(build_saved(manifest["recipe"]), recipe, int(manifest["step"]), data=data)
+
+
 def _under_old_paths(
     before: list[dict[str, Any]], now: list[dict[str, Any]], saved: Mapping[str, str], found: Mapping[str, str]
 ) -> list[dict[str, Any]]:

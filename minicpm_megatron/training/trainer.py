@@ -21,7 +21,7 @@ from minicpm_megatron.model.config import MiniCPMConfig
 from minicpm_megatron.model.initialize import initialize_parameters
 from minicpm_megatron.parallel import device, groups
 from minicpm_megatron.parallel.determinism import make_deterministic
-from minicpm_megatron.recipe import BatchPlan, Recipe, build_saved, count_parameters, dump_recipe, recipe_hash
+from minicpm_megatron.recipe import BatchPlan, Recipe, count_parameters, dump_recipe, recipe_hash
 from minicpm_megatron.recipe.dump import RECIPE
 from minicpm_megatron.recipe.parameters import CHECKPOINT_BYTES
 from minicpm_megatron.storage.atomic import write_bytes, write_json
@@ -36,7 +36,7 @@ from minicpm_megatron.training.gradient_log import GradientLog
 from minicpm_megatron.training.launcher import Launcher
 from minicpm_megatron.training.metrics import MetricsLog, StepRecord
 from minicpm_megatron.training.run_data import MIXTURE, check_unchanged, keep_order, open_data
-from minicpm_megatron.training.start import Origin, Published, check_same_past
+from minicpm_megatron.training.start import Origin, Published, check_resume
 from minicpm_megatron.training.watchdog import Watchdog
 
 
@@ -311,13 +311,7 @@ class Trainer:
 
     def _resume(self, folder: Path) -> None:
         loaded = self.checkpointer.open(folder)
-        if "recipe" in loaded.manifest:
-            check_same_past(
-                build_saved(loaded.manifest["recipe"]),
-                self.recipe,
-                int(loaded.state["step"]),
-                data=(loaded.manifest.get("data") or {}, self.data.fingerprint),
-            )
+        check_resume(loaded.manifest, self.recipe, self.data.fingerprint)
         self._load(loaded)
         self.origin, self.text = loaded.state.get("origin"), loaded.state.get(TEXT_STATE)
         self.evaluation_due = bool(loaded.state.get("evaluation_due"))
