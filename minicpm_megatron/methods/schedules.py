@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from minicpm_megatron.errors import UserError, require
-from minicpm_megatron.recipe.registry import DECAY_SHAPES
 from minicpm_megatron.recipe.schema import ScheduleRecipe
+from minicpm_megatron.registry import DECAY_SHAPES
 
 FLOOR = 0.1  # appendix B.1: Cosine ends at 0.1 of the rate; the authors' posted WSD code decays to 10 % as well
 
@@ -37,6 +37,17 @@ class DecaySettings:
 
 DecayShape = Callable[[float, DecaySettings], float]
 """f(r, settings) for progress r in (0, 1]: decreasing, 0 <= f <= 1, and towards 1 for r towards 0."""
+
+
+def as_decay_shape(entry: Any) -> DecayShape:
+    """`entry`, which must be a function.
+
+    Raises:
+        TypeError: it is none.
+    """
+    if not callable(entry):
+        raise TypeError(f"a decay shape must be a function, not {type(entry).__name__}")
+    return entry
 
 
 def _above_floor(curve: float, settings: DecaySettings) -> float:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from minicpm_megatron.errors import UserError
-from minicpm_megatron.recipe.registry import DECAY_SHAPES
+from minicpm_megatron.registry import DECAY_SHAPES
 
 if TYPE_CHECKING:
     from minicpm_megatron.recipe.schema import ModelRecipe, Recipe, ScheduleRecipe

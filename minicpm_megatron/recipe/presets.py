@@ -12,8 +12,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from minicpm_megatron import registry
 from minicpm_megatron.errors import UserError
-from minicpm_megatron.recipe.registry import PRESET_GROUP, Registry
 from minicpm_megatron.recipe.schema import ModelRecipe, RopeScaling
 
 HEAD = 64  # d_head of every published size (Table 2, Table 8)
@@ -22,36 +22,38 @@ VOCABULARY_128K = 122_760  # the released configuration of the 128K model
 VOCABULARY_SMALL = 73_440  # section 6.1, the tokenizer of 1.2B
 
 
-def _model_recipe(entry: Any) -> ModelRecipe:
+def as_model(entry: Any) -> ModelRecipe:
+    """The model of a preset: a ModelRecipe, or a function without arguments that returns one.
+
+    Raises:
+        TypeError: it is neither.
+    """
     model = entry() if callable(entry) else entry
     if not isinstance(model, ModelRecipe):
         raise TypeError(f"a preset must be a ModelRecipe, not {type(model).__name__}")
     return model
 
 
-_REGISTRY: Registry[ModelRecipe] = Registry("preset", PRESET_GROUP, validate=_model_recipe)
-
-
 class _Presets(Mapping[str, ModelRecipe]):
     """The registry as a read-only mapping; entries of other packages are loaded when they are read."""
 
     def __getitem__(self, name: str) -> ModelRecipe:
-        if name not in _REGISTRY.names():
+        if name not in registry.PRESETS.names():
             raise KeyError(name)
-        return _REGISTRY.get(name)
+        return registry.PRESETS.get(name)
 
     def __contains__(self, name: object) -> bool:
-        return name in _REGISTRY.names()
+        return name in registry.PRESETS.names()
 
     def __iter__(self) -> Iterator[str]:
-        return iter(_REGISTRY.names())
+        return iter(registry.PRESETS.names())
 
     def __len__(self) -> int:
-        return len(_REGISTRY.names())
+        return len(registry.PRESETS.names())
 
 
 PRESETS: Mapping[str, ModelRecipe] = _Presets()
-add_preset = _REGISTRY.add
+add_preset = registry.PRESETS.add
 
 
 def get_preset(name: str) -> ModelRecipe:
@@ -61,7 +63,7 @@ def get_preset(name: str) -> ModelRecipe:
         UserError: nobody declares the name (the line names the nearest one), or the plugin that does is broken.
     """
     try:
-        return _REGISTRY.get(name)
+        return registry.PRESETS.get(name)
     except UserError as error:
         raise UserError(error.what, where=error.where or "preset", fix=error.fix) from error
 

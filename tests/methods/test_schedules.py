@@ -22,8 +22,8 @@ from minicpm_megatron.methods.schedules import (
     branch_schedule,
     build_schedule,
 )
-from minicpm_megatron.recipe.registry import DECAY_SHAPES
 from minicpm_megatron.recipe.schema import ScheduleRecipe
+from minicpm_megatron.registry import DECAY_SHAPES
 
 W, T, S = 10, 60, 100  # warmup, end of the stable stage, end of the run
 FLOOR = 0.1

@@ -1,21 +1,24 @@
-"""Named things that other packages may add to: presets and decay shapes.
+"""Everything that another package may add to, by name: one `Registry` a kind of thing.
 
-A package adds an entry by declaring an entry point in one of the groups below; nothing is imported until the
-name is asked for, so an installed plugin costs nothing to those who do not use it. A plugin that cannot be
-loaded is refused in one line that names it, because the recipe that asked for it cannot mean anything else.
+A package adds an entry by declaring an entry point in the group of its kind. Nothing is imported until the name is
+asked for, so an installed plugin costs nothing to those who do not use it. A plugin that cannot be loaded is refused
+in one line that names it, because the recipe that asked for it cannot mean anything else.
+
+The project's own entries come in through the same door. Each kind has a home in the package, so that one file changes
+when an entry is added: either a module whose decorators register its entries, or a folder whose files each are one.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable
+import importlib
+import importlib.util
+import pkgutil
+from collections.abc import Callable
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, TypeVar
 
 from minicpm_megatron.errors import UserError
-
-PRESET_GROUP = "minicpm_megatron.presets"
-DECAY_SHAPE_GROUP = "minicpm_megatron.decay_shapes"
 
 T = TypeVar("T")
 
@@ -26,18 +29,26 @@ class Registry[T]:
     Args:
         kind: what an entry is, for error lines ("preset").
         group: the entry-point group that other packages declare theirs in.
-        own: names that the project itself registers. They are known before the module that registers them is
-            imported, so that a recipe can be validated without importing torch.
-        validate: turns the loaded object into the entry; raises whatever it likes for one that is unfit.
+        home: the module or folder of our own entries, imported when a name is first asked for. A module registers
+            its entries with `register`. In a folder each file is an entry called as the file is, with "-" for "_".
+        attribute: what a file of the home folder calls its entry; None: the home is a module.
+        validate: "module:function", which turns the loaded object into the entry and raises whatever it likes for one
+            that is unfit. It is a name, since the registry lies below every room.
     """
 
     def __init__(
-        self, kind: str, group: str, *, own: Iterable[str] = (), validate: Callable[[Any], T] | None = None
+        self,
+        kind: str,
+        group: str,
+        *,
+        home: str | None = None,
+        attribute: str | None = None,
+        validate: str | None = None,
     ) -> None:
         self.kind, self.group = kind, group
-        self._own = tuple(own)
+        self._home, self._attribute = home, attribute
+        self._validator = validate
         self._entries: dict[str, T] = {}
-        self._validate = validate or (lambda entry: entry)
 
     def add(self, name: str, entry: T) -> T:
         """Register `entry` as `name`.
@@ -56,7 +67,7 @@ class Registry[T]:
 
     def names(self) -> list[str]:
         """Every known name: ours first in their own order, then the plugins' sorted."""
-        known = dict.fromkeys((*self._own, *self._entries))
+        known = self._own_names()
         return [*known, *sorted({point.name for point in entry_points(group=self.group)} - set(known))]
 
     def get(self, name: str) -> T:
@@ -65,17 +76,18 @@ class Registry[T]:
         Raises:
             UserError: nobody declares the name, two packages do, or the plugin that does is broken.
         """
+        own = self._own_names()
         if name not in self._entries:
-            self.add(name, self._load(name))
+            self.add(name, self._load_own(name) if name in own else self._load_plugin(name))
         return self._entries[name]
 
     def check(self, name: str, *, where: str) -> None:
-        """Refuse a name that nobody declares, without loading anything.
+        """Refuse a name that nobody declares, without loading a plugin.
 
         Raises:
             UserError: the name is unknown; the line names the nearest known one.
         """
-        if name in self._own or name in self._entries:
+        if name in self._own_names():
             return  # the usual case, without a search through the installed packages
         known = self.names()
         if name in known:
@@ -84,18 +96,38 @@ class Registry[T]:
         fix = f"did you mean {nearest[0]}?" if nearest else f"known are {', '.join(known)}"
         raise UserError(f"unknown {self.kind} {name!r}", where=where, fix=fix)
 
-    def _load(self, name: str) -> T:
+    def _own_names(self) -> list[str]:
+        found: list[str] = []
+        if self._home is not None and self._attribute is None:
+            importlib.import_module(self._home)
+        elif self._home is not None:
+            spec = importlib.util.find_spec(self._home)
+            places = spec.submodule_search_locations if spec is not None else None
+            found = sorted(module.name.replace("_", "-") for module in pkgutil.iter_modules(places))
+        return list(dict.fromkeys((*found, *self._entries)))
+
+    def _load_own(self, name: str) -> Any:
+        module = importlib.import_module(f"{self._home}.{name.replace('-', '_')}")
+        return getattr(module, str(self._attribute))
+
+    def _validate(self, entry: Any) -> T:
+        if self._validator is None:
+            return entry
+        module, function = self._validator.split(":")
+        return getattr(importlib.import_module(module), function)(entry)
+
+    def _load_plugin(self, name: str) -> Any:
         points = list(entry_points(group=self.group, name=name))
         if not points:
             self.check(name, where="")
-            raise LookupError(f"{self.kind} {name!r} is declared as ours but its module was not imported")
         owners = sorted({_owner(point) for point in points})
         if len(owners) > 1:
             raise UserError(
                 f"{self.kind} {name!r} is provided by {' and '.join(owners)}", fix="uninstall all but one of them"
             )
         try:
-            return self._validate(points[0].load())
+            entry = points[0].load()
+            self._validate(entry)
         # a plugin may fail in any way at all, or leave; whichever it is, the plugin is to name
         except (Exception, SystemExit) as error:
             raise UserError(
@@ -103,21 +135,22 @@ class Registry[T]:
                 f" {type(error).__name__}: {error}",
                 fix="repair or uninstall that package",
             ) from error
+        return entry
 
 
 def _owner(point: EntryPoint) -> str:
     return point.dist.name if point.dist is not None else point.value
 
 
-def _function(entry: Any) -> Any:
-    if not callable(entry):
-        raise TypeError(f"a decay shape must be a function, not {type(entry).__name__}")
-    return entry
-
-
+PRESETS: Registry[Any] = Registry(
+    "preset",
+    "minicpm_megatron.presets",
+    home="minicpm_megatron.recipe.presets",
+    validate="minicpm_megatron.recipe.presets:as_model",
+)
 DECAY_SHAPES: Registry[Any] = Registry(
     "decay shape",
-    DECAY_SHAPE_GROUP,
-    own=("exponential", "linear", "cosine", "1-sqrt", "megatron-exponential"),
-    validate=_function,
+    "minicpm_megatron.decay_shapes",
+    home="minicpm_megatron.methods.schedules",
+    validate="minicpm_megatron.methods.schedules:as_decay_shape",
 )

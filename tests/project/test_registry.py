@@ -9,7 +9,7 @@ import pytest
 
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.recipe import PRESETS, build
-from minicpm_megatron.recipe.registry import Registry
+from minicpm_megatron.registry import Registry
 from tests.recipe.fields import minimal_fields
 
 
@@ -68,7 +68,7 @@ def test_broken_plugins_do_not_disturb_others(install) -> None:
 
 
 def test_a_name_cannot_be_taken_twice() -> None:
-    registry: Registry[int] = Registry("number", "tests.numbers", own=("one",))
+    registry: Registry[int] = Registry("number", "tests.numbers")
     registry.add("one", 1)
     registry.add("two", 2)
     assert (registry.names(), registry.get("two")) == (["one", "two"], 2)
@@ -76,3 +76,17 @@ def test_a_name_cannot_be_taken_twice() -> None:
         registry.add("one", 3)
     with pytest.raises(UserError, match="unknown number 'three'; known are one, two"):
         registry.get("three")
+
+
+def test_a_folder_is_a_home_of_one_entry_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = tmp_path / "home_of_numbers" / "numbers"
+    home.mkdir(parents=True)
+    (home.parent / "__init__.py").touch()
+    (home / "__init__.py").touch()
+    (home / "twenty_one.py").write_text("NUMBER = 21")
+    (home / "broken.py").write_text("raise RuntimeError('read without being asked for')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    registry: Registry[int] = Registry("number", "tests.numbers", home="home_of_numbers.numbers", attribute="NUMBER")
+    assert (registry.names(), registry.get("twenty-one")) == (["broken", "twenty-one"], 21)
+    with pytest.raises(UserError, match="unknown number 'twenty-two'; did you mean twenty-one"):
+        registry.check("twenty-two", where="here")
