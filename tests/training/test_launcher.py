@@ -138,7 +138,8 @@ def test_only_a_child_of_init_that_is_no_launcher_is_an_orphan(
     assert launcher._is_orphan([], session, leaderless) is False
 
 
-LEADER = "import subprocess, sys; print(subprocess.Popen([sys.executable, '-c', 'input()'], stdin=0).pid)"
+# prints the number of a process that it leaves behind, which waits until its input ends
+LEADER = "import subprocess; print(subprocess.Popen(['cat'], stdin=0).pid)"
 
 
 def test_a_process_group_whose_leader_has_gone() -> None:
