@@ -38,5 +38,6 @@ setup(
         "minicpm_megatron.presets": [],
         "minicpm_megatron.decay_shapes": [],
         "minicpm_megatron.schedules": [],
+        "minicpm_megatron.attention_kernels": [],
     },
 )

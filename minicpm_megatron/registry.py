@@ -154,6 +154,13 @@ DECAY_SHAPES: Registry[Any] = Registry(
     home="minicpm_megatron.methods.decay_shapes",
     validate="minicpm_megatron.methods.decay_shapes:as_decay_shape",
 )
+ATTENTION_KERNELS: Registry[Any] = Registry(
+    "attention kernel",
+    "minicpm_megatron.attention_kernels",
+    home="minicpm_megatron.model.attention_kernels",
+    attribute="KERNEL",
+    validate="minicpm_megatron.model.attention_kernel:as_kernel",
+)
 SCHEDULES: Registry[Any] = Registry(
     "schedule",
     "minicpm_megatron.schedules",

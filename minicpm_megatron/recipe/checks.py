@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from minicpm_megatron.errors import UserError
-from minicpm_megatron.registry import DECAY_SHAPES, SCHEDULES
+from minicpm_megatron.registry import ATTENTION_KERNELS, DECAY_SHAPES, SCHEDULES
 
 if TYPE_CHECKING:
     from minicpm_megatron.recipe.schema import ModelRecipe, Recipe
@@ -89,6 +89,7 @@ def check_recipe(recipe: Recipe) -> None:
     _check_offload(recipe)
     _check_context_parallel(recipe)
     _check_expert_parallel(recipe)
+    ATTENTION_KERNELS.check(recipe.training.attention_kernel, where="training.attention_kernel")
     refuse_unless(
         recipe.data.sequence_length <= recipe.model.longest_sequence,
         "data.sequence_length",
@@ -203,6 +204,12 @@ def _check_context_parallel(recipe: Recipe) -> None:
         "parallel.context_parallel_size",
         "DeepSpeed's pipeline has no place for context-parallel ranks",
         "set one of the two sizes to 1",
+    )
+    refuse_unless(
+        recipe.training.attention_kernel == "auto",
+        "training.attention_kernel",
+        f"{recipe.training.attention_kernel} attends on one rank, and context-parallel ranks attend with each other",
+        "set it to auto, or parallel.context_parallel_size to 1",
     )
     tensor = parallel.tensor_model_parallel_size
     unit = 2 * ranks * (tensor if parallel.sequence_parallel else 1)

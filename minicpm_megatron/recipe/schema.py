@@ -278,6 +278,10 @@ class TrainingRecipe(Section):
     """Activations computed again in backward: none, the attention core, or whole layers."""
     fused_loss: bool = True
     """LM head and loss in one, chunk by chunk; false: whole logits first, the reference to compare with."""
+    attention_kernel: str = "auto"
+    """What attends on one rank. auto: flash-attn where it is installed and fits, else torch's SDPA; sdpa: the latter
+    always; reference: all scores at once, to compare with; or one that another package registered. With context
+    parallelism auto alone."""
     deterministic: bool = False
     """On CUDA: kernels that give the same bits in every run, so that a resumed run equals one that was never stopped;
     slower. On CPU runs are so anyway."""

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from minicpm_megatron.methods.schedule import build_schedule
-from minicpm_megatron.registry import DECAY_SHAPES, SCHEDULES
+from minicpm_megatron.registry import ATTENTION_KERNELS, DECAY_SHAPES, SCHEDULES
 from tests.methods.contracts import check_decay_shape, check_schedule, recipe_of
+from tests.model.attention_contract import check_attention_kernel
 
 ROOT = Path(__file__).parents[2]
 DRY_RUN = """
@@ -42,7 +43,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def installed(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The plugin as this process finds it, for one test."""
     monkeypatch.syspath_prepend(str(site))
-    for registry in (DECAY_SHAPES, SCHEDULES):
+    for registry in (DECAY_SHAPES, SCHEDULES, ATTENTION_KERNELS):
         monkeypatch.setattr(registry, "_entries", dict(registry._entries))
 
 
@@ -99,6 +100,12 @@ def test_the_schedule_keeps_the_contract_and_its_formula() -> None:
     for step in range(1, 1001):
         expected = min(step / 100, 1.0) if step <= 500 else 0.5 if step <= 750 else 0.25
         assert schedule.factor(schedule.total * step / 1000) == pytest.approx(expected, rel=1e-12), step
+
+
+@pytest.mark.usefixtures("installed")
+def test_the_attention_kernel_keeps_the_contract() -> None:
+    assert "my-rows" in ATTENTION_KERNELS.names()
+    check_attention_kernel("my-rows")
 
 
 @pytest.mark.parametrize("name", ["docs/extending.md"])
