@@ -99,7 +99,8 @@ class Schedule(ABC):
         return self.after_warmup(min(position, self.total))
 
     @abstractmethod
-    def after_warmup(self, position: float) -> float: ...
+    def after_warmup(self, position: float) -> float:
+        """Fraction of the base rate for the update that ends at `position`, from `warmup` to `total`."""
 
     @property
     def peak(self) -> float:
@@ -136,9 +137,10 @@ class Schedule(ABC):
         Args:
             settings: decay_shape, half_life and min_lr_ratio of that decay.
         """
-        raise NotImplementedError(f"{type(self).__name__} has a stable stage and no branch")
+        raise NotImplementedError(f"{type(self).__name__} has a stable stage and defines no branch")
 
     def line(self, body: str, lr: float | None) -> str:
+        """`body` with the warmup before it and the end behind it, for `describe`."""
         warmup = f"{self.warmup:,} {self.unit} of warmup, " if self.warmup else ""
         rate = "" if lr is None else f", which is {lr * self.end_factor:.3g}"
         return f"{warmup}{body}; ends after {self.total:,} {self.unit} at {self.end_factor:.4g} of the rate{rate}"

@@ -374,7 +374,12 @@ def check_schedule(recipe: Recipe) -> None:
         f" {schedule.unit}",
         "lengthen the run or shorten them",
     )
-    kind.from_recipe(schedule, recipe).check_curve()
+    try:
+        built = kind.from_recipe(schedule, recipe)
+    except (TypeError, ValueError, LookupError, ArithmeticError) as error:  # of a plugin's
+        what = f"{schedule.shape!r} cannot be built: {type(error).__name__}: {error}"
+        raise UserError(what, where="schedule.shape") from error
+    built.check_curve()
 
 
 def layout(recipe: Recipe, world_size: int) -> Layout:

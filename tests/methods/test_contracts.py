@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,17 @@ def test_a_schedule_that_gives_no_learning_rate_is_refused_with_the_recipe(
     SCHEDULES.add("bad", type("Bad", (Constant,), {"after_warmup": factor}))
     with pytest.raises(UserError, match=line):
         build(minimal_fields(schedule={"shape": "bad", "total": 100, "warmup": 10}))
+
+
+def test_a_schedule_that_cannot_be_built_is_refused_with_the_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Needy(Constant):
+        height: float
+
+    monkeypatch.setattr(SCHEDULES, "_entries", dict(SCHEDULES._entries))
+    SCHEDULES.add("needy", Needy)
+    with pytest.raises(UserError, match="schedule.shape: 'needy' cannot be built: TypeError: .*'height'"):
+        build(minimal_fields(schedule={"shape": "needy", "total": 100}))
 
 
 ADDED_SHAPE = """
