@@ -151,6 +151,19 @@ PRESETS: Registry[Any] = Registry(
 DECAY_SHAPES: Registry[Any] = Registry(
     "decay shape",
     "minicpm_megatron.decay_shapes",
+    home="minicpm_megatron.methods.decay_shapes",
+    validate="minicpm_megatron.methods.decay_shapes:as_decay_shape",
+)
+ATTENTION_KERNELS: Registry[Any] = Registry(
+    "attention kernel",
+    "minicpm_megatron.attention_kernels",
+    home="minicpm_megatron.model.attention_kernels",
+    attribute="KERNEL",
+    validate="minicpm_megatron.model.attention_kernel:as_kernel",
+)
+SCHEDULES: Registry[Any] = Registry(
+    "schedule",
+    "minicpm_megatron.schedules",
     home="minicpm_megatron.methods.schedules",
-    validate="minicpm_megatron.methods.schedules:as_decay_shape",
+    validate="minicpm_megatron.methods.schedule:as_schedule",
 )

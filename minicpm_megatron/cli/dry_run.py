@@ -26,7 +26,7 @@ def format_dry_run(recipe: Recipe, world_size: int) -> str:
         UserError: the recipe does not fit `world_size` ranks, or names a decay shape that does not work.
     """
     layout = recipe.check_world_size(world_size)
-    schedule = build_schedule(recipe.schedule)
+    schedule = build_schedule(recipe)
     sections = (
         ("recipe", dump_recipe(recipe).rstrip("\n").splitlines()),
         ("layout", _layout(recipe, layout)),

@@ -104,7 +104,7 @@ class WSDScheduler(ScheduleLR):
         total: S, length of the run.
         decay: d, length of the decay at its end; 0 for a trunk that only branches.
         warmup: W, length of the linear warmup.
-        decay_shape: a name in `schedules.DECAY_SHAPES`.
+        decay_shape: a name in `registry.DECAY_SHAPES`.
         half_life: H of the exponential shape; independent of `decay`.
         min_lr_ratio: floor; None for the shape's own, 0 for exponential and 0.1 for all others.
         unit: whether lengths count "steps" or "tokens".

@@ -1,7 +1,7 @@
-"""The attention core of the spec: flash-attn where it is installed and fits, torch's SDPA everywhere else, and ring
-or Ulysses attention where context parallelism divides the sequence.
+"""The attention core of the spec: the kernel that the config names, and ring or Ulysses attention where context
+parallelism divides the sequence.
 
-Both compute softmax(q k^T / sqrt(d_head)) v with grouped key/value heads; MiniCPM does not use muP's 1/d scaling of
+All compute softmax(q k^T / sqrt(d_head)) v with grouped key/value heads; MiniCPM does not use muP's 1/d scaling of
 attention (section 3.1 of arXiv 2404.06395).
 """
 
@@ -11,20 +11,16 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from minicpm_megatron.errors import UserError
+from minicpm_megatron.model.attention_kernel import AttentionKernel
+from minicpm_megatron.model.config import DEFAULT_ATTENTION_KERNEL
 from minicpm_megatron.model.context_parallel import ring_attention, ulysses_attention
-from minicpm_megatron.model.document_attention import document_attention
-
-try:
-    from flash_attn import flash_attn_func
-except ImportError:
-    flash_attn_func = None
+from minicpm_megatron.registry import ATTENTION_KERNELS
 
 
 class MiniCPMCoreAttention(torch.nn.Module):
@@ -43,6 +39,9 @@ class MiniCPMCoreAttention(torch.nn.Module):
         self.across_ranks = None
         if config.context_parallel_size > 1:
             self.across_ranks = ulysses_attention if config.cp_comm_type == "a2a" else ring_attention
+        # a TransformerConfig of Megatron-LM's trainer has no such field
+        name = getattr(config, "attention_kernel", DEFAULT_ATTENTION_KERNEL)
+        self.kernel: AttentionKernel = ATTENTION_KERNELS.get(name)
         self.attn_mask_type = attn_mask_type
         assert config.kv_channels is not None
         self.softmax_scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
@@ -88,40 +87,16 @@ class MiniCPMCoreAttention(torch.nn.Module):
             group = parallel_state.get_context_parallel_group()
             context = self.across_ranks(query, key, value, group=group, scale=self.softmax_scale, starts=attention_mask)
             return context.reshape(context.size(0), context.size(1), -1)
-        whole_mask = attention_mask is not None and attention_mask.dtype == torch.bool
-        if causal and attention_mask is not None and not whole_mask:
-            context = document_attention(query, key, value, attention_mask, self.softmax_scale)
-            return context.reshape(context.size(0), context.size(1), -1)
-        causal = causal and not whole_mask
-        if self._flash_fits(query, causal or mask_type == AttnMaskType.no_mask):
-            context = flash_attn_func(
-                query.transpose(0, 1),
-                key.transpose(0, 1),
-                value.transpose(0, 1),
-                softmax_scale=self.softmax_scale,
-                causal=causal,
-                deterministic=torch.are_deterministic_algorithms_enabled(),
-            ).transpose(0, 1)
-        else:
-            # [s, b, n, d] -> [b, n, s, d]
-            q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
-            mask = None
-            if not causal and mask_type != AttnMaskType.no_mask:
-                if attention_mask is None:
-                    raise ValueError(f"attention of type {mask_type} needs a mask")
-                mask = ~attention_mask
-            context = F.scaled_dot_product_attention(
-                q,
-                k,
-                v,
-                attn_mask=mask,
-                is_causal=causal,
-                scale=self.softmax_scale,
-                enable_gqa=q.size(1) != k.size(1),
-            ).permute(2, 0, 1, 3)
+        starts = None
+        if causal and attention_mask is not None:
+            if attention_mask.dtype == torch.bool:
+                causal = False  # the mask has causality in it
+            else:
+                starts = attention_mask
+        mask = None
+        if not causal and mask_type != AttnMaskType.no_mask:
+            if attention_mask is None:
+                raise ValueError(f"attention of type {mask_type} needs a mask")
+            mask = attention_mask
+        context = self.kernel(query, key, value, scale=self.softmax_scale, causal=causal, mask=mask, starts=starts)
         return context.reshape(context.size(0), context.size(1), -1)
-
-    @staticmethod
-    def _flash_fits(query: Tensor, known_mask: bool) -> bool:
-        half = query.dtype in (torch.bfloat16, torch.float16)
-        return flash_attn_func is not None and query.is_cuda and half and known_mask

@@ -13,9 +13,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from minicpm_megatron.errors import UserError, require
 from minicpm_megatron.methods.mup import mup_table
 from minicpm_megatron.parallel import device
-from minicpm_megatron.recipe import ModelRecipe, ParallelRecipe, Recipe, RopeScaling
+from minicpm_megatron.recipe import ModelRecipe, ParallelRecipe, Recipe, RopeScaling, TrainingRecipe
 from minicpm_megatron.recipe.memory import VOCABULARY_MULTIPLE
 
+DEFAULT_ATTENTION_KERNEL: str = TrainingRecipe.model_fields["attention_kernel"].default
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # role of the muP table -> fields of TransformerConfig; `initialize_parameters` draws the same for every layout
 INIT_METHODS = {"hidden": ("init_method", "output_layer_init_method"), "embedding": ("embedding_init_method",)}
@@ -48,6 +49,7 @@ class MiniCPMConfig(TransformerConfig):
         embedding_role: whether muP takes the embedding for a "vector" or a "matrix".
         fused_loss: compute the loss with the LM head, without logits (`fused_loss.VocabParallelLinearCrossEntropy`);
             False: from whole logits, which is the reference.
+        attention_kernel: name in `ATTENTION_KERNELS` of what attends on one rank.
         z_loss_coeff: factor of the squared log-sum-exp of the logits, added to the losses of a model in training mode.
         make_vocab_size_divisible_by: rows of the embedding a rank holds are padded to a multiple of this (Megatron-LM's
             name and default). Padding is all zero, gets no probability and never leaves the model, so that results do
@@ -86,6 +88,7 @@ class MiniCPMConfig(TransformerConfig):
     parametrization: Literal["mup", "standard"] = _default("parametrization")
     embedding_role: Literal["vector", "matrix"] = _default("embedding_role")
     fused_loss: bool = True
+    attention_kernel: str = DEFAULT_ATTENTION_KERNEL
     z_loss_coeff: float = 0.0
     make_vocab_size_divisible_by: int = VOCABULARY_MULTIPLE
 
@@ -148,6 +151,7 @@ class MiniCPMConfig(TransformerConfig):
                 recompute=recompute or training.recompute,
                 **{
                     "fused_loss": training.fused_loss,
+                    "attention_kernel": training.attention_kernel,
                     "z_loss_coeff": training.z_loss_coeff,
                     "deterministic_mode": training.deterministic,
                     **overrides,

@@ -35,6 +35,11 @@ def document_attention(query: Tensor, key: Tensor, value: Tensor, starts: Tensor
     """
     if flash_attn_varlen_func is not None and query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
         return _by_flash(query, key, value, starts, scale)
+    return document_attention_by_sdpa(query, key, value, starts, scale)
+
+
+def document_attention_by_sdpa(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, scale: float) -> Tensor:
+    """`document_attention` by torch's scaled_dot_product_attention, one call a document."""
     rows = []
     for row, bounds in enumerate(_once(_bounds, starts)):
         parts = []

@@ -27,6 +27,7 @@ from minicpm_megatron.recipe.schema import (
     Recipe,
     RopeScaling,
     RunRecipe,
+    ScheduleOptions,
     ScheduleRecipe,
     TrainingRecipe,
 )
@@ -51,6 +52,7 @@ __all__ = [
     "Recipe",
     "RopeScaling",
     "RunRecipe",
+    "ScheduleOptions",
     "ScheduleRecipe",
     "TrainingRecipe",
     "build",

@@ -12,13 +12,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from minicpm_megatron.errors import UserError
-from minicpm_megatron.registry import DECAY_SHAPES
+from minicpm_megatron.registry import ATTENTION_KERNELS, DECAY_SHAPES, SCHEDULES
 
 if TYPE_CHECKING:
-    from minicpm_megatron.recipe.schema import ModelRecipe, Recipe, ScheduleRecipe
-
-# these say nothing with a half-life: their curve is fixed by the decay length alone
-SHAPES_WITHOUT_HALF_LIFE = ("linear", "cosine", "1-sqrt", "megatron-exponential")
+    from minicpm_megatron.recipe.schema import ModelRecipe, Recipe
 
 
 @dataclass(frozen=True)
@@ -92,6 +89,7 @@ def check_recipe(recipe: Recipe) -> None:
     _check_offload(recipe)
     _check_context_parallel(recipe)
     _check_expert_parallel(recipe)
+    ATTENTION_KERNELS.check(recipe.training.attention_kernel, where="training.attention_kernel")
     refuse_unless(
         recipe.data.sequence_length <= recipe.model.longest_sequence,
         "data.sequence_length",
@@ -100,7 +98,7 @@ def check_recipe(recipe: Recipe) -> None:
     )
     _check_curriculum(recipe)
     _check_batches(recipe)
-    check_schedule(recipe.schedule)
+    check_schedule(recipe)
     _check_gradient_statistics(recipe)
     for field, answer in (("non_finite", recipe.faults.non_finite), ("spike", recipe.faults.spike)):
         refuse_unless(
@@ -206,6 +204,12 @@ def _check_context_parallel(recipe: Recipe) -> None:
         "parallel.context_parallel_size",
         "DeepSpeed's pipeline has no place for context-parallel ranks",
         "set one of the two sizes to 1",
+    )
+    refuse_unless(
+        recipe.training.attention_kernel == "auto",
+        "training.attention_kernel",
+        f"{recipe.training.attention_kernel} attends on one rank, and context-parallel ranks attend with each other",
+        "set it to auto, or parallel.context_parallel_size to 1",
     )
     tensor = parallel.tensor_model_parallel_size
     unit = 2 * ranks * (tensor if parallel.sequence_parallel else 1)
@@ -329,28 +333,40 @@ def _check_batches(recipe: Recipe) -> None:
         before = growth.after_tokens
 
 
-def check_schedule(schedule: ScheduleRecipe) -> None:
-    """Lengths that fit into each other, and only settings that the shape uses.
+def check_schedule(recipe: Recipe) -> None:
+    """Lengths that fit into each other, and only settings that the schedule uses.
 
     Raises:
         UserError: naming the dotted field at fault and what to do.
     """
-    wsd = schedule.shape == "wsd"
-    for field, setting, used in (
-        ("decay", schedule.decay, wsd),
-        ("half_life", schedule.half_life, wsd and schedule.decay_shape not in SHAPES_WITHOUT_HALF_LIFE),
-        ("period", schedule.period, schedule.shape in ("cosine", "cosine_loop")),
-        ("min_lr_ratio", schedule.min_lr_ratio, schedule.shape != "constant"),
-    ):
-        shape = f"wsd with {schedule.decay_shape} decay" if wsd else schedule.shape
+    schedule = recipe.schedule
+    SCHEDULES.check(schedule.shape, where="schedule.shape")
+    kind = SCHEDULES.get(schedule.shape)
+    name, half_life = schedule.shape, "half_life" in kind.uses
+    if "decay_shape" in kind.uses:
+        name = f"{name} with {schedule.decay_shape} decay"
+        DECAY_SHAPES.check(schedule.decay_shape, where="schedule.decay_shape")
+        half_life = half_life and DECAY_SHAPES.get(schedule.decay_shape).uses_half_life
+    for field in ("decay", "half_life", "period", "min_lr_ratio"):
+        given, used = getattr(schedule, field), half_life if field == "half_life" else field in kind.uses
         refuse_unless(
-            used or setting is None,
+            used or given is None,
             f"schedule.{field}",
-            f"{setting} is given but the schedule {shape} has no use for it",
+            f"{given} is given but the schedule {name} has no use for it",
             f"set schedule.{field}=null",
         )
-    if wsd:
-        _check_decay(schedule)
+    refuse_unless(
+        schedule.decay is not None or "decay" not in kind.uses,
+        "schedule.decay",
+        f"the schedule {schedule.shape} needs the length of its decay",
+        f"give about 10 % of the run ({schedule.total // 10:,} {schedule.unit}), or 0 for a trunk that only branches",
+    )
+    refuse_unless(
+        schedule.decay == 0 or schedule.half_life is not None or not half_life,
+        "schedule.half_life",
+        f"{schedule.decay_shape} decay needs its half-life",
+        f"give the {schedule.unit} in which the rate halves",
+    )
     refuse_unless(
         schedule.warmup + (schedule.decay or 0) <= schedule.total,
         "schedule.total",
@@ -358,22 +374,12 @@ def check_schedule(schedule: ScheduleRecipe) -> None:
         f" {schedule.unit}",
         "lengthen the run or shorten them",
     )
-
-
-def _check_decay(schedule: ScheduleRecipe) -> None:
-    DECAY_SHAPES.check(schedule.decay_shape, where="schedule.decay_shape")
-    refuse_unless(
-        schedule.decay is not None,
-        "schedule.decay",
-        "the schedule wsd needs the length of its decay",
-        f"give about 10 % of the run ({schedule.total // 10:,} {schedule.unit}), or 0 for a trunk that only branches",
-    )
-    refuse_unless(
-        schedule.decay_shape != "exponential" or schedule.decay == 0 or schedule.half_life is not None,
-        "schedule.half_life",
-        "exponential decay needs its half-life",
-        f"give the {schedule.unit} in which the rate halves",
-    )
+    try:
+        built = kind.from_recipe(schedule, recipe)
+    except (TypeError, ValueError, LookupError, ArithmeticError) as error:  # of a plugin's
+        what = f"{schedule.shape!r} cannot be built: {type(error).__name__}: {error}"
+        raise UserError(what, where="schedule.shape") from error
+    built.check_curve()
 
 
 def layout(recipe: Recipe, world_size: int) -> Layout:

@@ -39,7 +39,7 @@ def recipe_hash(recipe: Recipe) -> str:
         for section, keys in DEFINING.items()
     }
     # keys younger than the hash: without them, where they are off, the hashes of earlier runs hold
-    for section, key in (("training", "z_loss_coeff"), ("model", "qk_layernorm")):
+    for section, key in (("training", "z_loss_coeff"), ("model", "qk_layernorm"), ("schedule", "options")):
         if not defining[section][key]:
             del defining[section][key]
     return hashlib.sha256(json.dumps(defining, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

@@ -18,8 +18,9 @@ from pydantic_core import ErrorDetails
 from minicpm_megatron.errors import UserError, shorten
 from minicpm_megatron.recipe import yaml_text
 from minicpm_megatron.recipe.presets import get_preset
-from minicpm_megatron.recipe.schema import HANG_TIMEOUTS, ModelRecipe, Recipe, Section
+from minicpm_megatron.recipe.schema import HANG_TIMEOUTS, ModelRecipe, Recipe, ScheduleRecipe, Section
 from minicpm_megatron.recipe.sizes import model_of_size, parse_size
+from minicpm_megatron.registry import SCHEDULES
 
 S = TypeVar("S", bound=Section)
 
@@ -71,6 +72,8 @@ def build(fields: Any, *, origins: Mapping[str, str] | None = None) -> Recipe:
             model = {key: value for key, value in model.items() if key != "size"}
             merged["model"], size = model, fields["model"]["size"]
         _refuse_unknown_keys(Recipe, merged, "")
+        if "schedule" in merged:
+            merged["schedule"] = _with_options(merged["schedule"])
         preset = merged.get("preset")
         if isinstance(preset, str) and isinstance(model, dict):
             merged["model"] = _over_preset(_scaled(get_preset(preset), model, size), model)
@@ -114,6 +117,32 @@ def build_section[S: Section](section: type[S], fields: Any, *, where: str) -> S
         return _validate(section, dict(fields))
     except UserError as error:
         raise _located(error, {"": where}) from error
+
+
+def build_options[S: Section](section: type[S], fields: Mapping[str, Any], *, key: str) -> S:
+    """The keys that a registered entry has for itself, from the mapping at the dotted `key` of a recipe.
+
+    Raises:
+        UserError: as `build_section`; the line names the whole dotted key.
+    """
+    _refuse_unknown_keys(section, fields, f"{key}.")
+    try:
+        return _validate(section, dict(fields))
+    except UserError as error:
+        raise UserError(error.what, where=f"{key}.{error.where}", fix=error.fix) from error
+
+
+def _with_options(schedule: Any) -> Any:
+    """The schedule section with the options of its shape, defaults written out; what is malformed is left as it is."""
+    if not isinstance(schedule, dict):
+        return schedule
+    shape = schedule.get("shape", ScheduleRecipe.model_fields["shape"].default)
+    options = {} if schedule.get("options") is None else schedule["options"]
+    if not isinstance(shape, str) or not isinstance(options, Mapping):
+        return schedule
+    SCHEDULES.check(shape, where="schedule.shape")
+    typed = build_options(SCHEDULES.get(shape).options, options, key="schedule.options")
+    return schedule | {"options": typed.model_dump(mode="json")}
 
 
 def _refuse_no_mapping(fields: Any, where: str) -> None:
@@ -208,6 +237,8 @@ def _suggestion(section: type[Section], key: str, prefix: str) -> str:
     elsewhere = difflib.get_close_matches(key.rpartition(".")[2], leaves, n=1, cutoff=0.8)
     if elsewhere:
         return f"did you mean {leaves[elsewhere[0]]}?"
+    if not section.model_fields:
+        return f"leave it out: {prefix.rstrip('.')} has no keys here"
     return f"known here are {', '.join(section.model_fields)}"
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
 
@@ -278,6 +278,10 @@ class TrainingRecipe(Section):
     """Activations computed again in backward: none, the attention core, or whole layers."""
     fused_loss: bool = True
     """LM head and loss in one, chunk by chunk; false: whole logits first, the reference to compare with."""
+    attention_kernel: str = "auto"
+    """What attends on one rank. auto: flash-attn where it is installed and fits, else torch's SDPA; sdpa: the latter
+    always; reference: all scores at once, to compare with; or one that another package registered. With context
+    parallelism auto alone."""
     deterministic: bool = False
     """On CUDA: kernels that give the same bits in every run, so that a resumed run equals one that was never stopped;
     slower. On CPU runs are so anyway."""
@@ -303,11 +307,27 @@ class OptimizerRecipe(Section):
     schedule's factor, whatever the rate (tried in appendix A.1 and not adopted)."""
 
 
+SHARED_SCHEDULE_KEYS = frozenset({"decay", "decay_shape", "half_life", "period", "min_lr_ratio"})
+"""Keys of the schedule section that some schedules use and others do not; each says which (`methods.schedule`)."""
+
+
+class ScheduleOptions(Section):
+    """Base of the keys that one schedule has for itself: fields as in any section, described by a text below each.
+
+    Attributes:
+        lengths: names of the fields that are positions or lengths in schedule.unit; the wind tunnel stretches them
+            with the run.
+    """
+
+    lengths: ClassVar[frozenset[str]] = frozenset()
+
+
 class ScheduleRecipe(Section):
     """The learning rate over the run as a multiple of `optimizer.lr`; formulas in `methods.schedules`."""
 
-    shape: Literal["wsd", "cosine", "cosine_loop", "constant"] = "wsd"
-    """Section 4 and appendix B.1."""
+    shape: str = "wsd"
+    """wsd (section 4), cosine, cosine_loop (appendix B.1), constant, another one of docs/schedules.md, or one that
+    another package registered."""
     unit: Literal["steps", "tokens"] = "steps"
     """What warmup, total, decay, half_life and period count. In tokens the curve does not move when the batch
     grows."""
@@ -316,10 +336,11 @@ class ScheduleRecipe(Section):
     total: Annotated[Length, Field(gt=0)]
     """Length of the whole run, warmup and decay included."""
     decay: Length | None = None
-    """WSD: length of the final decay, 0 for a trunk that only ever branches. About 10 % of the run is enough, 2.5 %
-    is not (section 4.3)."""
+    """WSD and its like: length of the final decay, 0 for a trunk that only ever branches. About 10 % of the run is
+    enough, 2.5 % is not (section 4.3)."""
     decay_shape: str = "exponential"
-    """WSD: exponential, linear, cosine, 1-sqrt, megatron-exponential or one that another package registered."""
+    """WSD and its like: exponential, linear, cosine, 1-sqrt, megatron-exponential or one that another package
+    registered."""
     half_life: Positive | None = None
     """Exponential decay: the rate halves once each this long (section 6.2: 5,000 steps, which is 20B tokens)."""
     min_lr_ratio: Fraction | None = None
@@ -327,6 +348,8 @@ class ScheduleRecipe(Section):
     for cosine, the authors' posted code for linear)."""
     period: Annotated[Length, Field(gt=0)] | None = None
     """Cosine and CosineLoop: T of appendix B.1, the position of the first minimum; null is `total`."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Keys that only the schedule named by shape has."""
 
 
 class DeepSpeedRecipe(Section):

@@ -15,7 +15,7 @@ from minicpm_megatron.checkpoint.find import CHECKPOINTS
 from minicpm_megatron.checkpoint.names import published_steps, step_folder
 from minicpm_megatron.data.statistics import blend_entropy
 from minicpm_megatron.errors import UserError
-from minicpm_megatron.methods.schedules import WSD, build_schedule
+from minicpm_megatron.methods.schedules import build_schedule
 from minicpm_megatron.recipe import BatchPlan, Recipe
 from minicpm_megatron.storage.manifest import read_manifest
 from minicpm_megatron.storage.picture import (
@@ -198,8 +198,8 @@ def smooth(values: list[float], window: int = WINDOW) -> list[float]:
 
 
 def _decay_start(recipe: Recipe) -> int | None:
-    """The step at which the decay begins, or None where there is none."""
-    schedule, plan = build_schedule(recipe.schedule), BatchPlan(recipe)
-    if not isinstance(schedule, WSD) or not recipe.schedule.decay:
+    """The step at which the decay that ends the run begins, or None where there is none."""
+    start, plan = build_schedule(recipe).decay_start, BatchPlan(recipe)
+    if start is None:
         return None
-    return bisect.bisect_right(range(plan.total_steps()), schedule.stable_end, key=plan.position)
+    return bisect.bisect_right(range(plan.total_steps()), start, key=plan.position)

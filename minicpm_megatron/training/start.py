@@ -164,8 +164,9 @@ def branch_recipe(recipe: Recipe, reference: str) -> tuple[Recipe, Path, int]:
         UserError: no such checkpoint, a checkpoint that is not in the stable stage, a recipe that would have given
             other steps so far, or a name under which there is another run, the trunk itself for one.
     """
-    if recipe.schedule.shape != "wsd" or not recipe.schedule.decay:
-        raise UserError("a branch needs a decay", where="schedule.decay", fix="give shape wsd and a decay length")
+    if not recipe.schedule.decay:
+        fix = "give the trunk's shape, wsd for a constant trunk, and a decay length"
+        raise UserError("a branch needs a decay", where="schedule.decay", fix=fix)
     started = _started_branch(recipe, reference)
     if started is not None:
         return started
@@ -221,11 +222,8 @@ def _started(recipe: Recipe, reference: str) -> dict[str, Any] | None:
 def _check_stable(trunk: Recipe, step: int, reference: str) -> None:
     plan = BatchPlan(trunk)
     position = step if trunk.schedule.unit == "steps" else plan.tokens(step)
-    if (
-        trunk.schedule.shape not in ("wsd", "constant")
-        or position < trunk.schedule.warmup
-        or build_schedule(trunk.schedule).factor(position) != 1.0
-    ):
+    stage = build_schedule(trunk).stable_stage
+    if stage is None or not stage[0] <= position <= stage[1]:
         raise UserError(
             f"step {step} is not in the stable stage of its run",
             where=f"--from {reference}",
@@ -292,7 +290,7 @@ def check_same_past(
         )
     plans, schedules = (
         (BatchPlan(before), BatchPlan(now)),
-        (build_schedule(before.schedule), build_schedule(now.schedule)),
+        (build_schedule(before), build_schedule(now)),
     )
     for done in range(step):
         if plans[0].samples(done + 1) != plans[1].samples(done + 1):

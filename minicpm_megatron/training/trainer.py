@@ -91,7 +91,7 @@ class Trainer:
         self.engine = build_engine(model, self.config, recipe, self.layout)
         self.state = EngineState(self.engine)
         self.gradients = GradientLog(recipe.logging.gradient_statistics, self.state)
-        self.schedule, self.plan = build_schedule(recipe.schedule), BatchPlan(recipe)
+        self.schedule, self.plan = build_schedule(recipe), BatchPlan(recipe)
         self.step = 0
         self.faults = FaultPolicy(recipe.faults)
         self.origin: dict[str, Any] | None = None

@@ -13,8 +13,8 @@ from typing import Any
 
 from minicpm_megatron.errors import UserError, require
 from minicpm_megatron.recipe import BatchPlan, Recipe, count_parameters
-from minicpm_megatron.recipe.checks import SHAPES_WITHOUT_HALF_LIFE
 from minicpm_megatron.recipe.flops import run_flops
+from minicpm_megatron.registry import DECAY_SHAPES
 from minicpm_megatron.windtunnel.cells import Cell, make_cell, model_of_size, size_name, trunks_of
 
 HALF_LIVES = 5.0
@@ -92,7 +92,8 @@ def make_branch(
     """
     first = end - timeline.decay(end, share)
     decay = timeline.position(end) - timeline.position(first)
-    half_life = None if shape in SHAPES_WITHOUT_HALF_LIFE else decay / HALF_LIVES
+    DECAY_SHAPES.check(shape, where=f"cell {name}: schedule.decay_shape")
+    half_life = decay / HALF_LIVES if DECAY_SHAPES.get(shape).uses_half_life else None
     schedule = timeline.schedule(
         "wsd", timeline.position(end), decay=decay, decay_shape=shape, half_life=half_life, min_lr_ratio=None
     )

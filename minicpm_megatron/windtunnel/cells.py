@@ -11,10 +11,10 @@ from typing import Any
 
 from minicpm_megatron.data.metadata import data_fingerprint
 from minicpm_megatron.errors import UserError
-from minicpm_megatron.methods.schedules import build_schedule
 from minicpm_megatron.recipe import BatchPlan, Recipe, build, count_parameters, recipe_hash
 from minicpm_megatron.recipe import sizes as recipe_sizes
 from minicpm_megatron.recipe.flops import run_flops
+from minicpm_megatron.registry import SCHEDULES
 from minicpm_megatron.training.run_data import label_bytes, open_data
 
 CELLS = "cells"  # folder of the runs below the experiment's output
@@ -118,7 +118,6 @@ def make_cell(
         steps = BatchPlan(recipe).total_steps()
         fields["evaluation"]["interval"] = recipe.evaluation.interval or steps
         fields["checkpoint"]["interval"] = recipe.checkpoint.interval or -(-steps // _SAVES)
-        build_schedule(recipe.schedule)
         return Cell(build(fields), dict(labels), trunk.name if trunk else None, first_step)
     except UserError as error:
         raise UserError(error.what, where=f"cell {name}: {error.where}", fix=error.fix) from error
@@ -215,9 +214,18 @@ def scaled_schedule(base: Recipe, total: int) -> dict[str, Any]:
     fields = base.schedule.model_dump(mode="json")
     factor = total / fields["total"]
     for key in ("warmup", "decay", "period"):
-        fields[key] = fields[key] if not fields[key] else max(1, round(fields[key] * factor))
+        fields[key] = _stretched(fields[key], factor)
     fields["half_life"] = fields["half_life"] and fields["half_life"] * factor
+    for key in SCHEDULES.get(base.schedule.shape).options.lengths:
+        fields["options"][key] = _stretched(fields["options"][key], factor)
     return fields | {"total": total}
+
+
+def _stretched(length: Any, factor: float) -> Any:
+    """A position or a list of them `factor` times as far, rounded to 1 at least; None and 0 are left as they are."""
+    if isinstance(length, list):
+        return [_stretched(each, factor) for each in length]
+    return max(1, round(length * factor)) if length else length
 
 
 def schedule_of_length(base: Recipe, cell: Cell, tokens_per_parameter: float) -> dict[str, Any]:

@@ -37,6 +37,17 @@ def test_schedule_table_shows_the_rate_at_the_end() -> None:
     assert ["80", "1", "0.01", "stable", "ends"] in rows
 
 
+def test_schedule_table_shows_what_a_schedule_calls_its_landmarks() -> None:
+    schedule = {"shape": "wsd-s", "total": 100, "warmup": 10, "options": {"budgets": [50]}}
+    lines = section(format_dry_run(build(minimal_fields(schedule=schedule)), 1), "schedule").strip().splitlines()
+    assert lines[0].startswith("WSD-S: 10 steps of warmup, decays over 0.1 of what comes before 50 and 100;")
+    rows = [line.split(maxsplit=3) for line in lines[2:]]
+    assert ["45", "1", "0.01", "decay 1 begins"] in rows
+    assert ["50", "0.1", "0.001", "decay 1 ends"] in rows
+    assert ["90", "1", "0.01", "decay 2 begins"] in rows
+    assert rows[-1] == ["100", "0.1", "0.001", "run ends"]
+
+
 def test_growing_batch_and_early_stop() -> None:
     growth = [{"after_tokens": 1024, "global_batch_size": 16}]
     recipe = build(minimal_fields(training__batch_growth=growth, training__stop_after=7))

@@ -11,13 +11,14 @@ from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
 from minicpm_megatron.model import attention, block_attention, document_attention
+from minicpm_megatron.model.attention_kernels import auto
 from minicpm_megatron.model.config import MiniCPMConfig
 from minicpm_megatron.recipe import get_preset
 
 pytestmark = pytest.mark.gpu_only
 # of the largest element. bf16 rounds probabilities, products and results: 2^-9 each; measured on the CPU 9e-3 at most
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
-FLASH = pytest.param("flash-attn", marks=pytest.mark.skipif(attention.flash_attn_func is None, reason="no flash-attn"))
+FLASH = pytest.param("flash-attn", marks=pytest.mark.skipif(auto.flash_attn_func is None, reason="no flash-attn"))
 BATCH = 2
 SHAPES = [  # heads, groups, channels, length
     (36, 36, 64, 256),  # MiniCPM-2.4B
@@ -71,7 +72,7 @@ def core(heads: int, groups: int, channels: int) -> attention.MiniCPMCoreAttenti
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """flash-attn as it is installed, or as if it were not."""
     if request.param != "flash-attn":
-        monkeypatch.setattr(attention, "flash_attn_func", None)
+        monkeypatch.setattr(auto, "flash_attn_func", None)
         monkeypatch.setattr(document_attention, "flash_attn_varlen_func", None)
         monkeypatch.setattr(block_attention, "_flash_attn_forward", None)
     return str(request.param)

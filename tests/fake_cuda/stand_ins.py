@@ -18,12 +18,13 @@ def install() -> None:
     from deepspeed.ops.op_builder import CPUAdamBuilder
     from deepspeed.runtime.zero import partition_parameters, partitioned_param_coordinator, stage3
 
-    from minicpm_megatron.model import attention, block_attention, document_attention, fused_loss_chunks
+    from minicpm_megatron.model import block_attention, document_attention, fused_loss_chunks
+    from minicpm_megatron.model.attention_kernels import auto
 
     # torch asks the device which kernel of attention it has
     F.scaled_dot_product_attention = _attention
     # counts must not depend on whether flash-attn is installed
-    attention.flash_attn_func = document_attention.flash_attn_varlen_func = None
+    auto.flash_attn_func = document_attention.flash_attn_varlen_func = None
     block_attention._flash_attn_forward = block_attention._flash_attn_backward = None
     # Triton's kernels cannot be started here; test_kernels.py compiles them
     triton = ModuleType("minicpm_megatron.model.fused_loss_triton")

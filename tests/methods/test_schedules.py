@@ -12,6 +12,7 @@ import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from minicpm_megatron.errors import UserError
+from minicpm_megatron.methods.decay_shapes import as_decay_shape
 from minicpm_megatron.methods.schedules import (
     WSD,
     Constant,
@@ -219,7 +220,7 @@ def test_refused_settings(settings: dict[str, float], line: str) -> None:
     ],
 )
 def test_a_shape_that_is_no_decay_is_refused(monkeypatch: pytest.MonkeyPatch, shape: DecaySettings, line: str) -> None:
-    monkeypatch.setitem(DECAY_SHAPES._entries, "bad", shape)
+    monkeypatch.setitem(DECAY_SHAPES._entries, "bad", as_decay_shape(shape))
     with pytest.raises(UserError, match=f"schedule.decay_shape: {line}"):
         WSD(total=10, decay=5, decay_shape="bad")
 

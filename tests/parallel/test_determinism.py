@@ -11,6 +11,7 @@ import torch
 
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.model import attention, document_attention
+from minicpm_megatron.model.attention_kernels import auto
 from minicpm_megatron.parallel.determinism import ENVIRONMENT, make_deterministic
 from minicpm_megatron.recipe import Layout, build
 from tests.device import put
@@ -59,13 +60,14 @@ def test_flash_attn_is_asked_for_its_deterministic_backward(
         return query
 
     torch.use_deterministic_algorithms(deterministic)
-    monkeypatch.setattr(attention, "flash_attn_func", flash)
-    monkeypatch.setattr(attention.MiniCPMCoreAttention, "_flash_fits", staticmethod(lambda *_: True))
+    monkeypatch.setattr(auto, "flash_attn_func", flash)
+    monkeypatch.setattr(auto, "_flash_fits", lambda *_: True)
     monkeypatch.setattr(document_attention, "flash_attn_varlen_func", flash)
     q = torch.zeros(4, 1, 2, 8)
     core = attention.MiniCPMCoreAttention.__new__(attention.MiniCPMCoreAttention)
     torch.nn.Module.__init__(core)
     core.across_ranks, core.attn_mask_type, core.softmax_scale = None, attention.AttnMaskType.causal, 1.0
+    core.kernel = auto.KERNEL
     core(q, q, q, None)
     document_attention._by_flash(q, q, q, torch.zeros(1, 4, dtype=torch.int64), 1.0)
     assert asked == [deterministic] * 2

@@ -139,6 +139,17 @@ GROWTH = [{"after_tokens": 10_000, "global_batch_size": 16}, {"after_tokens": 20
             {"schedule__decay_shape": "lineal"},
             "schedule.decay_shape: unknown decay shape 'lineal'; did you mean linear",
         ),
+        ({"schedule__shape": "wds"}, r"schedule.shape: unknown schedule 'wds'; did you mean wsd\?"),
+        (
+            {"schedule__shape": "xyzzy"},
+            "schedule.shape: unknown schedule 'xyzzy'; known are .*wsd",
+        ),
+        ({"schedule__shape": 3}, "schedule.shape: 3 is refused, it must be text"),
+        (
+            {"schedule__options": {"budgets": [3]}},
+            "schedule.options.budgets; leave it out: schedule.options has no keys here",
+        ),
+        ({"schedule__options": 3}, "schedule.options: 3 is refused, it must be a mapping"),
         ({"schedule__period": 50}, "schedule.period: 50 .* no use for it; set schedule.period=null"),
         ({"schedule__shape": "cosine"}, "schedule.decay: 20 is given but the schedule cosine has no use for it"),
         ({"schedule": {"shape": "constant", "total": 9, "min_lr_ratio": 0.1}}, "schedule.min_lr_ratio: 0.1 is given"),

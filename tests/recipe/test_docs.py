@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from minicpm_megatron.recipe import PRESETS, Recipe
 from minicpm_megatron.recipe.load import known_keys
 from minicpm_megatron.recipe.schema import Section
+from minicpm_megatron.registry import SCHEDULES
 
 PAGE = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text(encoding="utf-8")
 
@@ -22,6 +24,16 @@ def test_every_key_is_described_in_the_words_of_the_schema() -> None:
             if section is not Recipe:
                 assert field.description, f"{section.__name__}.{name}"
                 assert " ".join(field.description.split()) in PAGE, f"{section.__name__}.{name}"
+
+
+def test_every_option_of_our_schedules_is_described_in_its_words() -> None:
+    for name in SCHEDULES.names():
+        for key, field in SCHEDULES.get(name).options.model_fields.items():
+            default = json.dumps(field.get_default(call_default_factory=True))
+            row = (
+                f"| `schedule.options.{key}` | `{default}` | `{name}`. {' '.join((field.description or '').split())} |"
+            )
+            assert row in PAGE
 
 
 def test_every_preset_of_ours_is_listed() -> None:

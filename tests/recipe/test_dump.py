@@ -88,12 +88,24 @@ def test_hash_ignores_what_leaves_the_losses_alone(changes: dict[str, Any]) -> N
         {"training__seed": 1},
         {"optimizer": {"weight_decay": 0.0}},
         {"schedule__half_life": 6},
+        {"schedule": {"shape": "wsd-s", "total": 100, "warmup": 10}},
         {"faults": {"spike": "skip"}},
     ],
     ids=str,
 )
 def test_hash_sees_what_decides_the_losses(changes: dict[str, Any]) -> None:
     assert recipe_hash(build(minimal_fields(**changes))) != recipe_hash(build(minimal_fields()))
+
+
+def test_options_of_a_schedule_count_with_their_defaults() -> None:
+    short = {"shape": "wsd-s", "total": 100, "warmup": 10}
+    spelled = short | {"options": {"decay_share": 0.1, "budgets": []}}
+    first, second, other = (
+        build(minimal_fields(schedule=schedule))
+        for schedule in (short, spelled, short | {"options": {"decay_share": 0.2}})
+    )
+    assert first.schedule.options == {"budgets": [], "decay_share": 0.1}  # a resolved recipe has every default
+    assert recipe_hash(first) == recipe_hash(second) != recipe_hash(other)
 
 
 def test_hash_does_not_depend_on_how_the_recipe_was_written() -> None:

@@ -21,6 +21,9 @@ TOKENS_TRUNK = {
     }
     | {"unit": "tokens"}
 }
+# the learning rate is capped at 0.005 until step 4, and has fallen to 0.0034 in step 10
+POWER = ("schedule.shape=power", "schedule.options.amplitude=3.0")
+WSD_S = ("schedule.shape=wsd-s", "schedule.decay=", "schedule.options.decay_share=0.25")
 
 
 def _folder_hash(folder: Path) -> str:
@@ -69,6 +72,12 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list
         "undisturbed": _branch(recipe, "e", "trunk@8", "schedule.decay=6"),
         "tokens trunk": nano.case(in_tokens, "trunk"),
         "tokens branch": _branch(in_tokens, "a", "trunk@8", f"schedule.decay={4 * TOKENS}"),
+        "power": nano.case(in_tokens, "power", *POWER, "training.stop_after=10"),
+        "power branch": _branch(in_tokens, "p", "power@10", *POWER, f"schedule.decay={2 * TOKENS}"),
+        "power to wsd": _branch(in_tokens, "c", "power@10", f"schedule.decay={2 * TOKENS}"),
+        "wsd-s": nano.case(recipe, "s", *WSD_S, "schedule.total=8"),
+        "wsd-s goes on": nano.case(recipe, "s", *WSD_S, "schedule.total=12", "schedule.options.budgets=[8]"),
+        "from wsd-s": _branch(recipe, "c", "s@8"),
     }
     for name, case in cases.items():
         base = in_tokens.parent if "tokens" in name else folder
@@ -145,6 +154,8 @@ def test_a_killed_branch_goes_on_though_its_trunk_has_moved(jobs: tuple[Path, di
         ("into another", "has checkpoints already, and is from"),
         ("another past", "optimizer.lr: was 0.005 in the 8 steps already done, and is 0.004 now"),
         ("other unit", "schedule.unit: the trunk counts steps; use steps"),
+        ("power to wsd", "schedule: would have given step"),
+        ("from wsd-s", "step 8 is not in the stable stage"),
     ],
 )
 def test_a_branch_that_cannot_be_is_refused_in_one_line(
@@ -169,3 +180,29 @@ def test_a_branch_counted_in_tokens_is_the_one_counted_in_steps(
         assert _curve(steps) == _curve(tokens)
         first, second = (run / "checkpoints" / f"step-{last}" for run in (steps, tokens))
         assert nano.tensors(first) == nano.tensors(second)
+
+
+def test_a_power_trunk_and_a_decay_that_leaves_it(jobs: tuple[Path, dict[str, list[Outcome]]]) -> None:
+    folder, outcomes = jobs
+    nano.check(outcomes["power"])
+    nano.check(outcomes["power branch"])
+    trunk, branch = (_curve(folder / "tokens" / "runs" / name) for name in ("power", "p"))
+
+    def rate(step: int) -> float:
+        return min(0.005, TOKENS / 4096 * 3.0 * (step * TOKENS) ** -0.51)
+
+    assert rate(4) == 0.005 > rate(10)
+    expected = [rate(4) * step / 4 if step < 4 else rate(step) for step in range(1, 11)]
+    assert [trunk[step][3] for step in range(1, 11)] == pytest.approx(expected, rel=1e-12)
+    assert [branch[step][3] for step in branch] == pytest.approx([rate(10) * 0.55, rate(10) * 0.1], rel=1e-12)
+
+
+def test_wsd_s_goes_on_from_its_decayed_checkpoint(jobs: tuple[Path, dict[str, list[Outcome]]]) -> None:
+    folder, outcomes = jobs
+    nano.check(outcomes["wsd-s"])
+    nano.check(outcomes["wsd-s goes on"])
+    assert "at step 8" in outcomes["wsd-s goes on"][0].log
+    rates = {step: record[3] / 0.005 for step, record in _curve(folder / "runs" / "s").items()}
+    # decays of a quarter: steps 7 and 8, and 10 to 12; at a share r of a decay the reciprocal is 1 + 9 r
+    reciprocals = [4, 2, 4 / 3, 1, 1, 1, 1 + 9 / 2, 10, 1, 1 + 9 / 3, 1 + 18 / 3, 10]
+    assert [1 / rates[step] for step in range(1, 13)] == pytest.approx(reciprocals, rel=1e-9)

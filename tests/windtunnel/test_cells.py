@@ -9,7 +9,8 @@ import pytest
 
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.methods.mup import mup_table, residual_multiplier
-from minicpm_megatron.windtunnel.cells import STANDARD_INIT_STD, check_names, make_cell, model_of_size
+from minicpm_megatron.methods.schedule import build_schedule
+from minicpm_megatron.windtunnel.cells import STANDARD_INIT_STD, check_names, make_cell, model_of_size, scaled_schedule
 from minicpm_megatron.windtunnel.experiment import format_plan
 from minicpm_megatron.windtunnel.rates.sweep import RateSettings, plan_rates
 from tests.windtunnel.pretended import base
@@ -72,6 +73,15 @@ def test_tokens_a_parameter_stretch_the_schedule(tmp_path: Path, unit: str) -> N
         assert schedule.decay is not None
         assert schedule.decay / schedule.total == pytest.approx(0.1, rel=0.01)
         assert schedule.warmup / schedule.total == pytest.approx(0.025, rel=0.02)
+
+
+def test_positions_among_a_schedules_own_keys_are_stretched_with_the_run(tmp_path: Path) -> None:
+    schedule = {"shape": "wsd-s", "decay": None, "options": {"budgets": [100, 200], "decay_share": 0.2}}
+    recipe = base(tmp_path, schedule=schedule)
+    stretched = make_cell(recipe, tmp_path, "x", {"schedule": scaled_schedule(recipe, 800)}, {}).recipe
+    assert stretched.schedule.options == {"budgets": [200, 400], "decay_share": 0.2}
+    short, long = build_schedule(recipe), build_schedule(stretched)
+    assert [long.factor(2 * s) for s in range(1, 401)] == pytest.approx([short.factor(s) for s in range(1, 401)])
 
 
 def test_standard_parametrisation_has_none_of_table_7(tmp_path: Path) -> None:

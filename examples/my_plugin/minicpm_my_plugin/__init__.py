@@ -1,1 +1,1 @@
-"""A preset and a decay shape for minicpm_megatron, found through the entry points in pyproject.toml."""
+"""Entries of several kinds for minicpm_megatron, found through the entry points in pyproject.toml."""
