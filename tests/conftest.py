@@ -8,6 +8,7 @@ all of them.
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "cpu_only(reason): what the test is about exists on the CPU alone")
     config.addinivalue_line("markers", "gpu_only: only a GPU can decide it")
+    # a shell that starts the tests in the background has them ignore SIGINT, and processes inherit that
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     chosen = os.environ[VARIABLE] = config.getoption("--device")
     if chosen == "cpu":
         return
