@@ -90,11 +90,9 @@ def decay_settings(
         except (TypeError, ValueError, ArithmeticError) as error:
             what = f"{shape!r} fails at progress {step / 100}: {type(error).__name__}: {error}"
             raise UserError(what, where="schedule.decay_shape") from error
-        require(
-            isinstance(value, (int, float)) and 0 <= value <= before,
-            "schedule.decay_shape",
-            f"{shape!r} is {value!r} at progress {step / 100}, which is not between 0 and {before}",
-        )
+        if not isinstance(value, (int, float)) or not 0 <= value <= before:
+            what = f"{shape!r} is {value!r} at progress {step / 100}, which is not between 0 and {before}"
+            raise UserError(what, where="schedule.decay_shape")
         before = value
     return settings
 

@@ -69,8 +69,9 @@ class Schedule(ABC):
             except (TypeError, ValueError, LookupError, ArithmeticError) as error:
                 what = f"fails at position {position:,}: {type(error).__name__}: {error}"
                 raise UserError(what, where="schedule.shape") from error
-            holds = isinstance(value, (int, float)) and 0 <= value < math.inf
-            require(holds, "schedule.shape", f"gives {value!r} at position {position:,}, which is no learning rate")
+            if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+                what = f"gives {value!r} at position {position:,}, which is no learning rate"
+                raise UserError(what, where="schedule.shape")
 
     @classmethod
     def from_recipe(cls, section: ScheduleRecipe, recipe: Recipe | None = None) -> Self:
