@@ -37,5 +37,6 @@ setup(
         # other packages add to these: see examples/my_plugin
         "minicpm_megatron.presets": [],
         "minicpm_megatron.decay_shapes": [],
+        "minicpm_megatron.formats": [],
     },
 )
