@@ -38,5 +38,6 @@ setup(
         "minicpm_megatron.presets": [],
         "minicpm_megatron.decay_shapes": [],
         "minicpm_megatron.formats": [],
+        "minicpm_megatron.tokenizers": [],
     },
 )

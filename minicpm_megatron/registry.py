@@ -202,3 +202,10 @@ FORMATS: Registry[Any] = Registry(
     attribute="FORMAT",
     validate="minicpm_megatron.convert.format:as_format",
 )
+TOKENIZERS: Registry[Any] = Registry(
+    "tokenizer",
+    "minicpm_megatron.tokenizers",
+    home="minicpm_megatron.data.tokenizers",
+    attribute="TOKENIZER",
+    validate="minicpm_megatron.data.tokenizers:as_tokenizer",
+)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+
+from minicpm_megatron import registry
 
 ROOT = Path(__file__).parents[2]
 DRY_RUN = """
@@ -19,6 +23,49 @@ from minicpm_megatron.recipe import load_recipe
 run(lambda: print(format_dry_run(load_recipe(sys.argv[1], sys.argv[2:]), 1)))
 """
 OVERRIDES = ["preset=my-wide-tiny", "schedule.decay_shape=square", "schedule.half_life="]
+
+TOKENIZER = """
+import json, sys
+from pathlib import Path
+from transformers import AutoTokenizer
+from minicpm_megatron.convert import convert
+from minicpm_megatron.convert.generation import Generator
+from minicpm_megatron.data.dataset import TokenDataset
+from minicpm_megatron.data.text_bytes import TextBytes
+from minicpm_megatron.data.tokenizers import load_tokenizer
+from minicpm_megatron.storage.sharded import write_single
+from tests.convert.conftest import random_tensors, small_model
+from tests.data.conftest import write_jsonl
+from tests.data.preprocess_helpers import run
+from tests.data.test_tokenizer import HARD
+
+here = Path(sys.argv[1])
+(here / "bytes").mkdir()
+(here / "bytes" / "bytes.json").write_text(json.dumps({"begin": "<s>", "end": "</s>"}))
+tokenizer = load_tokenizer(here / "bytes")
+for text in HARD:
+    assert tokenizer.encode(text) == list(text.encode()) and tokenizer.decode(tokenizer.encode(text)) == text
+documents = [text for text in HARD if text.strip() and chr(0) not in text]
+metadata = run([write_jsonl(here / "texts.jsonl", documents)], here / "bytes", here / "tokens", workers=2)
+assert metadata.tokens == metadata.text_bytes + 2 * len(documents) and metadata.vocab_size == 258
+dataset, count = TokenDataset(here / "tokens", 1, 0), TextBytes(tokenizer).of_labels
+assert sum(count(dataset, metadata, n) for n in range(dataset.samples_per_epoch)) == metadata.text_bytes
+
+model = small_model(num_layers=2, vocab_size=258)
+write_single(here / "ours", random_tensors(model).items(), model.model_dump(mode="json"), {"step": 0, "tokens": 0})
+done = convert(here / "ours", here / "out", "granite", tokenizer=here / "bytes")
+assert done.notes == ("no tokenizer.model: llama.cpp's MiniCPM converter needs it",), done.notes
+assert (here / "out" / "bytes.json").is_file()
+theirs = AutoTokenizer.from_pretrained(here / "out")
+for text in HARD:
+    assert theirs.encode(text, add_special_tokens=False) == list(text.encode()), text
+assert (theirs.bos_token_id, theirs.eos_token_id, theirs("a")["input_ids"]) == (256, 257, [256, 97])
+convert(here / "out", here / "back", "megatron", tokenizer=here / "bytes")
+ids = [Generator(here / name).encode("a text") for name in ("back", "out")]
+assert ids[0] == ids[1] == [256, *b"a text"]
+assert Generator(here / "back").decode(ids[0]) == "a text"
+print("done")
+"""
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +78,25 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return target
+
+
+def test_the_page_shows_the_files_as_they_are() -> None:
+    page = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
+    shown = re.findall(r"^\+\+\+ b/(\S+)\n(.*?)(?=^---|^```)", page, re.M | re.S)
+    assert {Path(name).name for name, _ in shown} >= {"mistral.py", "byte_tokenizer.py", "pyproject.toml"}
+    for name, diff in shown:
+        lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
+        added = [line[1:] for line in diff.splitlines() if line.startswith("+") and line.strip("+ ") != "..."]
+        start = next(n for n in range(len(lines)) if lines[n : n + len(added)] == added)
+        assert start == 0 or name.endswith(".toml"), name
+
+
+def test_every_group_is_declared() -> None:
+    groups = {value.group for value in vars(registry).values() if isinstance(value, registry.Registry)}
+    setup = (ROOT / "setup.py").read_text(encoding="utf-8")
+    assert groups == set(re.findall(r'"(minicpm_megatron\.\w+)": \[\]', setup))
+    plugin = tomllib.loads((ROOT / "examples" / "my_plugin" / "pyproject.toml").read_text(encoding="utf-8"))
+    assert groups == set(plugin["project"]["entry-points"])
 
 
 def dry_run(*paths: Path) -> subprocess.CompletedProcess[str]:
@@ -87,3 +153,16 @@ def test_the_contract_of_formats_holds_for_the_plugins(site: Path) -> None:
     assert done.returncode == 0, done.stdout
     for test in ("unfolds", "come_back_in_every_bit", "stock_transformers_agrees", "in_the_table_once"):
         assert f"{test}[" in done.stdout, test
+
+
+def test_the_tokenizer_of_the_plugin(site: Path, tmp_path: Path) -> None:
+    """From text to an export whose tokenizer.json gives stock transformers the same ids."""
+    done = subprocess.run(
+        [sys.executable, "-c", TOKENIZER, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (site, ROOT)))},
+        timeout=120,
+    )
+    assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr

@@ -1,1 +1,1 @@
-"""A preset and a decay shape for minicpm_megatron, found through the entry points in pyproject.toml."""
+"""Entries for the registries of minicpm_megatron, found through the entry points in pyproject.toml."""
