@@ -39,5 +39,7 @@ setup(
         "minicpm_megatron.decay_shapes": [],
         "minicpm_megatron.schedules": [],
         "minicpm_megatron.attention_kernels": [],
+        "minicpm_megatron.formats": [],
+        "minicpm_megatron.tokenizers": [],
     },
 )

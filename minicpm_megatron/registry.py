@@ -14,7 +14,7 @@ import difflib
 import importlib
 import importlib.util
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, TypeVar
 
@@ -33,7 +33,8 @@ class Registry[T]:
             its entries with `register`. In a folder each file is an entry called as the file is, with "-" for "_".
         attribute: what a file of the home folder calls its entry; None: the home is a module.
         validate: "module:function", which turns the loaded object into the entry and raises whatever it likes for one
-            that is unfit. It is a name, since the registry lies below every room.
+            that is unfit. It is a name, since the registry lies below every room. An entry with a `name` must be
+            registered as that.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class Registry[T]:
         self._home, self._attribute = home, attribute
         self._validator = validate
         self._entries: dict[str, T] = {}
+        self._of_plugins: dict[str, T] = {}  # apart, so that a loaded plugin does not pass for one of ours
 
     def add(self, name: str, entry: T) -> T:
         """Register `entry` as `name`.
@@ -58,7 +60,7 @@ class Registry[T]:
         """
         if name in self._entries:
             raise ValueError(f"{self.kind} {name!r} is registered twice")
-        self._entries[name] = self._validate(entry)
+        self._entries[name] = self._validate(name, entry)
         return entry
 
     def register(self, name: str) -> Callable[[T], T]:
@@ -77,9 +79,27 @@ class Registry[T]:
             UserError: nobody declares the name, two packages do, or the plugin that does is broken.
         """
         own = self._own_names()
+        if name not in own:
+            if name not in self._of_plugins:
+                self._of_plugins[name] = self._load_plugin(name)
+            return self._of_plugins[name]
         if name not in self._entries:
-            self.add(name, self._load_own(name) if name in own else self._load_plugin(name))
+            self.add(name, self._load_own(name))
         return self._entries[name]
+
+    def loadable(self, broken: list[str]) -> Iterator[T]:
+        """The entries that can be loaded, one at a time, ours first, for whoever looks for one that fits.
+
+        A package whose entry cannot be loaded disturbs nobody who did not ask for it.
+
+        Args:
+            broken: gets a line for each such package.
+        """
+        for name in self.names():
+            try:
+                yield self.get(name)
+            except UserError as error:
+                broken.append(error.what)
 
     def check(self, name: str, *, where: str) -> None:
         """Refuse a name that nobody declares, without loading a plugin.
@@ -110,13 +130,15 @@ class Registry[T]:
         module = importlib.import_module(f"{self._home}.{name.replace('-', '_')}")
         return getattr(module, str(self._attribute))
 
-    def _validate(self, entry: Any) -> T:
-        if self._validator is None:
-            return entry
-        module, function = self._validator.split(":")
-        return getattr(importlib.import_module(module), function)(entry)
+    def _validate(self, name: str, entry: Any) -> T:
+        if self._validator is not None:
+            module, function = self._validator.split(":")
+            entry = getattr(importlib.import_module(module), function)(entry)
+        if getattr(entry, "name", name) != name:
+            raise ValueError(f"the {self.kind} calls itself {entry.name!r}")
+        return entry
 
-    def _load_plugin(self, name: str) -> Any:
+    def _load_plugin(self, name: str) -> T:
         points = list(entry_points(group=self.group, name=name))
         if not points:
             self.check(name, where="")
@@ -126,8 +148,7 @@ class Registry[T]:
                 f"{self.kind} {name!r} is provided by {' and '.join(owners)}", fix="uninstall all but one of them"
             )
         try:
-            entry = points[0].load()
-            self._validate(entry)
+            return self._validate(name, points[0].load())
         # a plugin may fail in any way at all, or leave; whichever it is, the plugin is to name
         except (Exception, SystemExit) as error:
             raise UserError(
@@ -135,7 +156,27 @@ class Registry[T]:
                 f" {type(error).__name__}: {error}",
                 fix="repair or uninstall that package",
             ) from error
-        return entry
+
+
+class Entries[T](Mapping[str, T]):
+    """A registry as a read-only mapping; entries of other packages are loaded when they are read."""
+
+    def __init__(self, registry: Registry[T]) -> None:
+        self._registry = registry
+
+    def __getitem__(self, name: str) -> T:
+        if name not in self:
+            raise KeyError(name)
+        return self._registry.get(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._registry.names()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._registry.names())
+
+    def __len__(self) -> int:
+        return len(self._registry.names())
 
 
 def _owner(point: EntryPoint) -> str:
@@ -166,4 +207,18 @@ SCHEDULES: Registry[Any] = Registry(
     "minicpm_megatron.schedules",
     home="minicpm_megatron.methods.schedules",
     validate="minicpm_megatron.methods.schedule:as_schedule",
+)
+FORMATS: Registry[Any] = Registry(
+    "export format",
+    "minicpm_megatron.formats",
+    home="minicpm_megatron.convert.formats",
+    attribute="FORMAT",
+    validate="minicpm_megatron.convert.format:as_format",
+)
+TOKENIZERS: Registry[Any] = Registry(
+    "tokenizer",
+    "minicpm_megatron.tokenizers",
+    home="minicpm_megatron.data.tokenizers",
+    attribute="TOKENIZER",
+    validate="minicpm_megatron.data.tokenizers:as_tokenizer",
 )

@@ -21,7 +21,7 @@ from minicpm_megatron.cli.entry import run
 from minicpm_megatron.data.haystack import Haystack
 from minicpm_megatron.data.retrieval import TASKS
 from minicpm_megatron.data.retrieval_set import MAX_CORPUS_BYTES, Plan, build_set, write_training_text
-from minicpm_megatron.data.tokenizer import Tokenizer
+from minicpm_megatron.data.tokenizers import load_tokenizer
 from minicpm_megatron.errors import UserError
 
 Number = TypeVar("Number", int, float)
@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument(
         "--corpus", nargs="+", required=True, help="files or folders, as tools/preprocess_data.py reads"
     )
-    parser.add_argument("--tokenizer", required=True, help="tokenizer folder, or a sentencepiece model")
+    parser.add_argument("--tokenizer", required=True, help="tokenizer folder, or tokenizer.model")
     parser.add_argument(
         "--lengths", required=True, help="tokens of <s>, question and answer, for example 256,1024,4096"
     )
@@ -58,7 +58,7 @@ def main() -> None:
         options.seed,
     )
     haystack = Haystack.read(
-        options.corpus, Tokenizer(options.tokenizer), key=options.json_key, max_bytes=MAX_CORPUS_BYTES
+        options.corpus, load_tokenizer(options.tokenizer), key=options.json_key, max_bytes=MAX_CORPUS_BYTES
     )
     there = build_set(plan, haystack, options.output)
     again = f", {there} of them already there" if there else ""

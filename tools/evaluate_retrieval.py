@@ -18,7 +18,7 @@ from minicpm_megatron.cli.arguments import Parser
 from minicpm_megatron.cli.entry import run
 from minicpm_megatron.convert.generation import Generator
 from minicpm_megatron.data.retrieval_set import SET, open_set
-from minicpm_megatron.data.tokenizer import MODEL_NAME
+from minicpm_megatron.data.tokenizers import has_tokenizer
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.evaluation.heat_map import draw_heat_map
 from minicpm_megatron.evaluation.retrieval import RESULTS, evaluate, table
@@ -47,8 +47,7 @@ def main() -> None:
         "tokenizer": str(generator.tokenizer_folder.resolve()),
     }
     cells = evaluate(generator, questions, options.output, identity=identity, max_length=options.max_length)
-    pieces = generator.tokenizer_folder / MODEL_NAME
-    if not pieces.is_file() or file_sha256(pieces) != questions.tokenizer_sha256:
+    if not has_tokenizer(generator.tokenizer_folder, questions.tokenizer_sha256):
         print("note: the set's lengths were counted with another tokenizer than the model's")
     print(f"{questions.task}, {folder}")
     print(table(cells))

@@ -27,7 +27,7 @@ def main() -> None:
     default = Options()
     parser = Parser(description=__doc__)
     parser.add_argument("--input", nargs="+", required=True, metavar="CORPUS", help="files or folders")
-    parser.add_argument("--tokenizer", required=True, help="tokenizer folder, or a sentencepiece model")
+    parser.add_argument("--tokenizer", required=True, help="folder with tokenizer.model or tokenizer.json, or the file")
     parser.add_argument("--output-prefix", required=True, help="path of the outputs without suffix")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
     parser.add_argument(

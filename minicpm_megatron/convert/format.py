@@ -1,7 +1,7 @@
 """What a published format is: a name table, a way to write its configuration and a way to read one.
 
 The shared half of every Llama-like config.json is here, with the refusals that keep a folder from being imported as
-something it is not. A format adds its own multipliers in its own file under `formats/`.
+something it is not. A format adds its own multipliers in its own file under `formats/`, or in another package.
 """
 
 from __future__ import annotations
@@ -66,10 +66,11 @@ class Format:
     def check_kind(self, model: ModelRecipe, others: Iterable[Format] = ()) -> None:
         """Raise UserError unless the format holds models of this kind, with those of `others` that do."""
         if not self.table(model):
+            fitting = in_order(other for other in others if other.table(model))
             raise UserError(
                 f"this format holds {'dense models' if self.rows else 'mixtures of experts'} only",
                 where=f"--to {self.name}",
-                fix=f"use {' or '.join(other.name for other in others if other.table(model))}" if others else "",
+                fix=f"use {' or '.join(other.name for other in fitting)}" if fitting else "",
             )
         if model.qk_layernorm:
             raise UserError(
@@ -187,6 +188,25 @@ class Format:
     def noted_tied(self, config: Mapping[str, Any]) -> bool:
         """Whether the note says that the exported model was tied."""
         return read_note(config).get("untie_embeddings_and_output_weights") is False
+
+
+def as_format(entry: Any) -> Format:
+    """The format that a file here or another package has registered.
+
+    Raises:
+        TypeError: it is none, or its tables lack what every model has.
+    """
+    if not isinstance(entry, Format):
+        raise TypeError(f"an export format must be a Format, not {type(entry).__name__}")
+    tables = [table for table in (entry.rows, entry.sparse_rows) if table]
+    if not tables or any(not {EMBEDDING, HEAD} <= {row.kind for row in table} for table in tables):
+        raise TypeError("an export format needs a table with rows for embedding and head")
+    return entry
+
+
+def in_order(layouts: Iterable[Format]) -> list[Format]:
+    """Formats as a line offers them: first those with a head that every program finds, of these the unfolded ones."""
+    return sorted(layouts, key=lambda layout: (not layout.always_untied, layout.folds, layout.name))
 
 
 def refuse_uneven_heads(model: ModelRecipe, format_name: str) -> None:

@@ -6,10 +6,7 @@ MiniCPM's multipliers, and transformers generates: cache, sampling and stopping 
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +15,7 @@ import torch
 
 from minicpm_megatron.convert.formats import granite, granitemoe
 from minicpm_megatron.convert.operation import open_source
+from minicpm_megatron.convert.prompts import open_prompts
 from minicpm_megatron.convert.source import Source
 from minicpm_megatron.convert.text_settings import SpecialTokens, choose_tokens
 from minicpm_megatron.errors import UserError
@@ -61,24 +59,19 @@ class Generator:
     """
 
     def __init__(self, folder: Path, tokenizer: Path | None = None, *, dtype: torch.dtype | None = None) -> None:
-        from transformers import AutoTokenizer
-
         source = open_source(folder)
         pieces = tokenizer or source.tokenizer
         if pieces is None:
             raise UserError("no tokenizer is known for this model", where=str(folder), fix="give --tokenizer DIR")
-        if not (pieces / "tokenizer.json").is_file():
-            raise UserError("no tokenizer.json", where=str(pieces), fix="give --tokenizer DIR")
-        with _no_remarks_on_the_config():
-            self.tokenizer = AutoTokenizer.from_pretrained(str(pieces), trust_remote_code=False)
-        if len(self.tokenizer) > source.model.vocab_size:
+        self.prompts = open_prompts(pieces)
+        if self.prompts.pieces > source.model.vocab_size:
             raise UserError(
-                f"the tokenizer has {len(self.tokenizer)} pieces, the model's vocabulary {source.model.vocab_size}",
+                f"the tokenizer has {self.prompts.pieces} pieces, the model's vocabulary {source.model.vocab_size}",
                 where=str(pieces),
                 fix="give the tokenizer that the model was trained with",
             )
         self.tokenizer_folder = pieces
-        named = SpecialTokens(self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
+        named = self.prompts.named
         tokens, _ = choose_tokens(
             source.text, named if named.ends else None, replaced=tokenizer not in (None, source.tokenizer)
         )
@@ -89,12 +82,12 @@ class Generator:
         self.vocab_size = source.model.vocab_size
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`, <s> first."""
-        return list(self.tokenizer(text)["input_ids"])
+        """Ids of `text`, the begin token first."""
+        return self.prompts.encode(text)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of `tokens`, special ones left out."""
-        return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
+        return self.prompts.decode(tokens)
 
     @torch.no_grad()
     def logits(self, tokens: Sequence[int], last: int) -> torch.Tensor:
@@ -174,27 +167,6 @@ class Generator:
         if len(new) == self.longest - len(tokens) < sampling.max_new_tokens:
             on_full_context(len(new))
         return self.decode(tokens + new)
-
-
-@contextlib.contextmanager
-def _no_remarks_on_the_config() -> Iterator[None]:
-    """Silence what transformers says about the config.json that it reads beside a tokenizer, to choose its class.
-
-    transformers 5.23 has no class for the model type `minicpm`, and remarks on that and on the key rope_scaling. Here
-    no model is made of that config.json by transformers.
-    """
-    log = logging.getLogger("transformers.configuration_utils")
-
-    def is_wanted(record: logging.LogRecord) -> bool:
-        return not record.getMessage().startswith("You are using a model of type")
-
-    log.addFilter(is_wanted)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "`rope_scaling` is deprecated", FutureWarning)
-            yield
-    finally:
-        log.removeFilter(is_wanted)
 
 
 def as_granite(source: Source, dtype: torch.dtype | None = None) -> Any:

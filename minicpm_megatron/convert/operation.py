@@ -11,15 +11,17 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from minicpm_megatron import registry
 from minicpm_megatron.convert.config_fields import read_json
-from minicpm_megatron.convert.format import CONFIG, Format
+from minicpm_megatron.convert.format import CONFIG, Format, in_order
 from minicpm_megatron.convert.formats import FORMATS
 from minicpm_megatron.convert.fused import Shape
 from minicpm_megatron.convert.mapping import Group
-from minicpm_megatron.convert.our_checkpoint import MANIFEST, MEGATRON, open_checkpoint, write_checkpoint
+from minicpm_megatron.convert.our_checkpoint import MANIFEST, open_checkpoint, write_checkpoint
 from minicpm_megatron.convert.output_folder import atomic_folder, check_output, check_space
 from minicpm_megatron.convert.rope import dynamic_note, fixed_rope
 from minicpm_megatron.convert.source import Source, check_complete, open_published, read_tensor
+from minicpm_megatron.convert.target_names import CHECKPOINTS, MEGATRON, targets
 from minicpm_megatron.convert.text_settings import GENERATION, SpecialTokens, choose_tokens
 from minicpm_megatron.convert.tokenizer_folder import (
     TokenizerFolder,
@@ -42,7 +44,6 @@ from minicpm_megatron.errors import UserError
 from minicpm_megatron.recipe import ModelRecipe, count_parameters
 from minicpm_megatron.storage.atomic import write_json
 
-TARGETS = (*FORMATS, MEGATRON, TORCH_DIST)
 DEFAULT_DTYPE = "bf16"  # what every MiniCPM is published in
 DEFAULT_SHARD = "5GB"
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -70,7 +71,8 @@ def recognise(folder: Path) -> str:
     """The format of a folder: megatron (ours, by manifest.json), torch_dist (by .metadata, or Megatron-LM's tracker) or
     a published one (by config.json).
 
-    Nothing in the folder is executed to find out; auto_map, which names code, is ignored.
+    Nothing in the folder is executed to find out; auto_map, which names code, is ignored. Where a format of another
+    package is identified as one of ours is, the folder is of ours.
 
     Raises:
         UserError: not a folder, or none of the formats.
@@ -88,15 +90,18 @@ def recognise(folder: Path) -> str:
         raise UserError(f"neither {MANIFEST}, {METADATA} nor {CONFIG}, so not a model", where=where, fix=fix)
     config = read_json(folder / CONFIG)
     kind, architectures = config.get("model_type"), config.get("architectures")
-    for layout in FORMATS.values():
+    broken: list[str] = []
+    layouts: list[Format] = []
+    for layout in registry.FORMATS.loadable(broken):
+        layouts.append(layout)
         if kind == layout.model_type and architectures in (None, [layout.architecture]):
             return layout.name
-    known = ", ".join(f"{f.model_type} ({f.architecture})" for f in FORMATS.values())
+    known = ", ".join(f"{f.model_type} ({f.architecture})" for f in in_order(layouts))
     code = ", known only to code inside the folder, which is never run" if "auto_map" in config else ""
     raise UserError(
         f"model_type {kind!r} with architectures {architectures!r} is no known format{code}",
         where=str(folder / CONFIG),
-        fix=f"known are {known}",
+        fix="; ".join((f"known are {known}", *broken)),
     )
 
 
@@ -151,7 +156,7 @@ def convert(
     """Convert the model in `source_folder` and write it to `output`, whole or not at all.
 
     Args:
-        target: one of `TARGETS`.
+        target: one of `targets`.
         dtype: fp32, bf16 or fp16 of a published target (default bf16) or of torch_dist (default fp32); our checkpoints
             are always fp32.
         max_shard_size: data bytes of one file of a published target.
@@ -164,15 +169,15 @@ def convert(
     Raises:
         UserError: anything wrong with the input, the options or the place; `output` is then as it was.
     """
-    if target not in TARGETS:
-        raise UserError(f"unknown format {target!r}", where="--to", fix=f"use one of {', '.join(TARGETS)}")
+    if target not in targets():
+        raise UserError(f"unknown format {target!r}", where="--to", fix=f"use one of {', '.join(targets())}")
     if dtype is not None and target == MEGATRON:
         raise UserError("checkpoints always hold fp32", where="--dtype", fix="leave it out")
     if dtype not in (None, *DTYPES):
         raise UserError(f"unknown type {dtype!r}", where="--dtype", fix=f"use one of {', '.join(DTYPES)}")
     if tokenizer is not None and target == TORCH_DIST:
         raise UserError("torch_dist has no place for a tokenizer", where="--tokenizer", fix="leave it out")
-    if rope_fixed is not None and target not in FORMATS:
+    if rope_fixed is not None and target in CHECKPOINTS:
         raise UserError(
             f"{target} keeps a model's own scaling", where="--rope-fixed", fix=f"it is for {', '.join(FORMATS)}"
         )
@@ -250,7 +255,7 @@ def _publish(
     tokens: SpecialTokens,
     progress: bool,
 ) -> None:
-    layout.check_kind(source.model, FORMATS.values())
+    layout.check_kind(source.model, registry.FORMATS.loadable([]))
     config = layout.write_config(source.model, tokens, DTYPE_NAMES[dtype])
     groups = layout.export_groups(source.model)
     check_complete(source, {name for group in groups for name in group.canonical})

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from minicpm_megatron.convert.tokenizer_folder import SENTENCEPIECE
+from minicpm_megatron.convert.tokenizer_folder import FAST, SENTENCEPIECE
+from minicpm_megatron.data.tokenizers import has_tokenizer
 from minicpm_megatron.recipe.moved import moved_path
-from minicpm_megatron.storage.checksum import file_sha256
 from minicpm_megatron.storage.manifest import TOKENIZER_SHA256
 
 
@@ -32,8 +32,7 @@ def recorded_tokenizer(manifest: dict[str, Any], folder: Path) -> tuple[Path | N
         return recorded, ()
     due = manifest.get(TOKENIZER_SHA256)
     for path in there:
-        file = path / SENTENCEPIECE
-        if due is None or (file.is_file() and file_sha256(file) == due):
+        if due is None or has_tokenizer(path, due):
             return path, ()
     return None, (f"{there[0]} has another tokenizer than the run's",)
 
@@ -43,8 +42,8 @@ def _recorded(manifest: dict[str, Any]) -> Path | None:
         data = section.get("data") if isinstance(section, dict) else None
         if isinstance(data, dict) and isinstance(data.get("tokenizer"), str):
             path = Path(data["tokenizer"])
-            # a recipe may name the sentencepiece model itself
-            return path.parent if path.name == SENTENCEPIECE else path
+            # a recipe may name the file itself
+            return path.parent if path.is_file() or path.name in (SENTENCEPIECE, FAST) else path
     return None
 
 

@@ -18,6 +18,7 @@ from minicpm_megatron.convert.fused import Shape
 from minicpm_megatron.convert.mapping import EMBEDDING, HEAD, ROUTER, Group
 from minicpm_megatron.convert.text_settings import TextSettings, read_text_settings
 from minicpm_megatron.convert.weight_files import WeightFolder
+from minicpm_megatron.data.tokenizers import has_tokenizer
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.recipe import ModelRecipe
 
@@ -129,7 +130,7 @@ def open_published(folder: Path, layout: Format) -> Source:
         folder=folder,
         model=model,
         tensors=PublishedTensors(weights, groups, model),
-        tokenizer=folder if any((folder / name).exists() for name in ("tokenizer.model", "tokenizer.json")) else None,
+        tokenizer=folder if has_tokenizer(folder) else None,
         text=read_text_settings(folder, config, model.vocab_size, where),
         origin={"format": layout.name, "folder": str(folder.resolve())},
         notes=(_UNTIED,) if noted_tied and model.untie_embeddings_and_output_weights else (),

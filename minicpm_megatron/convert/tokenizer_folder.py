@@ -4,18 +4,23 @@ Both tokenizer.model and tokenizer.json are shipped: llama.cpp's MiniCPM convert
 transformers 5, given only the first, silently drops the leading word-boundary mark. Whatever comes in, the two must
 give the same ids, so a probe is encoded with both before anything is written.
 
+A tokenizer of a kind that another package has added leaves with its own files, and with the tokenizer.json that it
+can be written as.
+
 The name of a control token in a text is text to sentencepiece, with which documents are tokenised for training. To
 transformers it is the token itself, unless tokenizer_config.json says split_special_tokens.
 """
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from minicpm_megatron.convert.config_fields import read_json
 from minicpm_megatron.convert.text_settings import SpecialTokens
+from minicpm_megatron.data.tokenizers import Tokenizer, has_tokenizer, load_tokenizer
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.storage.atomic import write_bytes, write_json
 from minicpm_megatron.storage.sentencepiece_model import parse_model
@@ -54,6 +59,7 @@ class TokenizerFolder:
         read_as_tokens: names that a text may contain and that transformers would read as tokens, in the settings that
             are exported; not so sentencepiece.
         differ_on: texts with names of control tokens that the two read differently whatever the settings.
+        other: of a kind that another package has added, None for the two above.
     """
 
     folder: Path
@@ -62,6 +68,7 @@ class TokenizerFolder:
     has_sentencepiece: bool
     read_as_tokens: tuple[str, ...] = ()
     differ_on: tuple[str, ...] = ()
+    other: Tokenizer | None = None
 
     def notes(self) -> list[str]:
         """Things worth knowing that are no errors, one line each."""
@@ -76,7 +83,9 @@ class TokenizerFolder:
             found.append(
                 f"{FAST} and {SENTENCEPIECE} give different ids for {self.differ_on[0]!r}, and no setting changes it"
             )
-        if not self.has_sentencepiece:
+        if self.other is not None and self.other.as_tokenizer_json() is None:
+            found.append(f"no {FAST}: no other program reads {self.other.file}")
+        elif not self.has_sentencepiece:
             found.append("no tokenizer.model: llama.cpp's MiniCPM converter needs it")
         return found
 
@@ -87,14 +96,16 @@ def open_tokenizer(folder: Path, *, to_publish: bool) -> TokenizerFolder:
     Args:
         to_publish: ask for the completeness that an export needs.
     Raises:
-        UserError: neither file is there, tokenizer.json is not and is needed, a file is malformed, or the two give
-            different ids.
+        UserError: no tokenizer is there, tokenizer.json is not and is needed, a file is malformed, or two that are
+            there give different ids.
     """
-    fast = _load_fast(folder / FAST) if (folder / FAST).is_file() else None
+    fast = _load_fast((folder / FAST).read_bytes(), folder / FAST) if (folder / FAST).is_file() else None
     slow = _load_sentencepiece(folder / SENTENCEPIECE) if (folder / SENTENCEPIECE).is_file() else None
     fix = "give the folder that tools/train_tokenizer.py wrote"
     if fast is None and slow is None:
-        raise UserError(f"neither {SENTENCEPIECE} nor {FAST}", where=str(folder), fix=fix)
+        if not has_tokenizer(folder):
+            raise UserError(f"neither {SENTENCEPIECE} nor {FAST}", where=str(folder), fix=fix)
+        return _open_other(load_tokenizer(folder), folder)
     if fast is None and to_publish:
         raise UserError(
             f"no {FAST}, and readers that make one from {SENTENCEPIECE} get other ids", where=str(folder), fix=fix
@@ -106,6 +117,24 @@ def open_tokenizer(folder: Path, *, to_publish: bool) -> TokenizerFolder:
     tokens = SpecialTokens(slow.bos_id(), slow.eos_id()) if min(slow.bos_id(), slow.eos_id()) >= 0 else None
     compared = _compare(folder, fast, slow, settings) if fast else ()
     return TokenizerFolder(folder, max(pieces, slow.get_piece_size()), tokens, True, *compared)
+
+
+def _open_other(tokenizer: Tokenizer, folder: Path) -> TokenizerFolder:
+    """A tokenizer of another package.
+
+    Raises:
+        UserError: the tokenizer.json that it says it is has other ids.
+    """
+    content = tokenizer.as_tokenizer_json()
+    if content is not None:
+        fast = _load_fast(json.dumps(content), tokenizer.path)
+        fast.encode_special_tokens = True
+        for probe in PROBES:
+            if fast.encode(probe, add_special_tokens=False).ids != tokenizer.encode(probe):
+                raise UserError(f"its {FAST} gives different ids for {probe!r}", where=str(tokenizer.path))
+    bos, eos = (None if index < 0 else index for index in (tokenizer.bos_id, tokenizer.eos_id))
+    tokens = None if eos is None else SpecialTokens(bos, eos)
+    return TokenizerFolder(folder, tokenizer.vocab_size, tokens, has_sentencepiece=False, other=tokenizer)
 
 
 def _compare(
@@ -164,9 +193,15 @@ def copy_tokenizer(tokenizer: TokenizerFolder, target: Path) -> None:
     A reference to code (auto_map) in the settings is left behind with the code; settings that are missing are
     written so that every reader takes tokenizer.json as it stands instead of rebuilding it.
     """
-    for name in _COPIED:
+    other = tokenizer.other
+    for name in (*_COPIED, *((other.file, *other.companions) if other else ())):
         if (tokenizer.folder / name).is_file():
             write_bytes(target / name, (tokenizer.folder / name).read_bytes())
+    if other is not None:
+        fast = other.as_tokenizer_json()
+        if fast is None:
+            return
+        write_json(target / FAST, fast)
     content = _settings(tokenizer.folder)
     content = _default_settings(tokenizer) if content is None else content
     write_json(target / SETTINGS, {key: value for key, value in content.items() if key != "auto_map"})
@@ -179,18 +214,22 @@ def _settings(folder: Path) -> dict[str, Any] | None:
 
 def _default_settings(tokenizer: TokenizerFolder) -> dict[str, Any]:
     settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    if tokenizer.special_tokens is not None:
+    if tokenizer.other is not None:
+        named = _load_fast(json.dumps(tokenizer.other.as_tokenizer_json()), tokenizer.other.path)
+        ids = {"bos_token": tokenizer.other.bos_id, "eos_token": tokenizer.other.eos_id}
+        settings |= {role: named.id_to_token(index) for role, index in ids.items() if index >= 0} | {SPLIT: True}
+    elif tokenizer.special_tokens is not None:
         slow = _load_sentencepiece(tokenizer.folder / SENTENCEPIECE)
         roles = {"bos_token": slow.bos_id(), "eos_token": slow.eos_id(), "unk_token": slow.unk_id()}
         settings |= {role: slow.id_to_piece(token) for role, token in roles.items()} | {SPLIT: True}
     return settings
 
 
-def _load_fast(path: Path) -> Any:
-    from tokenizers import Tokenizer
+def _load_fast(content: str | bytes, path: Path) -> Any:
+    from tokenizers import Tokenizer as Backend
 
     try:
-        return Tokenizer.from_str(path.read_text(encoding="utf-8"))
+        return Backend.from_str(content if isinstance(content, str) else content.decode())
     except Exception as error:  # the library raises bare Exception
         raise UserError(f"not a tokenizer: {error}", where=str(path)) from None
 

@@ -9,8 +9,8 @@ from collections.abc import Collection, Iterator, Sequence
 from functools import cached_property
 from random import Random
 
-from minicpm_megatron.data.tokenizer import Tokenizer
 from minicpm_megatron.data.tokenizer_training import documents
+from minicpm_megatron.data.tokenizers import Tokenizer
 from minicpm_megatron.errors import UserError
 
 # after the stop: Latin needs a space, Chinese has none
@@ -55,6 +55,9 @@ class Haystack:
         if len({each for document in self.documents for each in document if not held_out(each)}) < 2:
             raise UserError("hardly a sentence in the corpus", where="--corpus", fix="give running text")
         self._counts: dict[str, int] = {}
+        # where the tokenizer begins a text as it begins a word (sentencepiece), a word alone has the same tokens
+        alone, after_another = tokenizer.encode("a"), tokenizer.encode("a a")
+        self._space = "" if after_another == alone * 2 else " "
 
     @classmethod
     def read(cls, inputs: Sequence[str], tokenizer: Tokenizer, *, key: str, max_bytes: int) -> Haystack:
@@ -83,7 +86,7 @@ class Haystack:
     def tokens(self, text: str) -> int:
         """Tokens that `text` adds to a text that it follows after a space."""
         if text not in self._counts:
-            self._counts[text] = len(self.tokenizer.encode(text)) if text else 0
+            self._counts[text] = len(self.tokenizer.encode(self._space + text)) if text else 0
         return self._counts[text]
 
     def stream(self, random: Random, *, without: Collection[str] = (), training: bool = False) -> Iterator[str]:
@@ -107,7 +110,7 @@ class Haystack:
         found = (word for word, _ in words.most_common() if word.isalpha() and self.tokens(word) == 1)
         chosen = [word for word, _ in zip(found, range(_FILL_WORDS), strict=False)]
         if not chosen:  # a language without spaces
-            pieces = (piece.text.lstrip("▁") for piece in self.tokenizer.description.pieces)
+            pieces = (self.tokenizer.decode([index]) for index in range(self.tokenizer.vocab_size))
             chosen = [piece for piece in pieces if piece.isalpha() and self.tokens(piece) == 1][:_FILL_WORDS]
         if not chosen:
             raise UserError(

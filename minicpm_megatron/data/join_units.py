@@ -23,7 +23,7 @@ from minicpm_megatron.data.megatron_dataset import open_indexed_dataset
 from minicpm_megatron.data.metadata import TokenMetadata, json_path
 from minicpm_megatron.data.records import REASONS, Rejected
 from minicpm_megatron.data.tokenize_units import Setup, Unit, UnitResult, unit_file
-from minicpm_megatron.data.tokenizer import Tokenizer
+from minicpm_megatron.data.tokenizers import Tokenizer
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.storage.atomic import atomic_file, fsync_directory
 from minicpm_megatron.storage.checksum import file_sha256

@@ -33,7 +33,7 @@ class TokenMetadata:
     Attributes:
         vocab_size: pieces of the tokenizer.
         max_id: largest id in .bin, -1 for none.
-        tokenizer_sha256: of its sentencepiece model.
+        tokenizer_sha256: of the file that its kind has, tokenizer.model or tokenizer.json.
         bos_id, eod_id: ids put before and after each document, None for none.
         dtype: numpy name of the ids' type.
         documents, tokens: what .bin holds; tokens count <s> and </s>.

@@ -34,7 +34,7 @@ from minicpm_megatron.data.tokenize_units import (
     make_units,
     remove_unit_files,
 )
-from minicpm_megatron.data.tokenizer import Tokenizer
+from minicpm_megatron.data.tokenizers import Tokenizer, load_tokenizer
 from minicpm_megatron.data.worker_pool import run_tasks
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.storage.atomic import write_json
@@ -82,7 +82,7 @@ def preprocess(
 
     Args:
         inputs: files or folders in any supported format.
-        tokenizer: folder or sentencepiece model.
+        tokenizer: folder of any kind, or the file that its kind has.
         prefix: path without suffix; its folder is made.
         workers: processes that tokenise.
         overwrite: replace tokens of another plan that stand at `prefix`.
@@ -110,11 +110,13 @@ def preprocess(
             where="--validation-share",
             fix="give 0.01 for one in a hundred",
         )
-    model = Tokenizer(tokenizer)
+    model = load_tokenizer(tokenizer)
     ids = {"<s>": model.bos_id if options.prepend_bos else None, "</s>": model.eos_id if options.append_eod else None}
-    for name, index in ids.items():
+    for (name, index), without in zip(ids.items(), ("--no-prepend-bos", "--no-append-eod"), strict=True):
         if index is not None and index < 0:
-            raise UserError(f"the tokenizer has no {name}", where=str(model.path), fix="choose another tokenizer")
+            raise UserError(
+                f"the tokenizer has no {name}", where=str(model.path), fix=f"give {without}, or another tokenizer"
+            )
     files, unread = find_files(inputs)
     if unread and options.fail:
         path, outcome = unread[0]
@@ -147,7 +149,7 @@ def preprocess(
     try:
         with _locked(work):
             setup = Setup(
-                str(model.path.resolve()),
+                str(model.path.absolute()),  # not resolved: a link into a cache has a name that says no kind
                 options.key,
                 ids["<s>"],
                 ids["</s>"],

@@ -20,11 +20,11 @@ import numpy as np
 from minicpm_megatron.data.corpus_files import SEGMENT_BYTES, Segment
 from minicpm_megatron.data.read_segments import read_segment
 from minicpm_megatron.data.records import Document, Rejected
-from minicpm_megatron.data.tokenizer import Tokenizer
+from minicpm_megatron.data.tokenizers import Tokenizer, load_tokenizer
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.storage.atomic import PARTIAL_SUFFIX, atomic_file, write_json
 
-# texts given to sentencepiece at once: enough to make the call's cost vanish, little enough to stay in the cache
+# texts given to the tokenizer at once: enough to make the call's cost vanish, little enough to stay in the cache
 _BATCH_BYTES = 1 << 18
 _BATCH_DOCUMENTS = 4096
 
@@ -34,7 +34,7 @@ class Setup:
     """What every worker is told.
 
     Attributes:
-        tokenizer: path of the sentencepiece model.
+        tokenizer: path of its file.
         key: member or column that holds the text.
         bos_id, eod_id: ids put before and after each document, None for none.
         dtype: numpy name of the ids' type.
@@ -139,7 +139,7 @@ def finished_result(setup: Setup, number: int) -> UnitResult | None:
 
 def make_worker(setup: Setup) -> Callable[[Unit, Callable[[int], None]], UnitResult]:
     """The function that does one unit (see `worker_pool`)."""
-    tokenizer = Tokenizer(setup.tokenizer)
+    tokenizer = load_tokenizer(setup.tokenizer)
     return lambda unit, report: tokenize_unit(unit, setup, tokenizer, report)
 
 

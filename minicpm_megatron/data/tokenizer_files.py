@@ -23,7 +23,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from minicpm_megatron.data.tokenizer import MODEL_NAME, Tokenizer
+from minicpm_megatron.data.tokenizers.sentencepiece import MODEL_NAME, SentencePieceTokenizer
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.storage.atomic import write_bytes
 from minicpm_megatron.storage.sentencepiece_model import ModelDescription, PieceType
@@ -37,7 +37,9 @@ CHAT_TEMPLATE = (
 """The published chat form: <用户>question<AI>answer."""
 
 
-def write_tokenizer_files(tokenizer: Tokenizer, directory: Path, *, model_max_length: int | None = None) -> list[str]:
+def write_tokenizer_files(
+    tokenizer: SentencePieceTokenizer, directory: Path, *, model_max_length: int | None = None
+) -> list[str]:
     """Write tokenizer.model, tokenizer.json, tokenizer_config.json and special_tokens_map.json into `directory`.
 
     Args:
@@ -63,7 +65,7 @@ def write_tokenizer_files(tokenizer: Tokenizer, directory: Path, *, model_max_le
     return list(files)
 
 
-def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
+def tokenizer_json(tokenizer: SentencePieceTokenizer) -> dict[str, Any]:
     """The content of tokenizer.json for a sentencepiece BPE model.
 
     Raises:
@@ -169,7 +171,7 @@ def _check_reachable(document: dict[str, Any], normal: dict[str, tuple[int, floa
             raise UserError(f"no sequence of merges leads to the piece {piece!r}", where=where, fix="train a BPE model")
 
 
-def _pre_tokenizer(tokenizer: Tokenizer, symbols: set[str]) -> dict[str, Any] | None:
+def _pre_tokenizer(tokenizer: SentencePieceTokenizer, symbols: set[str]) -> dict[str, Any] | None:
     if not symbols:
         return None
     longest_first = sorted(symbols, key=lambda name: (-len(name), name))
@@ -209,7 +211,7 @@ def _post_processor(bos: str, bos_id: int) -> dict[str, Any]:
     }
 
 
-def _special_names(tokenizer: Tokenizer) -> dict[str, str]:
+def _special_names(tokenizer: SentencePieceTokenizer) -> dict[str, str]:
     ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "unk": tokenizer.processor.unk_id()}
     missing = [role for role, index in ids.items() if index < 0]
     if missing:

@@ -22,8 +22,15 @@ from minicpm_megatron.data.corpus_files import find_files, segments
 from minicpm_megatron.data.progress import progress_bar
 from minicpm_megatron.data.read_segments import read_segment
 from minicpm_megatron.data.records import Document
-from minicpm_megatron.data.tokenizer import BOS_ID, CHAT_SYMBOLS, EOS_ID, MODEL_NAME, UNK_ID, Tokenizer
 from minicpm_megatron.data.tokenizer_files import write_tokenizer_files
+from minicpm_megatron.data.tokenizers.sentencepiece import (
+    BOS_ID,
+    CHAT_SYMBOLS,
+    EOS_ID,
+    MODEL_NAME,
+    UNK_ID,
+    SentencePieceTokenizer,
+)
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.storage.atomic import fsync_directory, write_bytes, write_json
 
@@ -119,7 +126,7 @@ def train_tokenizer(
     scratch = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".part", dir=output.parent))
     try:
         write_bytes(scratch / MODEL_NAME, model)
-        tokenizer = Tokenizer(scratch)
+        tokenizer = SentencePieceTokenizer(scratch)
         write_tokenizer_files(tokenizer, scratch)
         report = [_measure(tokenizer, source, strides[source], key, show_progress) for source in inputs]
         write_json(
@@ -225,7 +232,7 @@ def _sentences(text: str) -> Iterator[str]:
     yield text[start:]
 
 
-def _measure(tokenizer: Tokenizer, source: str, stride: int, key: str, show_progress: bool) -> Compression:
+def _measure(tokenizer: SentencePieceTokenizer, source: str, stride: int, key: str, show_progress: bool) -> Compression:
     rejected: Counter[str] = Counter()
     count = size = tokens = 0
     found = documents(source, key=key, rejected=rejected)

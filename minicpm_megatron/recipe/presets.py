@@ -9,7 +9,7 @@ function without arguments that returns one.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from minicpm_megatron import registry
@@ -34,25 +34,7 @@ def as_model(entry: Any) -> ModelRecipe:
     return model
 
 
-class _Presets(Mapping[str, ModelRecipe]):
-    """The registry as a read-only mapping; entries of other packages are loaded when they are read."""
-
-    def __getitem__(self, name: str) -> ModelRecipe:
-        if name not in registry.PRESETS.names():
-            raise KeyError(name)
-        return registry.PRESETS.get(name)
-
-    def __contains__(self, name: object) -> bool:
-        return name in registry.PRESETS.names()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(registry.PRESETS.names())
-
-    def __len__(self) -> int:
-        return len(registry.PRESETS.names())
-
-
-PRESETS: Mapping[str, ModelRecipe] = _Presets()
+PRESETS: Mapping[str, ModelRecipe] = registry.Entries(registry.PRESETS)
 add_preset = registry.PRESETS.add
 
 

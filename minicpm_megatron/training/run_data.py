@@ -12,7 +12,7 @@ from minicpm_megatron.data.metadata import data_fingerprint
 from minicpm_megatron.data.sampling import JITTER
 from minicpm_megatron.data.statistics import bytes_per_token
 from minicpm_megatron.data.text_bytes import TextBytes
-from minicpm_megatron.data.tokenizer import Tokenizer, tokenizer_sha256
+from minicpm_megatron.data.tokenizers import load_tokenizer, tokenizer_sha256
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.recipe import Recipe
 
@@ -79,7 +79,7 @@ def label_bytes(recipe: Recipe, dataset: TokenDataset) -> Callable[[int], float]
     if metadata is None:
         return None
     if recipe.data.tokenizer is not None:
-        count = TextBytes(Tokenizer(recipe.data.tokenizer)).of_labels
+        count = TextBytes(load_tokenizer(recipe.data.tokenizer)).of_labels
         return functools.cache(lambda sample: count(dataset, metadata, sample))
     if validation_samples(recipe, dataset) < dataset.samples_per_epoch:
         return None

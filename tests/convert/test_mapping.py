@@ -11,8 +11,8 @@ import torch
 
 from minicpm_megatron.convert import convert
 from minicpm_megatron.convert.formats import FORMATS
-from minicpm_megatron.convert.formats.llama_names import DENSE_ROWS
 from minicpm_megatron.convert.fused import GATE_UP, QKV, STACK, Fusion, merge_qkv, split_qkv
+from minicpm_megatron.convert.llama_names import DENSE_ROWS
 from minicpm_megatron.convert.mapping import Kind, Row, expand
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.recipe import count_parameters

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from minicpm_megatron.data import sample_corpus
-from minicpm_megatron.data.tokenizer import Tokenizer
 from minicpm_megatron.data.tokenizer_training import train_tokenizer
+from minicpm_megatron.data.tokenizers.sentencepiece import SentencePieceTokenizer
 
 VOCAB_SIZE = 1500
 
@@ -42,8 +42,8 @@ def tokenizer_dir(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 @pytest.fixture(scope="session")
-def tokenizer(tokenizer_dir: Path) -> Tokenizer:
-    return Tokenizer(tokenizer_dir)
+def tokenizer(tokenizer_dir: Path) -> SentencePieceTokenizer:
+    return SentencePieceTokenizer(tokenizer_dir)
 
 
 @pytest.fixture

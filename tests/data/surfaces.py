@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from minicpm_megatron.data.tokenizer import Tokenizer
+from minicpm_megatron.data.tokenizers.sentencepiece import SentencePieceTokenizer
 
 
-def surface_bytes(tokenizer: Tokenizer, texts: Iterable[str]) -> list[int]:
+def surface_bytes(tokenizer: SentencePieceTokenizer, texts: Iterable[str]) -> list[int]:
     """Of every token of the documents <s> text </s>, one after another."""
     found: list[int] = []
     for text in texts:

@@ -20,7 +20,7 @@ from minicpm_megatron.data.indexed_format import bin_path, idx_path, open_index,
 from minicpm_megatron.data.metadata import TokenMetadata, json_path, read_metadata
 from minicpm_megatron.data.records import Document, Rejected, parse_json_line
 from minicpm_megatron.data.retrieval_set import SET, cell_name, open_set
-from minicpm_megatron.data.tokenizer import Tokenizer
+from minicpm_megatron.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.storage.checksum import file_sha256
 from minicpm_megatron.storage.sentencepiece_model import parse_model
@@ -197,7 +197,7 @@ def delimited(number: int, value: bytes) -> bytes:
 def test_a_tokenizer_with_a_wrong_wire_type(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").write_bytes(content)
     with pytest.raises(UserError, match="not a sentencepiece model") as caught:
-        Tokenizer(tmp_path)
+        SentencePieceTokenizer(tmp_path)
     check_line(caught, tmp_path / "tokenizer.model")
 
 

@@ -17,7 +17,7 @@ import pytest
 from minicpm_megatron.data.join_units import rejected_path
 from minicpm_megatron.data.megatron_dataset import open_indexed_dataset
 from minicpm_megatron.data.metadata import verify
-from minicpm_megatron.data.tokenizer import Tokenizer
+from minicpm_megatron.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from minicpm_megatron.errors import UserError
 from tests.data.conftest import texts, write_jsonl
 from tests.data.preprocess_helpers import ENVIRONMENT, TOOL, contents, run, tool
@@ -25,7 +25,7 @@ from tests.data.test_records import BROKEN
 
 
 def test_tool_makes_what_megatron_reads(
-    corpus: Path, tokenizer_dir: Path, tokenizer: Tokenizer, tmp_path: Path
+    corpus: Path, tokenizer_dir: Path, tokenizer: SentencePieceTokenizer, tmp_path: Path
 ) -> None:
     done = tool(
         "--input", corpus, "--tokenizer", tokenizer_dir, "--output-prefix", tmp_path / "new" / "p", "--workers", "2"
@@ -48,7 +48,7 @@ def _documents(prefix: Path) -> list[list[int]]:
 
 
 def test_a_validation_share_divides_the_documents_by_their_text(
-    corpus: Path, tokenizer_dir: Path, tokenizer: Tokenizer, tmp_path: Path
+    corpus: Path, tokenizer_dir: Path, tokenizer: SentencePieceTokenizer, tmp_path: Path
 ) -> None:
     twice = write_jsonl(tmp_path / "twice.jsonl", [*texts(), *reversed(texts()), ""])
     common = ["--tokenizer", tokenizer_dir, "--workers", "2", "--validation-share", "0.2"]
@@ -122,7 +122,7 @@ def test_units_of_any_size_give_the_same_tokens(
     assert made[0] == made[1] == made[2]
 
 
-def test_options_reach_the_tokens(tokenizer_dir: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_options_reach_the_tokens(tokenizer_dir: Path, tokenizer: SentencePieceTokenizer, tmp_path: Path) -> None:
     source = tmp_path / "a.jsonl"
     source.write_text('{"body": "one two"}\n')
     ids = tokenizer.encode("one two")
@@ -171,7 +171,7 @@ def test_fatal_by_flag(
     from minicpm_megatron.data.corpus_files import segments
     from minicpm_megatron.data.tokenize_units import Setup, make_units, tokenize_unit
 
-    model = Tokenizer(tokenizer_dir)
+    model = SentencePieceTokenizer(tokenizer_dir)
     setup = Setup(str(model.path), "text", 1, 2, "<u2", 100, True, str(tmp_path))
     with pytest.raises(UserError, match=rf"a\.jsonl:21: record rejected \({reason}"):
         for unit in make_units(segments(source)):
@@ -250,8 +250,8 @@ def test_a_long_document_in_little_memory(tokenizer_dir: Path, tmp_path: Path) -
         "import re, sys; from pathlib import Path\n"
         "from minicpm_megatron.data.corpus_files import segments\n"
         "from minicpm_megatron.data.tokenize_units import Setup, make_units, tokenize_unit\n"
-        "from minicpm_megatron.data.tokenizer import Tokenizer\n"
-        f"model = Tokenizer({str(tokenizer_dir)!r})\n"
+        "from minicpm_megatron.data.tokenizers.sentencepiece import SentencePieceTokenizer\n"
+        f"model = SentencePieceTokenizer({str(tokenizer_dir)!r})\n"
         f"setup = Setup(str(model.path), 'text', 1, 2, '<u2', 4 << 20, False, {str(tmp_path)!r})\n"
         # getrusage would begin with the peak of the process that started this one
         "def peak(): return int(re.search(r'VmHWM:\\s+(\\d+)', Path('/proc/self/status').read_text())[1])\n"

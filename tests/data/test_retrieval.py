@@ -14,7 +14,7 @@ from minicpm_megatron.data.haystack import Haystack, held_out
 from minicpm_megatron.data.preprocess import preprocess
 from minicpm_megatron.data.retrieval import TASKS, Sample, build_sample
 from minicpm_megatron.data.retrieval_set import PLAN, SET, Plan, build_set, open_set, read_samples, write_training_text
-from minicpm_megatron.data.tokenizer import Tokenizer
+from minicpm_megatron.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from minicpm_megatron.errors import UserError
 from tests.cli.commands import tree
 from tests.data.conftest import texts
@@ -25,7 +25,7 @@ LENGTHS, DEPTHS = (400, 1023), (0.0, 12.5, 50.0, 100.0)
 
 
 @pytest.fixture(scope="module", params=["mixed", "Chinese"])
-def haystack(request: pytest.FixtureRequest, tokenizer: Tokenizer) -> Haystack:
+def haystack(request: pytest.FixtureRequest, tokenizer: SentencePieceTokenizer) -> Haystack:
     documents = texts()
     return Haystack(documents if request.param == "mixed" else documents[: len(documents) // 2], tokenizer)
 
@@ -107,7 +107,7 @@ def test_too_few_tokens_are_refused(task: str, haystack: Haystack) -> None:
 
 
 @pytest.mark.parametrize("texts", [[], [""], ["no"], ["One sentence and no other one."] * 5])
-def test_a_corpus_without_sentences_is_refused(texts: list[str], tokenizer: Tokenizer) -> None:
+def test_a_corpus_without_sentences_is_refused(texts: list[str], tokenizer: SentencePieceTokenizer) -> None:
     with pytest.raises(UserError, match="hardly a sentence"):
         Haystack(texts, tokenizer)
 
@@ -116,7 +116,7 @@ PLAN_OF_TESTS = Plan("passkey", (200, 300), (0.0, 100.0), 3, seed=7)
 
 
 @pytest.fixture(scope="module")
-def mixed(tokenizer: Tokenizer) -> Haystack:
+def mixed(tokenizer: SentencePieceTokenizer) -> Haystack:
     return Haystack(texts(), tokenizer)
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from minicpm_megatron.data.dataset import TokenDataset
 from minicpm_megatron.data.text_bytes import TextBytes
-from minicpm_megatron.data.tokenizer import Tokenizer
+from minicpm_megatron.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from tests.data.conftest import texts, write_jsonl
 from tests.data.preprocess_helpers import run
 from tests.data.surfaces import surface_bytes
@@ -21,7 +21,7 @@ DOCUMENTS = [*texts(6), " a  b ", "𓀀 𓁐 end", "<用户>question<AI>answer",
 @pytest.mark.parametrize("bos", [True, False])
 @pytest.mark.parametrize("length", [5, 64])
 def test_the_bytes_of_a_sample_are_those_of_its_labels(
-    length: int, bos: bool, tokenizer_dir: Path, tokenizer: Tokenizer, tmp_path: Path
+    length: int, bos: bool, tokenizer_dir: Path, tokenizer: SentencePieceTokenizer, tmp_path: Path
 ) -> None:
     corpus = write_jsonl(tmp_path / "corpus.jsonl", DOCUMENTS)
     metadata = run([corpus], tokenizer_dir, tmp_path / "tokens", prepend_bos=bos)

@@ -10,8 +10,15 @@ from pathlib import Path
 import pytest
 import sentencepiece
 
-from minicpm_megatron.data.tokenizer import BOS_ID, CHAT_SYMBOLS, EOS_ID, UNK_ID, Tokenizer, tokenizer_sha256
 from minicpm_megatron.data.tokenizer_files import write_tokenizer_files
+from minicpm_megatron.data.tokenizers import tokenizer_sha256
+from minicpm_megatron.data.tokenizers.sentencepiece import (
+    BOS_ID,
+    CHAT_SYMBOLS,
+    EOS_ID,
+    UNK_ID,
+    SentencePieceTokenizer,
+)
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.storage.sentencepiece_model import PieceType, parse_model
 from tests.data.conftest import VOCAB_SIZE, texts
@@ -74,28 +81,30 @@ def test_special_ids_are_the_published_ones(reference: sentencepiece.SentencePie
         assert len(reference.encode(f"x{symbol}")) == len(reference.encode("x")) + 1
 
 
-def test_text_comes_back_byte_for_byte(tokenizer: Tokenizer) -> None:
+def test_text_comes_back_byte_for_byte(tokenizer: SentencePieceTokenizer) -> None:
     for text in [*HARD, *texts(40)]:
         if "▁" not in text:  # sentencepiece itself writes its mark as a space
             assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
 def test_long_documents_have_the_ids_of_the_whole(
-    tokenizer: Tokenizer, reference: sentencepiece.SentencePieceProcessor, monkeypatch: pytest.MonkeyPatch
+    tokenizer: SentencePieceTokenizer, reference: sentencepiece.SentencePieceProcessor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert tokenizer.can_cut
     long = [" ".join(texts(40)), "a " * 300, " " * 400, "word  " * 90, "▁ x " * 90, "<用户> <AI> " * 50, "汉" * 500]
     for size in (1, 2, 3, 17, 100):
-        monkeypatch.setattr("minicpm_megatron.data.tokenizer._PART_CHARACTERS", size)
+        monkeypatch.setattr("minicpm_megatron.data.tokenizers.sentencepiece._PART_CHARACTERS", size)
         for text in [*long, *fuzz(300)]:
             assert tokenizer.encode(text) == reference.encode(text), (size, text[:80])
     assert sum(1 for _ in tokenizer._cut(long[0])) > 10  # the cuts really happen
 
 
-def test_batch_keeps_the_order_of_short_and_long(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batch_keeps_the_order_of_short_and_long(
+    tokenizer: SentencePieceTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     batch = ["short", "a long one " * 5, "", "短", "b " * 40]
     expected = [tokenizer.processor.encode(text) for text in batch]
-    monkeypatch.setattr("minicpm_megatron.data.tokenizer._PART_CHARACTERS", 10)
+    monkeypatch.setattr("minicpm_megatron.data.tokenizers.sentencepiece._PART_CHARACTERS", 10)
     assert [ids.tolist() for ids in tokenizer.encode_batch(batch)] == expected
 
 
@@ -111,7 +120,10 @@ def test_tokenizers_library_gives_the_same_ids(
 
 @pytest.mark.parametrize("model_type", [None, "llama", "granite"])
 def test_stock_transformers_gives_the_same_ids(
-    tokenizer: Tokenizer, reference: sentencepiece.SentencePieceProcessor, tmp_path: Path, model_type: str | None
+    tokenizer: SentencePieceTokenizer,
+    reference: sentencepiece.SentencePieceProcessor,
+    tmp_path: Path,
+    model_type: str | None,
 ) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -133,7 +145,7 @@ def test_stock_transformers_gives_the_same_ids(
 
 
 def test_published_files_are_those_of_the_training_run(
-    tokenizer: Tokenizer, tokenizer_dir: Path, tmp_path: Path
+    tokenizer: SentencePieceTokenizer, tokenizer_dir: Path, tmp_path: Path
 ) -> None:
     names = write_tokenizer_files(tokenizer, tmp_path)
     for name in names:
@@ -141,7 +153,7 @@ def test_published_files_are_those_of_the_training_run(
     assert tokenizer_sha256(tmp_path) == tokenizer.sha256
 
 
-def test_description_agrees_with_sentencepiece(tokenizer: Tokenizer) -> None:
+def test_description_agrees_with_sentencepiece(tokenizer: SentencePieceTokenizer) -> None:
     processor, model = tokenizer.processor, tokenizer.description
     assert [piece.text for piece in model.pieces] == [processor.id_to_piece(i) for i in range(len(processor))]
     assert [piece.score for piece in model.pieces] == [processor.get_score(i) for i in range(len(processor))]
@@ -156,14 +168,14 @@ def test_description_agrees_with_sentencepiece(tokenizer: Tokenizer) -> None:
 def test_no_model(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "tokenizer.model").write_bytes(content)
     with pytest.raises(UserError, match="not a sentencepiece model"):
-        Tokenizer(tmp_path)
+        SentencePieceTokenizer(tmp_path)
     with pytest.raises(ValueError):
         parse_model(content)
 
 
 def test_missing_model(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"tokenizer\.model: no such tokenizer"):
-        Tokenizer(tmp_path)
+        SentencePieceTokenizer(tmp_path)
 
 
 def test_unigram_models_are_encoded_whole_and_not_converted(tmp_path: Path, corpus: Path) -> None:
@@ -177,7 +189,7 @@ def test_unigram_models_are_encoded_whole_and_not_converted(tmp_path: Path, corp
         hard_vocab_limit=False,
         minloglevel=2,
     )
-    model = Tokenizer(f"{prefix}.model")
+    model = SentencePieceTokenizer(f"{prefix}.model")
     assert not model.can_cut
     with pytest.raises(UserError, match="is not a BPE model"):
         write_tokenizer_files(model, tmp_path)
@@ -201,7 +213,7 @@ CONTROL = [
 
 
 def test_names_of_control_tokens_in_a_text_are_text(
-    tokenizer: Tokenizer, tokenizer_dir: Path, reference: sentencepiece.SentencePieceProcessor
+    tokenizer: SentencePieceTokenizer, tokenizer_dir: Path, reference: sentencepiece.SentencePieceProcessor
 ) -> None:
     """With what tokenizer_config.json says, and with the switch that `tokenizers` has; without it, not."""
     from tokenizers import Tokenizer as Backend

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from minicpm_megatron.data.tokenizer import Tokenizer
 from minicpm_megatron.data.tokenizer_training import compression_table, train_tokenizer
+from minicpm_megatron.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from minicpm_megatron.errors import UserError
 from tests.data.conftest import texts, write_jsonl
 
@@ -59,7 +59,7 @@ def test_report_and_determinism(tmp_path: Path) -> None:
     assert {p.name: p.read_bytes() for p in (tmp_path / "a").iterdir()} == {
         p.name: p.read_bytes() for p in (tmp_path / "b").iterdir()
     }
-    model = Tokenizer(tmp_path / "a")
+    model = SentencePieceTokenizer(tmp_path / "a")
     assert model.vocab_size == 900
     for line, documents in zip(report, (chinese, code), strict=True):
         assert line.bytes == sum(len(text.encode()) for text in documents)
@@ -100,6 +100,6 @@ def test_no_text_and_output_in_the_way(tmp_path: Path, corpus: Path) -> None:
 
 def test_small_vocabulary_for_many_characters(corpus: Path, tmp_path: Path) -> None:
     train_tokenizer([str(corpus)], 400, tmp_path / "out", show_progress=False)
-    model = Tokenizer(tmp_path / "out")
+    model = SentencePieceTokenizer(tmp_path / "out")
     assert model.vocab_size == 400
     assert all(model.decode(model.encode(text)) == text for text in texts(40))

@@ -14,8 +14,8 @@ import torch
 from minicpm_megatron.convert.generation import Generator
 from minicpm_megatron.data.haystack import Haystack
 from minicpm_megatron.data.retrieval_set import Plan, RetrievalSet, build_set, open_set
-from minicpm_megatron.data.tokenizer import Tokenizer
 from minicpm_megatron.data.tokenizer_training import train_tokenizer
+from minicpm_megatron.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.evaluation.heat_map import draw_heat_map
 from minicpm_megatron.evaluation.retrieval import RESULTS, Cell, evaluate, table
@@ -39,7 +39,7 @@ def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def questions(tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> RetrievalSet:
     folder = tmp_path_factory.mktemp("sets") / "passkey"
     plan = Plan("passkey", LENGTHS, DEPTHS, SAMPLES, seed=0)
-    build_set(plan, Haystack(texts(), Tokenizer(tokenizer_dir)), folder, show_progress=False)
+    build_set(plan, Haystack(texts(), SentencePieceTokenizer(tokenizer_dir)), folder, show_progress=False)
     return open_set(folder)
 
 
@@ -49,7 +49,7 @@ class Fake:
     longest = 1000
 
     def __init__(self, folder: Path) -> None:
-        self.tokenizer = Tokenizer(folder)
+        self.tokenizer = SentencePieceTokenizer(folder)
         self.asked: list[int] = []
 
     def encode(self, text: str) -> list[int]:

@@ -7,10 +7,12 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
+from minicpm_megatron import registry
 from minicpm_megatron.methods.schedule import build_schedule
 from minicpm_megatron.registry import ATTENTION_KERNELS, DECAY_SHAPES, SCHEDULES
 from tests.methods.contracts import check_decay_shape, check_schedule, recipe_of
@@ -25,6 +27,49 @@ from minicpm_megatron.recipe import load_recipe
 run(lambda: print(format_dry_run(load_recipe(sys.argv[1], sys.argv[2:]), 1)))
 """
 OVERRIDES = ["preset=my-wide-tiny", "schedule.decay_shape=square", "schedule.half_life="]
+
+TOKENIZER = """
+import json, sys
+from pathlib import Path
+from transformers import AutoTokenizer
+from minicpm_megatron.convert import convert
+from minicpm_megatron.convert.generation import Generator
+from minicpm_megatron.data.dataset import TokenDataset
+from minicpm_megatron.data.text_bytes import TextBytes
+from minicpm_megatron.data.tokenizers import load_tokenizer
+from minicpm_megatron.storage.sharded import write_single
+from tests.convert.conftest import random_tensors, small_model
+from tests.data.conftest import write_jsonl
+from tests.data.preprocess_helpers import run
+from tests.data.test_tokenizer import HARD
+
+here = Path(sys.argv[1])
+(here / "bytes").mkdir()
+(here / "bytes" / "bytes.json").write_text(json.dumps({"begin": "<s>", "end": "</s>"}))
+tokenizer = load_tokenizer(here / "bytes")
+for text in HARD:
+    assert tokenizer.encode(text) == list(text.encode()) and tokenizer.decode(tokenizer.encode(text)) == text
+documents = [text for text in HARD if text.strip() and chr(0) not in text]
+metadata = run([write_jsonl(here / "texts.jsonl", documents)], here / "bytes", here / "tokens", workers=2)
+assert metadata.tokens == metadata.text_bytes + 2 * len(documents) and metadata.vocab_size == 258
+dataset, count = TokenDataset(here / "tokens", 1, 0), TextBytes(tokenizer).of_labels
+assert sum(count(dataset, metadata, n) for n in range(dataset.samples_per_epoch)) == metadata.text_bytes
+
+model = small_model(num_layers=2, vocab_size=258)
+write_single(here / "ours", random_tensors(model).items(), model.model_dump(mode="json"), {"step": 0, "tokens": 0})
+done = convert(here / "ours", here / "out", "granite", tokenizer=here / "bytes")
+assert done.notes == ("no tokenizer.model: llama.cpp's MiniCPM converter needs it",), done.notes
+assert (here / "out" / "bytes.json").is_file()
+theirs = AutoTokenizer.from_pretrained(here / "out")
+for text in HARD:
+    assert theirs.encode(text, add_special_tokens=False) == list(text.encode()), text
+assert (theirs.bos_token_id, theirs.eos_token_id, theirs("a")["input_ids"]) == (256, 257, [256, 97])
+convert(here / "out", here / "back", "megatron", tokenizer=here / "bytes")
+ids = [Generator(here / name).encode("a text") for name in ("back", "out")]
+assert ids[0] == ids[1] == [256, *b"a text"]
+assert Generator(here / "back").decode(ids[0]) == "a text"
+print("done")
+"""
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +88,16 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def installed(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The plugin as this process finds it, for one test."""
     monkeypatch.syspath_prepend(str(site))
-    for registry in (DECAY_SHAPES, SCHEDULES, ATTENTION_KERNELS):
-        monkeypatch.setattr(registry, "_entries", dict(registry._entries))
+    for kind in (DECAY_SHAPES, SCHEDULES, ATTENTION_KERNELS):
+        monkeypatch.setattr(kind, "_entries", dict(kind._entries))
+
+
+def test_every_group_is_declared() -> None:
+    groups = {value.group for value in vars(registry).values() if isinstance(value, registry.Registry)}
+    setup = (ROOT / "setup.py").read_text(encoding="utf-8")
+    assert groups == set(re.findall(r'"(minicpm_megatron\.\w+)": \[\]', setup))
+    plugin = tomllib.loads((ROOT / "examples" / "my_plugin" / "pyproject.toml").read_text(encoding="utf-8"))
+    assert groups == set(plugin["project"]["entry-points"])
 
 
 def dry_run(*paths: Path) -> subprocess.CompletedProcess[str]:
@@ -117,6 +170,36 @@ def test_the_diffs_on_the_page_are_the_plugins(name: str) -> None:
     for diff in diffs:
         for _, path, body in re.findall(r"^--- (.*)\n\+\+\+ b/(.*)\n((?:[-+@ ].*\n)+?)(?=--- |\Z)", diff, re.M):
             text = (ROOT / path).read_text(encoding="utf-8")
-            for block in re.findall(r"^(?:\+.*\n)+", body, re.M):
+            for block in re.findall(r"^(?:\+(?! *\.\.\.$).*\n)+", body, re.M):  # a line of dots stands for lines left out
                 added = "".join(f"{line[1:]}\n" for line in block.splitlines())
                 assert added in text, f"{path}: {added}"
+
+
+def test_the_contract_of_formats_holds_for_the_plugins(site: Path) -> None:
+    """Round trip, table and stock transformers' logits: the tests run over whatever is registered."""
+    tests = [str(ROOT / "tests" / "convert" / f"test_{name}.py") for name in ("round_trip", "mapping", "logits")]
+    which = "mistral and (untied or no_grouping or twos or other_model or once)"
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-v", *tests, "-k", which],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (site, ROOT)))},
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stdout
+    for test in ("unfolds", "come_back_in_every_bit", "stock_transformers_agrees", "in_the_table_once"):
+        assert f"{test}[" in done.stdout, test
+
+
+def test_the_tokenizer_of_the_plugin(site: Path, tmp_path: Path) -> None:
+    """From text to an export whose tokenizer.json gives stock transformers the same ids."""
+    done = subprocess.run(
+        [sys.executable, "-c", TOKENIZER, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (site, ROOT)))},
+        timeout=120,
+    )
+    assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr

@@ -28,7 +28,7 @@ ALLOWED = {
     "engine": {"model", "methods", "parallel", "recipe"},
     "checkpoint": {"engine", "model", "methods", "parallel", "recipe"},
     "megatron_lm": {"model", "methods", "parallel", "recipe"},
-    "convert": {"methods", "recipe"},
+    "convert": {"methods", "recipe", "data"},
     "evaluation": {"convert", "methods", "recipe", "data"},
     "training": {"checkpoint", "engine", "model", "methods", "parallel", "recipe", "data"},
     "windtunnel": {"training", "checkpoint", "engine", "model", "methods", "parallel", "recipe", "data"},

@@ -11,8 +11,8 @@ import torch
 
 from minicpm_megatron.data.dataset import TokenDataset
 from minicpm_megatron.data.metadata import json_path
-from minicpm_megatron.data.tokenizer import Tokenizer
 from minicpm_megatron.data.tokenizer_training import train_tokenizer
+from minicpm_megatron.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from minicpm_megatron.recipe import load_recipe
 from minicpm_megatron.training.metrics import METRICS, read_metrics
 from minicpm_megatron.training.run_data import VALIDATION_SEED
@@ -127,7 +127,10 @@ def test_the_loss_per_byte_is_over_the_bytes_that_were_read(
     folder, outcomes = jobs
     nano.check(outcomes[run])
     (record,) = _evaluations(folder, run)
-    dataset, tokenizer = TokenDataset(folder / "text", SEQUENCE, VALIDATION_SEED), Tokenizer(folder / "tokenizer")
+    dataset, tokenizer = (
+        TokenDataset(folder / "text", SEQUENCE, VALIDATION_SEED),
+        SentencePieceTokenizer(folder / "tokenizer"),
+    )
     documents, (epoch, order) = texts(60), dataset._epoch(0)
     stream = [documents[number] for number in epoch.order.take(np.arange(len(documents)))]
     of_tokens = surface_bytes(tokenizer, stream)

@@ -1,1 +1,1 @@
-"""Entries of several kinds for minicpm_megatron, found through the entry points in pyproject.toml."""
+"""Entries for the registries of minicpm_megatron, found through the entry points in pyproject.toml."""

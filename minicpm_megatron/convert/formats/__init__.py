@@ -1,10 +1,10 @@
-"""The published formats. To add one: a file here with a `FORMAT`, and its line in `FORMATS`."""
+"""Published formats: each file here is one, called as the file is, and has a `FORMAT`. Other packages may add more."""
 
 from __future__ import annotations
 
-from minicpm_megatron.convert.format import Format
-from minicpm_megatron.convert.formats import granite, granitemoe, llama, minicpm, mixtral
+from collections.abc import Mapping
 
-FORMATS: dict[str, Format] = {
-    f.name: f for f in (minicpm.FORMAT, llama.FORMAT, granite.FORMAT, mixtral.FORMAT, granitemoe.FORMAT)
-}
+from minicpm_megatron import registry
+from minicpm_megatron.convert.format import Format
+
+FORMATS: Mapping[str, Format] = registry.Entries(registry.FORMATS)

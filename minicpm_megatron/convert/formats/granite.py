@@ -12,7 +12,7 @@ from typing import Any
 
 from minicpm_megatron.convert.config_fields import number
 from minicpm_megatron.convert.format import Fields, Format
-from minicpm_megatron.convert.formats.llama_names import DENSE_ROWS
+from minicpm_megatron.convert.llama_names import DENSE_ROWS
 from minicpm_megatron.convert.multipliers import AGREEMENT, embedding_multiplier, residual_multiplier
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.methods import mup

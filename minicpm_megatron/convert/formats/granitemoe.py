@@ -9,8 +9,8 @@ from __future__ import annotations
 from minicpm_megatron.convert import mapping
 from minicpm_megatron.convert.format import Format
 from minicpm_megatron.convert.formats import granite
-from minicpm_megatron.convert.formats.llama_names import LAYER, rows_around
 from minicpm_megatron.convert.fused import STACK
+from minicpm_megatron.convert.llama_names import LAYER, rows_around
 from minicpm_megatron.convert.mapping import Row
 
 _MODULE = LAYER + "block_sparse_moe."

@@ -16,7 +16,7 @@ from typing import Any
 
 from minicpm_megatron.convert import mapping
 from minicpm_megatron.convert.format import Fields, Format
-from minicpm_megatron.convert.formats.llama_names import DENSE_ROWS
+from minicpm_megatron.convert.llama_names import DENSE_ROWS
 from minicpm_megatron.convert.mapping import Row
 from minicpm_megatron.convert.multipliers import embedding_multiplier, logits_multiplier, residual_multiplier
 from minicpm_megatron.errors import UserError

@@ -15,7 +15,7 @@ from typing import Any
 
 from minicpm_megatron.convert.config_fields import number
 from minicpm_megatron.convert.format import Fields, Format, refuse_uneven_heads
-from minicpm_megatron.convert.formats.llama_names import DENSE_ROWS, expert_rows
+from minicpm_megatron.convert.llama_names import DENSE_ROWS, expert_rows
 from minicpm_megatron.convert.multipliers import logits_multiplier
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.recipe import ModelRecipe

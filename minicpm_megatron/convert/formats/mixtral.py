@@ -11,7 +11,7 @@ from typing import Any
 
 from minicpm_megatron.convert.format import Fields, Format
 from minicpm_megatron.convert.formats.llama import folded, read_plain
-from minicpm_megatron.convert.formats.llama_names import expert_rows
+from minicpm_megatron.convert.llama_names import expert_rows
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.recipe import ModelRecipe
 

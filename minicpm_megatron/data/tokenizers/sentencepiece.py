@@ -1,23 +1,24 @@
-"""The tokenizer of a run: a sentencepiece model, and exact encoding of documents of any length.
+"""sentencepiece models, and exact encoding of documents of any length.
 
 sentencepiece needs memory in proportion to the text it is given at once. Its pieces hold the word boundary mark
 only at their beginning, so a text may be cut before a space that follows something else without changing one id:
-the mark that sentencepiece puts before the second part stands for the space that was cut away. `Tokenizer` checks
+the mark that sentencepiece puts before the second part stands for the space that was cut away. The tokenizer checks
 that this holds for the vocabulary at hand and then encodes long documents part by part.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import sentencepiece
+from numpy.typing import NDArray
 
+from minicpm_megatron.data.tokenizers import Tokenizer
 from minicpm_megatron.errors import UserError
-from minicpm_megatron.storage.sentencepiece_model import parse_model
+from minicpm_megatron.storage.sentencepiece_model import Piece, PieceType, parse_model
 
 MODEL_NAME = "tokenizer.model"
 UNK_ID, BOS_ID, EOS_ID = 0, 1, 2
@@ -29,25 +30,7 @@ _MARK = "▁"
 _PART_CHARACTERS = 1 << 16
 
 
-def model_path(path: str | Path) -> Path:
-    """The sentencepiece model that `path`, a tokenizer folder or the model itself, stands for.
-
-    Raises:
-        UserError: there is none.
-    """
-    path = Path(path)
-    file = path / MODEL_NAME if path.is_dir() else path
-    if not file.is_file():
-        raise UserError("no such tokenizer", where=str(file), fix="make one with tools/train_tokenizer.py")
-    return file
-
-
-def tokenizer_sha256(path: str | Path) -> str:
-    """SHA-256 of the sentencepiece model, the identity of a tokenizer (the other files are made from it)."""
-    return hashlib.sha256(model_path(path).read_bytes()).hexdigest()
-
-
-class Tokenizer:
+class SentencePieceTokenizer(Tokenizer):
     """A sentencepiece model with MiniCPM's special tokens.
 
     Args:
@@ -57,14 +40,16 @@ class Tokenizer:
         UserError: the file is missing or is no sentencepiece model.
     """
 
+    file = MODEL_NAME
+    # made from the model by tools/train_tokenizer.py, with the same ids
+    companions = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+
     def __init__(self, path: str | Path) -> None:
-        self.path = model_path(path)
-        content = self.path.read_bytes()
-        self.sha256 = hashlib.sha256(content).hexdigest()
+        super().__init__(path)
         try:
             # parsed first: sentencepiece takes an empty file for a model and dies on the first text
-            self.description = parse_model(content)
-            self.processor = sentencepiece.SentencePieceProcessor(model_proto=content)
+            self.description = parse_model(self.content)
+            self.processor = sentencepiece.SentencePieceProcessor(model_proto=self.content)
         except (RuntimeError, ValueError) as error:
             raise UserError("not a sentencepiece model", where=str(self.path), fix="check the path") from error
 
@@ -95,13 +80,9 @@ class Tokenizer:
             and not any(_MARK in piece.text.lstrip(_MARK) for piece in model.pieces)
         )
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of `text`, without <s> and </s>; special tokens' names in the text are ordinary characters."""
-        return self.encode_batch([text])[0].tolist()
-
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+    def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
         """Ids of each text as int32, the same as sentencepiece gives for the whole of it."""
-        results: list[np.ndarray | None] = []
+        results: list[NDArray[np.int32] | None] = []
         short: list[str] = []
         for text in texts:
             if len(text) > _PART_CHARACTERS and self.can_cut:
@@ -118,6 +99,21 @@ class Tokenizer:
         """Text of `ids`; <s> and </s> give nothing."""
         return self.processor.decode(list(ids))
 
+    @cached_property
+    def token_bytes(self) -> NDArray[np.int64]:
+        """[vocab_size] a piece's UTF-8 bytes, with a space for each mark; 1 for a byte piece; 0 for <s>, </s>, <unk>.
+
+        Over a whole document these, with `first_token_bytes` for its first token, are exactly its bytes, unless the
+        model changes text before it splits it, or the text has the mark itself as a character.
+        """
+        return np.array([_bytes_of(piece) for piece in self.description.pieces], dtype=np.int64)
+
+    @cached_property
+    def first_token_bytes(self) -> NDArray[np.int64]:
+        """[vocab_size] one less for a piece that begins with the mark, which sentencepiece puts before a document."""
+        added = self.description.add_dummy_prefix
+        return self.token_bytes - np.array([added and p.text.startswith(_MARK) for p in self.description.pieces])
+
     @staticmethod
     def _cut(text: str) -> Iterator[str]:
         start = 0
@@ -132,3 +128,14 @@ class Tokenizer:
             yield text[start:cut]
             start = cut + 1
         yield text[start:]
+
+
+def _bytes_of(piece: Piece) -> int:
+    if piece.type is PieceType.BYTE:
+        return 1
+    if piece.type in (PieceType.CONTROL, PieceType.UNKNOWN):
+        return 0
+    return len(piece.text.replace(_MARK, " ").encode())
+
+
+TOKENIZER = SentencePieceTokenizer
