@@ -112,9 +112,11 @@ class Registry[T]:
 
     def _validate(self, entry: Any) -> T:
         if self._validator is None:
-            return entry
-        module, function = self._validator.split(":")
-        return getattr(importlib.import_module(module), function)(entry)
+            checked: T = entry
+        else:
+            module, function = self._validator.split(":")
+            checked = getattr(importlib.import_module(module), function)(entry)
+        return checked
 
     def _load_plugin(self, name: str) -> Any:
         points = list(entry_points(group=self.group, name=name))

@@ -97,7 +97,8 @@ class Generator:
         """fp32 [last, vocabulary] on the CPU: what the last positions of `tokens` say about the token after each."""
         self._forget_lengths()
         ids = torch.tensor([list(tokens)], device=self.model.device)
-        return self.model(input_ids=ids, use_cache=False, logits_to_keep=last).logits[0].float().cpu()
+        logits: torch.Tensor = self.model(input_ids=ids, use_cache=False, logits_to_keep=last).logits[0]
+        return logits.float().cpu()
 
     @torch.no_grad()
     def losses(self, tokens: Sequence[int]) -> torch.Tensor:
@@ -135,7 +136,7 @@ class Generator:
             use_cache=len(tokens) + new <= self.unscaled,
             **choice,
         )
-        found = output[0, len(tokens) :].tolist()
+        found: list[int] = output[0, len(tokens) :].tolist()
         end = next((place for place, token in enumerate(found) if token in self.ends), len(found))
         return found[:end]
 

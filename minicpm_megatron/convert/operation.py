@@ -16,7 +16,7 @@ from minicpm_megatron.convert.format import CONFIG, Format
 from minicpm_megatron.convert.formats import FORMATS
 from minicpm_megatron.convert.fused import Shape
 from minicpm_megatron.convert.mapping import Group
-from minicpm_megatron.convert.our_checkpoint import MANIFEST, MEGATRON, open_checkpoint, write_checkpoint
+from minicpm_megatron.convert.our_checkpoint import MEGATRON, open_checkpoint, write_checkpoint
 from minicpm_megatron.convert.output_folder import atomic_folder, check_output, check_space
 from minicpm_megatron.convert.rope import dynamic_note, fixed_rope
 from minicpm_megatron.convert.source import Source, check_complete, open_published, read_tensor
@@ -41,6 +41,7 @@ from minicpm_megatron.convert.weight_files import (
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.recipe import ModelRecipe, count_parameters
 from minicpm_megatron.storage.atomic import write_json
+from minicpm_megatron.storage.manifest import MANIFEST
 
 TARGETS = (*FORMATS, MEGATRON, TORCH_DIST)
 DEFAULT_DTYPE = "bf16"  # what every MiniCPM is published in

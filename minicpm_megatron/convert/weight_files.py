@@ -52,13 +52,15 @@ class _Safetensors:
         return tuple(self._handle.get_slice(name).get_shape())
 
     def stored_type(self, name: str) -> str:
-        return self._handle.get_slice(name).get_dtype()
+        return str(self._handle.get_slice(name).get_dtype())
 
     def read(self, name: str) -> torch.Tensor:
-        return self._handle.get_tensor(name)
+        tensor: torch.Tensor = self._handle.get_tensor(name)
+        return tensor
 
     def rows(self, name: str, start: int, end: int) -> torch.Tensor:
-        return self._handle.get_slice(name)[start:end]
+        part: torch.Tensor = self._handle.get_slice(name)[start:end]
+        return part
 
 
 @dataclass(frozen=True)

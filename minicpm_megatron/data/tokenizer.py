@@ -97,7 +97,8 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, without <s> and </s>; special tokens' names in the text are ordinary characters."""
-        return self.encode_batch([text])[0].tolist()
+        ids: list[int] = self.encode_batch([text])[0].tolist()
+        return ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Ids of each text as int32, the same as sentencepiece gives for the whole of it."""
@@ -116,7 +117,7 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`; <s> and </s> give nothing."""
-        return self.processor.decode(list(ids))
+        return str(self.processor.decode(list(ids)))
 
     @staticmethod
     def _cut(text: str) -> Iterator[str]:

@@ -47,7 +47,8 @@ def as_decay_shape(entry: Any) -> DecayShape:
     """
     if not callable(entry):
         raise TypeError(f"a decay shape must be a function, not {type(entry).__name__}")
-    return entry
+    shape: DecayShape = entry
+    return shape
 
 
 def _above_floor(curve: float, settings: DecaySettings) -> float:
@@ -59,7 +60,7 @@ def exponential(progress: float, settings: DecaySettings) -> float:
     """0.5^((s - T) / H), cut off at the floor: section 4.2's f with the half-life reading of section 6.2."""
     if settings.half_life is None:
         raise UserError("exponential decay needs its half-life", where="schedule.half_life", fix="give it")
-    return max(settings.min_lr_ratio, 0.5 ** (progress * settings.length / settings.half_life))
+    return float(max(settings.min_lr_ratio, 0.5 ** (progress * settings.length / settings.half_life)))
 
 
 @DECAY_SHAPES.register("linear")
@@ -189,7 +190,8 @@ class WSD(Schedule):
     def _after_warmup(self, position: float) -> float:
         if position <= self.stable_end:
             return 1.0
-        return DECAY_SHAPES.get(self.decay_shape)((position - self.stable_end) / self.decay, self.settings)
+        shape: DecayShape = DECAY_SHAPES.get(self.decay_shape)
+        return shape((position - self.stable_end) / self.decay, self.settings)
 
     def describe(self, lr: float | None = None) -> str:
         half_life = f" (half-life {self.half_life:,.12g})" if self.half_life is not None else ""

@@ -40,7 +40,8 @@ class _Presets(Mapping[str, ModelRecipe]):
     def __getitem__(self, name: str) -> ModelRecipe:
         if name not in registry.PRESETS.names():
             raise KeyError(name)
-        return registry.PRESETS.get(name)
+        model: ModelRecipe = registry.PRESETS.get(name)
+        return model
 
     def __contains__(self, name: object) -> bool:
         return name in registry.PRESETS.names()
@@ -63,9 +64,10 @@ def get_preset(name: str) -> ModelRecipe:
         UserError: nobody declares the name (the line names the nearest one), or the plugin that does is broken.
     """
     try:
-        return registry.PRESETS.get(name)
+        model: ModelRecipe = registry.PRESETS.get(name)
     except UserError as error:
         raise UserError(error.what, where=error.where or "preset", fix=error.fix) from error
+    return model
 
 
 def _row(hidden: int, heads: int, layers: int, *, groups: int | None = None, **other: Any) -> ModelRecipe:

@@ -238,7 +238,7 @@ class CheckpointReader:
         self._check_cover(spec, kind, pieces)
         flat: Tensor | None = None
         for piece in pieces:
-            values = self._handle(piece.file).get_tensor(piece.key)
+            values: Tensor = self._handle(piece.file).get_tensor(piece.key)
             if piece.numel == spec.numel:
                 return values.view(spec.shape)
             if flat is None:
