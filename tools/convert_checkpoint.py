@@ -21,11 +21,11 @@ from pathlib import Path
 from minicpm_megatron.checkpoint.find import find_source
 from minicpm_megatron.cli.arguments import Parser
 from minicpm_megatron.cli.entry import run
-from minicpm_megatron.cli.untie import HEAD_MOMENTS, untie
-from minicpm_megatron.convert import TARGETS, convert
-from minicpm_megatron.convert.operation import DEFAULT_DTYPE, DEFAULT_SHARD
-from minicpm_megatron.convert.our_checkpoint import MEGATRON
-from minicpm_megatron.convert.weight_files import DTYPES
+from minicpm_megatron.convert import convert, targets
+from minicpm_megatron.convert.target_names import MEGATRON
+from minicpm_megatron.convert.weight_options import DEFAULT_DTYPE, DEFAULT_SHARD, DTYPE_NAMES
+from minicpm_megatron.derive.moments import HEAD_MOMENTS
+from minicpm_megatron.derive.untie import untie
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.recipe import ModelRecipe, count_parameters, get_preset, load_recipe
 
@@ -40,12 +40,12 @@ def main() -> int:
         " Megatron-LM's folder (its newest) or one iteration in it",
     )
     parser.add_argument("--output", type=Path, required=True, help="folder to make; appears whole or not at all")
-    parser.add_argument("--to", required=True, choices=TARGETS, help="format to write; megatron is our checkpoint")
+    parser.add_argument("--to", required=True, choices=targets(), help="format to write; megatron is our checkpoint")
     parser.add_argument("--preset", help="the model of a torch_dist checkpoint that does not contain it")
     parser.add_argument("--recipe", type=Path, help="the same, as the model of a recipe")
     parser.add_argument(
         "--dtype",
-        choices=tuple(DTYPES),
+        choices=tuple(DTYPE_NAMES),
         help=f"type of the weights (default: {DEFAULT_DTYPE} in published formats, fp32 in torch_dist)",
     )
     parser.add_argument("--max-shard-size", default=DEFAULT_SHARD, help=f"for example 500MB (default {DEFAULT_SHARD})")

@@ -17,7 +17,8 @@ from pathlib import Path
 from minicpm_megatron.checkpoint.find import find_source
 from minicpm_megatron.cli.arguments import Parser
 from minicpm_megatron.cli.entry import run
-from minicpm_megatron.cli.upcycle import MOMENTS, upcycle
+from minicpm_megatron.derive.moments import EXPERT_MOMENTS
+from minicpm_megatron.derive.upcycle import upcycle
 from minicpm_megatron.methods.upcycling import Upcycling
 from minicpm_megatron.recipe import count_parameters
 
@@ -55,9 +56,9 @@ def main() -> int:
     )
     parser.add_argument(
         "--moments",
-        choices=MOMENTS,
-        default=MOMENTS[0],
-        help=f"what experts get of Adam's moments: the dense MLP's, scaled as theirs will be, or zeros ({MOMENTS[0]})",
+        choices=EXPERT_MOMENTS,
+        default=EXPERT_MOMENTS[0],
+        help="what experts get of Adam's moments: the dense MLP's, scaled as theirs will be, or zeros (%(default)s)",
     )
     parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="change one value of the new run's recipe"

@@ -16,10 +16,11 @@ from minicpm_megatron.convert.format import CONFIG, Format
 from minicpm_megatron.convert.formats import FORMATS
 from minicpm_megatron.convert.fused import Shape
 from minicpm_megatron.convert.mapping import Group
-from minicpm_megatron.convert.our_checkpoint import MEGATRON, open_checkpoint, write_checkpoint
+from minicpm_megatron.convert.our_checkpoint import open_checkpoint, write_checkpoint
 from minicpm_megatron.convert.output_folder import atomic_folder, check_output, check_space
 from minicpm_megatron.convert.rope import dynamic_note, fixed_rope
 from minicpm_megatron.convert.source import Source, check_complete, open_published, read_tensor
+from minicpm_megatron.convert.target_names import CHECKPOINTS, MEGATRON, targets
 from minicpm_megatron.convert.text_settings import GENERATION, SpecialTokens, choose_tokens
 from minicpm_megatron.convert.tokenizer_folder import (
     TokenizerFolder,
@@ -32,20 +33,13 @@ from minicpm_megatron.convert.torch_dist.contents import METADATA
 from minicpm_megatron.convert.torch_dist.folder import is_torch_dist
 from minicpm_megatron.convert.torch_dist.source import open_torch_dist
 from minicpm_megatron.convert.untying import untied_source
-from minicpm_megatron.convert.weight_files import (
-    DTYPE_NAMES,
-    DTYPES,
-    bytes_needed,
-    write_weights,
-)
+from minicpm_megatron.convert.weight_files import DTYPES, bytes_needed, write_weights
+from minicpm_megatron.convert.weight_options import DEFAULT_DTYPE, DEFAULT_SHARD, DTYPE_NAMES
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.recipe import ModelRecipe, count_parameters
 from minicpm_megatron.storage.atomic import write_json
 from minicpm_megatron.storage.manifest import MANIFEST
 
-TARGETS = (*FORMATS, MEGATRON, TORCH_DIST)
-DEFAULT_DTYPE = "bf16"  # what every MiniCPM is published in
-DEFAULT_SHARD = "5GB"
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -152,7 +146,7 @@ def convert(
     """Convert the model in `source_folder` and write it to `output`, whole or not at all.
 
     Args:
-        target: one of `TARGETS`.
+        target: one of `targets`.
         dtype: fp32, bf16 or fp16 of a published target (default bf16) or of torch_dist (default fp32); our checkpoints
             are always fp32.
         max_shard_size: data bytes of one file of a published target.
@@ -165,15 +159,15 @@ def convert(
     Raises:
         UserError: anything wrong with the input, the options or the place; `output` is then as it was.
     """
-    if target not in TARGETS:
-        raise UserError(f"unknown format {target!r}", where="--to", fix=f"use one of {', '.join(TARGETS)}")
+    if target not in targets():
+        raise UserError(f"unknown format {target!r}", where="--to", fix=f"use one of {', '.join(targets())}")
     if dtype is not None and target == MEGATRON:
         raise UserError("checkpoints always hold fp32", where="--dtype", fix="leave it out")
     if dtype not in (None, *DTYPES):
         raise UserError(f"unknown type {dtype!r}", where="--dtype", fix=f"use one of {', '.join(DTYPES)}")
     if tokenizer is not None and target == TORCH_DIST:
         raise UserError("torch_dist has no place for a tokenizer", where="--tokenizer", fix="leave it out")
-    if rope_fixed is not None and target not in FORMATS:
+    if rope_fixed is not None and target in CHECKPOINTS:
         raise UserError(
             f"{target} keeps a model's own scaling", where="--rope-fixed", fix=f"it is for {', '.join(FORMATS)}"
         )

@@ -11,14 +11,13 @@ from tqdm import tqdm
 
 from minicpm_megatron.convert.recorded_tokenizer import recorded_tokenizer
 from minicpm_megatron.convert.source import Source
+from minicpm_megatron.convert.target_names import MEGATRON
 from minicpm_megatron.convert.text_settings import of_state
 from minicpm_megatron.convert.weight_files import is_finite
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.recipe import ModelRecipe, build_section
 from minicpm_megatron.storage.manifest import MANIFEST, TEXT_STATE, problems
 from minicpm_megatron.storage.sharded import CheckpointReader, write_single
-
-MEGATRON = "megatron"
 
 
 def open_checkpoint(folder: Path) -> Source:

@@ -17,14 +17,14 @@ import torch
 from minicpm_megatron.convert.config_fields import read_json
 from minicpm_megatron.convert.fused import Shape
 from minicpm_megatron.convert.pickled_weights import PickledWeights
+from minicpm_megatron.convert.weight_options import DTYPE_NAMES
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.storage.atomic import write_json
 from minicpm_megatron.storage.safetensors_file import open_safetensors, write_stream
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, whole) for name, whole in DTYPE_NAMES.items()}
 _STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _HEADER_ALLOWANCE = 2**20
 

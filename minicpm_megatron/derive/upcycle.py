@@ -1,4 +1,4 @@
-"""What tools/upcycle.py does: a run whose first checkpoint is the mixture made of a dense model."""
+"""Upcycling: a run whose first checkpoint is the mixture made of a dense model."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import functools
 from collections.abc import Sequence
 from pathlib import Path
 
-from minicpm_megatron.cli.derived_run import DerivedRun, check_new_run, derived_recipe, write_run
 from minicpm_megatron.convert import open_source
 from minicpm_megatron.convert.rewriting import Rewrite
+from minicpm_megatron.derive.derived_run import DerivedRun, check_new_run, derived_recipe, write_run
+from minicpm_megatron.derive.moments import EXPERT_MOMENTS
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.methods.upcycling import (
     NEW_ROLES,
@@ -20,7 +21,6 @@ from minicpm_megatron.methods.upcycling import (
 from minicpm_megatron.recipe import ModelRecipe
 from minicpm_megatron.training.start import changed_key
 
-MOMENTS = ("clone", "drop")
 # of the mixture; what else a model has is the dense one's or follows from the options
 _FREE = (
     "moe_aux_loss_coeff",
@@ -50,8 +50,8 @@ def upcycle(
     Raises:
         UserError: anything wrong with the input, the options or the place.
     """
-    if moments not in MOMENTS:
-        raise UserError(f"unknown choice {moments!r}", where="--moments", fix=f"use one of {', '.join(MOMENTS)}")
+    if moments not in EXPERT_MOMENTS:
+        raise UserError(f"unknown choice {moments!r}", where="--moments", fix=f"use one of {', '.join(EXPERT_MOMENTS)}")
     source = open_source(dense)
     if source.model.num_moe_experts is not None:
         raise UserError(
