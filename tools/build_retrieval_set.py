@@ -30,7 +30,7 @@ Number = TypeVar("Number", int, float)
 def main() -> None:
     """Parse the command line and write the set."""
     parser = Parser(description=__doc__)
-    parser.add_argument("--task", required=True, choices=tuple(TASKS))
+    parser.add_argument("--task", required=True, choices=tuple(TASKS), help="what the questions ask for")
     parser.add_argument(
         "--corpus", nargs="+", required=True, help="files or folders, as tools/preprocess_data.py reads"
     )

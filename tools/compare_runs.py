@@ -3,7 +3,8 @@
     python tools/compare_runs.py --runs runs/dense runs/moe --output runs/moe/comparison.png
 
 The table counts each run's own steps; what was before a branch or an upcycling is common to them. The picture counts
-from where the first of the runs began, so that a branch follows on its trunk.
+from where the first of the runs began, so that a branch follows on its trunk. Both take the mean over the validation
+sets that all runs have read.
 """
 
 from __future__ import annotations

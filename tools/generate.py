@@ -10,6 +10,7 @@ from __future__ import annotations
 from minicpm_megatron.cli import at_once  # noqa: F401  # isort: skip
 
 import math
+import sys
 from pathlib import Path
 
 from minicpm_megatron.checkpoint.find import find_source
@@ -28,12 +29,25 @@ def main() -> None:
     parser.add_argument("--checkpoint", required=True, help="run, RUN@STEP, checkpoint or Hugging Face folder")
     parser.add_argument("--prompt", required=True, nargs="+", help="text to continue; several are done in turn")
     parser.add_argument("--tokenizer", type=Path, help="tokenizer folder (default: the one that belongs to the model)")
-    parser.add_argument("--max-new-tokens", type=int, default=default.max_new_tokens)
     parser.add_argument(
-        "--temperature", type=float, default=default.temperature, help=f"0: greedy (default {default.temperature})"
+        "--max-new-tokens",
+        type=int,
+        default=default.max_new_tokens,
+        help=f"a text ends after them, at an end token or with the model's context (default {default.max_new_tokens})",
     )
-    parser.add_argument("--top-p", type=float, default=default.top_p, help=f"default {default.top_p}")
-    parser.add_argument("--seed", type=int, default=default.seed)
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=default.temperature,
+        help=f"divides the logits before a draw; 0: the likeliest token each time (default {default.temperature})",
+    )
+    parser.add_argument(
+        "--top-p",
+        type=float,
+        default=default.top_p,
+        help=f"draw from the likeliest tokens that make up this probability (default {default.top_p})",
+    )
+    parser.add_argument("--seed", type=int, default=default.seed, help=f"of the draws (default {default.seed})")
     options = parser.parse_args()
     if options.max_new_tokens < 1:
         raise UserError("must be at least 1", where="--max-new-tokens")
@@ -52,7 +66,14 @@ def main() -> None:
     generator = Generator(find_source(options.checkpoint), options.tokenizer)
     sampling = Sampling(options.max_new_tokens, options.temperature, options.top_p, options.seed)
     for prompt in options.prompt:
-        print(generator.continue_text(prompt, sampling), flush=True)
+        full: list[int] = []
+        print(generator.continue_text(prompt, sampling, full.append), flush=True)
+        for new in full:
+            print(
+                f"note: the context of {generator.longest:,} tokens is full after {new:,} new ones",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 def _check_text(prompt: str) -> None:

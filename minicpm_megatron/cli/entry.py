@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 
 from minicpm_megatron.cli.interrupts import EXIT_INTERRUPTED, clean_up_first, say_interrupted
+from minicpm_megatron.cli.library_lines import only_our_lines
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.parallel.open_files import too_few
 
@@ -25,6 +26,7 @@ def run(main: Callable[[], int | None]) -> None:
     machine's alone.
     """
     clean_up_first()
+    only_our_lines()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             # a path or a text that the terminal has no characters for must not end the command that prints it

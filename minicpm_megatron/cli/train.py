@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import os
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -136,7 +134,6 @@ def _say_whether_finished(recipe: Recipe) -> int:
 
 
 def _train(recipe: Recipe, origin: Origin | None, launcher: Launcher) -> int:
-    only_our_lines()
     # seconds of imports, after everything that can be refused without them
     with interrupts.leaving_at_once():
         from minicpm_megatron.parallel import groups
@@ -159,17 +156,3 @@ def _train(recipe: Recipe, origin: Origin | None, launcher: Launcher) -> int:
     finally:
         groups.destroy()
     return 0
-
-
-def only_our_lines() -> None:
-    """Silence start-up chatter of the libraries that tells a user nothing (missing optional accelerators)."""
-    warnings.filterwarnings("ignore", module=r"(megatron|torch|deepspeed)\..*")
-    for name in (
-        # "No CUDA runtime is found", on a machine with a CUDA compiler and no GPU
-        "torch.utils.cpp_extension",
-        # "GPTModel IS DEPRECATED", from Megatron-Core 0.19 on; docs/megatron_lm.md says which model is trained and why
-        "megatron.core.models.gpt.gpt_model",
-    ):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    os.environ.setdefault("DS_ACCELERATOR_LOG_LEVEL", "ERROR")
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")

@@ -6,7 +6,10 @@ MiniCPM's multipliers, and transformers generates: cache, sampling and stopping 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,7 +69,8 @@ class Generator:
             raise UserError("no tokenizer is known for this model", where=str(folder), fix="give --tokenizer DIR")
         if not (pieces / "tokenizer.json").is_file():
             raise UserError("no tokenizer.json", where=str(pieces), fix="give --tokenizer DIR")
-        self.tokenizer = AutoTokenizer.from_pretrained(str(pieces), trust_remote_code=False)
+        with _no_remarks_on_the_config():
+            self.tokenizer = AutoTokenizer.from_pretrained(str(pieces), trust_remote_code=False)
         if len(self.tokenizer) > source.model.vocab_size:
             raise UserError(
                 f"the tokenizer has {len(self.tokenizer)} pieces, the model's vocabulary {source.model.vocab_size}",
@@ -150,8 +154,14 @@ class Generator:
         rotary.inv_freq = rotary.original_inv_freq.clone()
         rotary.max_seq_len_cached = rotary.original_max_seq_len
 
-    def continue_text(self, prompt: str, sampling: Sampling) -> str:
+    def continue_text(
+        self, prompt: str, sampling: Sampling, on_full_context: Callable[[int], object] = lambda new: None
+    ) -> str:
         """The prompt with its continuation.
+
+        Args:
+            on_full_context: called with the number of new tokens where the model's context held no more of them,
+                though neither an end token came nor `sampling.max_new_tokens` were made.
 
         Raises:
             UserError: the prompt alone is longer than the model's context.
@@ -161,7 +171,31 @@ class Generator:
             raise UserError(
                 f"{len(tokens)} tokens do not fit a context of {self.longest}", where="--prompt", fix="shorten it"
             )
-        return self.decode(tokens + self.continue_tokens(tokens, sampling))
+        new = self.continue_tokens(tokens, sampling)
+        if len(new) == self.longest - len(tokens) < sampling.max_new_tokens:
+            on_full_context(len(new))
+        return self.decode(tokens + new)
+
+
+@contextlib.contextmanager
+def _no_remarks_on_the_config() -> Iterator[None]:
+    """Silence what transformers says about the config.json that it reads beside a tokenizer, to choose its class.
+
+    transformers 5.23 has no class for the model type `minicpm`, and remarks on that and on the key rope_scaling. Here
+    no model is made of that config.json by transformers.
+    """
+    log = logging.getLogger("transformers.configuration_utils")
+
+    def is_wanted(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith("You are using a model of type")
+
+    log.addFilter(is_wanted)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`rope_scaling` is deprecated", FutureWarning)
+            yield
+    finally:
+        log.removeFilter(is_wanted)
 
 
 def as_granite(source: Source, dtype: torch.dtype | None = None) -> Any:

@@ -14,7 +14,9 @@ def open_indexed_dataset(prefix: str | Path) -> Any:
     are used.
     """
     with warnings.catch_warnings():
-        # megatron.core tells of each optional GPU library that is missing; none has to do with reading tokens
+        # megatron.core 0.19 warns of each optional GPU library that is missing when it is imported, and of an unknown
+        # rank when IndexedDataset logs; neither has to do with reading tokens
         warnings.simplefilter("ignore")
         from megatron.core.datasets.indexed_dataset import IndexedDataset
-    return IndexedDataset(str(prefix))
+
+        return IndexedDataset(str(prefix))

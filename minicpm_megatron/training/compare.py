@@ -15,6 +15,7 @@ from minicpm_megatron.training.metrics import METRICS, human, read_metrics
 from minicpm_megatron.training.text import aligned
 
 _LAST = 10  # steps whose losses are averaged
+_NAMED = 4  # sets that a mean is named by
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class RunCurve:
         flops: of its own steps, by PaLM's convention.
         loss: mean of its last steps' training losses, nats per token.
         held_out: set -> loss per token at its last evaluation.
-        points: (tokens, FLOPs, mean loss over the held-out sets) of every evaluation.
+        points: (tokens, FLOPs, set -> loss per token) of every evaluation.
         first_tokens: read before its own steps.
         recipe: of the run.
     """
@@ -41,7 +42,7 @@ class RunCurve:
     flops: float
     loss: float
     held_out: dict[str, float]
-    points: tuple[tuple[int, float, float], ...]
+    points: tuple[tuple[int, float, dict[str, float]], ...]
     first_tokens: int
     recipe: Recipe
 
@@ -78,14 +79,11 @@ def read_curve(run: Path) -> RunCurve:
         raise UserError("has made no step", where=str(run), fix="start it first")
     count, first = count_parameters(recipe.model), steps[0]["step"] - 1
     begin = BatchPlan(recipe).tokens(first)
-    by_step: dict[int, list[tuple[str, int, float]]] = {}
+    points: dict[int, tuple[int, float, dict[str, float]]] = {}
     for record in read_metrics(run / METRICS, "evaluation", ("set", "tokens", "loss_per_token")):
-        by_step.setdefault(record["step"], []).append((record["set"], record["tokens"], record["loss_per_token"]))
-    points = []
-    for step, sets in sorted(by_step.items()):
-        points.append(
-            (sets[0][1] - begin, run_flops(recipe, first, step), sum(loss for _, _, loss in sets) / len(sets))
-        )
+        step = record["step"]
+        point = points.setdefault(step, (record["tokens"] - begin, run_flops(recipe, first, step), {}))
+        point[2][record["set"]] = record["loss_per_token"]
     last = [record["loss"] for record in steps if not record.get("skipped")][-_LAST:]
     return RunCurve(
         name=run.resolve().name,
@@ -94,44 +92,78 @@ def read_curve(run: Path) -> RunCurve:
         tokens=steps[-1]["tokens"] - begin,
         flops=run_flops(recipe, first, steps[-1]["step"]),
         loss=sum(last) / len(last) if last else float("nan"),
-        held_out={name: loss for name, _, loss in by_step[max(by_step)]} if by_step else {},
-        points=tuple(points),
+        held_out=points[max(points)][2] if points else {},
+        points=tuple(points[step] for step in sorted(points)),
         first_tokens=begin,
         recipe=recipe,
     )
 
 
+def shared_sets(curves: Sequence[RunCurve]) -> list[str]:
+    """Names of the held-out sets of every run's last evaluation; a run that was never evaluated is passed over.
+
+    A mean over them alone is the same thing for every run.
+    """
+    evaluated = [set(curve.held_out) for curve in curves if curve.held_out]
+    return sorted(set.intersection(*evaluated)) if evaluated else []
+
+
 def format_table(curves: Sequence[RunCurve]) -> str:
     """The runs as lines of a table."""
-    sets = sorted({name for curve in curves for name in curve.held_out})
-    head = ["run", "parameters", "for a token", "from step", "tokens", "FLOPs", "training loss", *sets, "held-out mean"]
-    rows = [head]
+    sets, shared = sorted({name for curve in curves for name in curve.held_out}), shared_sets(curves)
+    rows = [
+        ["run", "parameters", "for a token", "from step", "tokens", "FLOPs", "training loss", *sets, _mean_over(shared)]
+    ]
     for curve in curves:
         held_out = [curve.held_out.get(name) for name in sets]
-        known = [loss for loss in held_out if loss is not None]
-        mean = sum(known) / len(known) if known else None
-        losses = ["-" if loss is None else f"{loss:.4f}" for loss in (curve.loss, *held_out, mean)]
+        losses = [
+            "-" if loss is None else f"{loss:.4f}" for loss in (curve.loss, *held_out, _mean(curve.held_out, shared))
+        ]
         numbers = [f"{value:,}" for value in (*curve.parameters, curve.first_step, curve.tokens)]
         rows.append([curve.name, *numbers, f"{curve.flops:.3g}", *losses])
     return "\n".join(aligned(rows))
 
 
 def shifted(curves: Sequence[RunCurve]) -> list[list[tuple[float, float, float]]]:
-    """The points of every run, counted from where the first of them began.
+    """(tokens, FLOPs, mean loss over the shared sets) of every run, counted from where the first of them began.
 
     A run that began later, a branch for one, has behind it what the first run had done by then: its tokens and FLOPs.
+    An evaluation without one of the shared sets is left out.
     """
-    first = min(curves, key=lambda curve: curve.first_step)
+    first, shared = min(curves, key=_began), shared_sets(curves)
     moved: list[list[tuple[float, float, float]]] = []
     for curve in curves:
         tokens = curve.first_tokens - first.first_tokens
         flops = run_flops(first.recipe, first.first_step, curve.first_step)
-        moved.append([(tokens + at, flops + cost, loss) for at, cost, loss in curve.points])
+        points = ((at, cost, _mean(losses, shared)) for at, cost, losses in curve.points)
+        moved.append([(tokens + at, flops + cost, loss) for at, cost, loss in points if loss is not None])
     return moved
 
 
+def _mean(losses: dict[str, float], sets: Sequence[str]) -> float | None:
+    """The mean over `sets`, None where there are none or one of them has no loss."""
+    return sum(losses[name] for name in sets) / len(sets) if sets and losses.keys() >= set(sets) else None
+
+
+def _mean_over(sets: Sequence[str]) -> str:
+    """Name a mean by its sets; of more than a picture has room for, by their number."""
+    named = ", ".join(sets) if len(sets) <= _NAMED else f"{len(sets)} sets"
+    return f"mean over {named}" if sets else "mean"
+
+
 def draw(curves: Sequence[RunCurve], path: Path) -> None:
-    """Mean validation loss over tokens and over FLOPs, side by side, as a picture."""
+    """Mean loss on the shared validation sets over tokens and over FLOPs, side by side, as a picture.
+
+    Raises:
+        UserError: there is no set that all runs were evaluated on.
+    """
+    shared = shared_sets(curves)
+    if not shared:
+        raise UserError(
+            "there is no validation set that all runs read, so no picture is drawn",
+            where="--runs",
+            fix="compare runs with evaluations of the same data.validation",
+        )
     pyplot = offscreen_pyplot()
     figure, axes = pyplot.subplots(1, 2, figsize=(10.5, 4), sharey=True)
     together = len({curve.first_step for curve in curves}) == 1
@@ -141,7 +173,7 @@ def draw(curves: Sequence[RunCurve], path: Path) -> None:
             axis.plot([each[index] for each in points], [each[2] for each in points], marker="o", label=curve.name)
         axis.set_xlabel(f"{label} {since}")
         axis.xaxis.set_major_formatter(lambda value, _: human(value).strip() if value > 0 else f"{value:g}")
-    axes[0].set_ylabel(VALIDATION_LOSS)
+    axes[0].set_ylabel(f"{VALIDATION_LOSS}\n{_mean_over(shared)}")
     legend_beside(axes[1], title="run")
     save_picture(figure, path)
 

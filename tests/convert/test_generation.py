@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -45,6 +47,19 @@ def test_greedy_text_is_the_argmax_of_the_reference(checkpoint, tokenizer, tmp_p
     assert found == expected
 
 
+@pytest.mark.cpu_only("nothing of a tokenizer is computed")
+def test_the_tokenizer_of_an_exported_folder_is_loaded_in_silence(checkpoint, tokenizer, tmp_path, recwarn):
+    """transformers has no class for the model type `minicpm`, which it remarks on in the log and by a warning."""
+    convert(checkpoint(), tmp_path / "out", "minicpm", dtype="fp32", tokenizer=tokenizer)
+    log, heard = logging.getLogger("transformers"), io.StringIO()
+    log.addHandler(handler := logging.StreamHandler(heard))
+    try:
+        Generator(tmp_path / "out")
+    finally:
+        log.removeHandler(handler)
+    assert heard.getvalue() == "" and [str(each.message) for each in recwarn] == []
+
+
 def test_half_precision_leaves_the_rotary_frequencies_whole(checkpoint, tokenizer):
     """Rounded to bf16 they would be wrong by 0.4 radians at position 1,000."""
     folder = checkpoint()
@@ -67,6 +82,21 @@ def test_a_prompt_beyond_the_context_is_refused(checkpoint, tokenizer):
     generator = Generator(checkpoint(max_position_embeddings=8), tokenizer)
     with pytest.raises(UserError, match="do not fit a context of 8"):
         generator.continue_text("a b c d e f g h i j k l", Sampling())
+
+
+def test_only_a_text_that_the_context_cuts_short_is_reported(checkpoint, tokenizer):
+    generator = Generator(checkpoint(max_position_embeddings=16), tokenizer)
+    generator.ends = ()
+    room = 16 - len(generator.encode(PROMPT))
+    said: list[int] = []
+    texts = [
+        generator.continue_text(PROMPT, Sampling(max_new_tokens=new, temperature=0.0), on_full_context=said.append)
+        for new in (room - 1, room, room + 1)
+    ]
+    assert said == [room] and texts[1] == texts[2]
+    generator.ends = (generator.continue_tokens(generator.encode(PROMPT), Sampling(room, 0.0))[-1],)
+    generator.continue_text(PROMPT, Sampling(room + 1, 0.0), on_full_context=said.append)
+    assert said == [room], "an end token in the last place ends the text"
 
 
 @pytest.mark.cpu_only("refused before there is a model")

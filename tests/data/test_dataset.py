@@ -177,6 +177,14 @@ def test_megatron_reads_what_we_write(tmp_path: Path, documents: list[list[int]]
     assert reader.document_indices.tolist() == list(range(len(documents) + 1))
 
 
+def test_megatron_reads_in_silence(
+    tmp_path: Path, documents: list[list[int]], monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    monkeypatch.delenv("RANK", raising=False)  # as in a tool, which no launcher started
+    open_indexed_dataset(write_tokens(tmp_path / "t", documents))
+    assert [str(each.message) for each in recwarn] == []
+
+
 def test_we_write_what_megatron_writes(tmp_path: Path, documents: list[list[int]]) -> None:
     import torch
     from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder

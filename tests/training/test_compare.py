@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,20 @@ from tests.convert.conftest import EXPERTS, small_model
 from tests.pictures import drawn
 
 
-def write_run(folder: Path, name: str, first: int, last: int, curriculum: Any = (), **model: Any) -> Path:
-    """A run of 4 samples of 32 tokens a step, evaluated every 5 steps, whose losses are 10 - step / 10."""
+def write_run(
+    folder: Path,
+    name: str,
+    first: int,
+    last: int,
+    curriculum: Any = (),
+    sets: dict[str, float] | None = None,
+    **model: Any,
+) -> Path:
+    """A run of 4 samples of 32 tokens a step, evaluated every 5 steps, whose losses are 10 - step / 10.
+
+    Args:
+        sets: validation set -> what is added to its losses; default: en and, 1 above it, zh.
+    """
     recipe = build(
         {
             "name": name,
@@ -34,8 +47,8 @@ def write_run(folder: Path, name: str, first: int, last: int, curriculum: Any = 
     for step in range(first, last + 1):
         lines.append({"kind": "train", "step": step, "tokens": 128 * step, "loss": 10 - step / 10})
         if step % 5 == 0:
-            for number, held_out in enumerate(("en", "zh")):
-                loss = 10 - step / 10 + number
+            for held_out, more in (sets or {"en": 0, "zh": 1}).items():
+                loss = 10 - step / 10 + more
                 lines.append(
                     {"kind": "evaluation", "step": step, "set": held_out, "tokens": 128 * step, "loss_per_token": loss}
                 )
@@ -57,7 +70,10 @@ def test_a_run_counts_its_own_steps(tmp_path: Path) -> None:
     assert curve.flops == pytest.approx(1280 * flops_by_hand(2, 72))
     assert curve.held_out == {"en": 6.0, "zh": 7.0}
     assert curve.loss == pytest.approx(sum(10 - step / 10 for step in range(31, 41)) / 10)
-    assert [(tokens, loss) for tokens, _, loss in curve.points] == [(640, 7.0), (1280, 6.5)]
+    assert [(tokens, losses) for tokens, _, losses in curve.points] == [
+        (640, {"en": 6.5, "zh": 7.5}),
+        (1280, {"en": 6.0, "zh": 7.0}),
+    ]
     assert curve.parameters[0] > curve.parameters[1]
 
 
@@ -89,7 +105,8 @@ def test_in_the_picture_a_branch_follows_on_its_trunk(tmp_path: Path) -> None:
     assert after == [pytest.approx(point) for point in alone[6:]]
     assert after[0] == pytest.approx((35 * 128, 35 * 128 * flops_by_hand(1, 240), 7.0))
     [together, _] = shifted([branch, branch])
-    assert together == [pytest.approx(point) for point in branch.points], "from where they parted"
+    begun = [(tokens, flops, sum(losses.values()) / 2) for tokens, flops, losses in branch.points]
+    assert together == [pytest.approx(point) for point in begun], "from where they parted"
     # experts that begin where a dense run stood have the dense run's cost behind them
     [_, moe] = shifted([trunk, read_curve(write_run(tmp_path, "moe", 31, 40, **EXPERTS))])
     assert moe[0][1] == pytest.approx(128 * (30 * flops_by_hand(1, 240) + 5 * flops_by_hand(2, 72)))
@@ -116,6 +133,46 @@ def test_the_command_prints_a_table_and_draws(tmp_path: Path, capfd: pytest.Capt
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert command("compare_runs.py", "--runs", *runs, "--equal-flops", 10) == 0
     assert capfd.readouterr().out == f"{equal_flops(*runs, 10)}\n"
+
+
+def test_a_mean_is_over_the_sets_that_all_runs_share(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    three = write_run(tmp_path, "three", 1, 10, sets={"code": -3, "en": 0, "zh": 1})
+    two = write_run(tmp_path, "two", 1, 10)
+    with drawn() as figures:
+        assert command("compare_runs.py", "--runs", three, two, "--output", tmp_path / "x.png") == 0
+    head, first, second, *_ = (re.split(" {2,}", line) for line in capfd.readouterr().out.splitlines())
+    # step 10 of both is the same on what both have read
+    assert head[-4:] == ["code", "en", "zh", "mean over en, zh"]
+    assert (first[-4:], second[-4:]) == (
+        ["6.0000", "9.0000", "10.0000", "9.5000"],
+        ["-", "9.0000", "10.0000", "9.5000"],
+    )
+    [left, _] = figures[0].axes
+    assert [list(line.get_ydata()) for line in left.get_lines()] == [[pytest.approx(10), pytest.approx(9.5)]] * 2
+    assert left.get_ylabel() == "validation loss (nats per token)\nmean over en, zh"
+
+
+def test_an_evaluation_without_a_shared_set_has_no_mean(tmp_path: Path) -> None:
+    """zh was added to the run's recipe after its first evaluation."""
+    run = write_run(tmp_path, "more", 1, 10)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if (line["step"], line.get("set")) != (5, "zh")]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    [points] = shifted([read_curve(run)])
+    assert [(tokens, loss) for tokens, _, loss in points] == [(1280, 9.5)]
+
+
+def test_runs_that_share_no_set_have_no_picture(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    runs = [write_run(tmp_path, name, 1, 10, sets={name: 0}) for name in ("en", "zh")]
+    assert command("compare_runs.py", "--runs", *runs, "--output", tmp_path / "x.png") == 2
+    printed = capfd.readouterr()
+    assert [re.split(" {2,}", line)[-3:] for line in printed.out.splitlines()] == [
+        ["en", "zh", "mean"],
+        ["9.0000", "-", "-"],
+        ["-", "9.0000", "-"],
+    ]
+    assert "no validation set that all runs read" in printed.err and printed.err.count("\n") == 1
+    assert not (tmp_path / "x.png").exists()
 
 
 @pytest.mark.parametrize(

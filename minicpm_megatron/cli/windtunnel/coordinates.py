@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from minicpm_megatron.cli.train import only_our_lines
 from minicpm_megatron.cli.windtunnel.options import Subparsers, add_recipe_options, parse_list, planned, say
 from minicpm_megatron.recipe import Recipe
 from minicpm_megatron.windtunnel.coordinates.check import CoordinateSettings, plan_coordinates, run_coordinates
@@ -47,5 +46,4 @@ def _run(options: argparse.Namespace, script: Path) -> Ended:
     if options.dry_run:
         print(format_plan(experiment))
         return "done"
-    only_our_lines()
     return run_experiment(experiment, lambda: run_coordinates(experiment, say), say)
