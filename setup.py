@@ -34,6 +34,7 @@ setup(
         "eval": ["lm-eval==0.4.13"],
     },
     entry_points={
+        "console_scripts": ["minicpm = minicpm_megatron.__main__:script"],
         # other packages add to these: see examples/my_plugin
         "minicpm_megatron.presets": [],
         "minicpm_megatron.decay_shapes": [],

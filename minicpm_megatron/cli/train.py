@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 from minicpm_megatron.cli import interrupts
 from minicpm_megatron.cli.arguments import Parser
-from minicpm_megatron.cli.dry_run import check_inputs, format_dry_run
 from minicpm_megatron.derive.moved_run import load_recipe_of_run
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.recipe import BatchPlan, Recipe
@@ -99,6 +98,8 @@ def main(arguments: list[str] | None = None) -> int:
 
         origin = initial_weights(recipe, options.weights, open_published_weights)
     if options.dry_run:
+        from minicpm_megatron.cli.dry_run import check_inputs, format_dry_run
+
         parallel = recipe.parallel
         fewest = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
         fewest *= parallel.context_parallel_size

@@ -10,7 +10,6 @@ import contextlib
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import torch
 
 from minicpm_megatron.convert.formats import granite, granitemoe
 from minicpm_megatron.convert.operation import open_source
+from minicpm_megatron.convert.sampling import Sampling
 from minicpm_megatron.convert.source import Source
 from minicpm_megatron.convert.text_settings import SpecialTokens, choose_tokens
 from minicpm_megatron.errors import UserError
@@ -28,23 +28,6 @@ _GRANITEMOE_5 = {
     "output_linear.weight": "experts.down_proj",
     "router.layer.weight": "router.weight",
 }
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen.
-
-    Attributes:
-        max_new_tokens: tokens after the prompt.
-        temperature: 0 takes the likeliest token each time.
-        top_p: tokens that make up this probability are drawn from.
-        seed: of the draw.
-    """
-
-    max_new_tokens: int = 128
-    temperature: float = 0.8
-    top_p: float = 0.8
-    seed: int = 0
 
 
 class Generator:
