@@ -1,6 +1,8 @@
 # Two commands set up everything on a fresh machine:
 #   make quickstart   environment, corpus, tokens, a distributed run, export, generated text
 #   make test         the whole test suite, on the CPU even where there is a GPU
+#   make check        ruff, mypy --strict and the fast tests: what to run before each commit
+#   make docs         the documentation as a site in site/; a broken link fails
 #   make test-gpu     those tests that compute on the device, on one GPU
 # PYTHON names the interpreter that the environment is made with; without it the first Python 3.12 that runs is taken.
 # TORCH_INDEX names a package index for torch alone, for its CPU build:
@@ -19,7 +21,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: quickstart test test-gpu lint environment clean
+.PHONY: quickstart check test test-fast test-gpu lint docs environment clean
 .DELETE_ON_ERROR:
 
 quickstart: $(STAMP)
@@ -37,8 +39,21 @@ test-gpu: $(STAMP)
 	@echo "== running the tests that compute on the device"
 	@PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest --device cuda -rs
 
+# Types and tests at the same time, each on a core.
+check: $(STAMP)
+	@$(MAKE) --no-print-directory --jobs 2 --output-sync=target lint test-fast
+
+# tests/fast.txt lists the fast tests; tests that start no jobs of several processes, for the most part.
+test-fast: $(STAMP)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest @tests/fast.txt
+
+# mypy is strict by pyproject.toml
 lint: $(STAMP)
-	@$(BIN)/ruff check . && $(BIN)/mypy minicpm_megatron tools
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check --quiet . && $(BIN)/mypy minicpm_megatron tools
+
+docs: $(STAMP)
+	@$(PIP_INSTALL) --no-build-isolation -e '.[docs]'
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 environment: $(STAMP)
 
@@ -60,4 +75,4 @@ $(STAMP): requirements.txt setup.py
 	@touch $(STAMP)
 
 clean:
-	rm -rf $(VENV) runs/quickstart
+	rm -rf $(VENV) runs/quickstart site

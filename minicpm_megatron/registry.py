@@ -136,7 +136,8 @@ class Registry[T]:
             entry = getattr(importlib.import_module(module), function)(entry)
         if getattr(entry, "name", name) != name:
             raise ValueError(f"the {self.kind} calls itself {entry.name!r}")
-        return entry
+        checked: T = entry
+        return checked
 
     def _load_plugin(self, name: str) -> T:
         points = list(entry_points(group=self.group, name=name))

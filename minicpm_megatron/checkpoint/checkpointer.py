@@ -46,7 +46,8 @@ class LoadedCheckpoint:
     @property
     def state(self) -> dict[str, Any]:
         """Where the run stood (JSON values)."""
-        return self.manifest["state"]
+        state: dict[str, Any] = self.manifest["state"]
+        return state
 
     def rank_tensors(self, rank: int) -> dict[str, Tensor]:
         """What that rank saved for itself."""

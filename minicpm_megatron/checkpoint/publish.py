@@ -22,8 +22,8 @@ from minicpm_megatron.checkpoint.names import LATEST, REPLACED, TEMPORARY, step_
 from minicpm_megatron.checkpoint.ranks import Ranks
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.storage.atomic import fsync_directory, write_bytes
+from minicpm_megatron.storage.checksum import FileRecord
 from minicpm_megatron.storage.manifest import write_manifest
-from minicpm_megatron.storage.safetensors_file import FileRecord
 from minicpm_megatron.storage.sharded import Fragment, rank_file, write_fragments
 
 log = logging.getLogger(__name__)

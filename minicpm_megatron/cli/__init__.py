@@ -1,1 +1,1 @@
-"""Argument parsing and the exit-code contract shared by tools/ and examples/."""
+"""The `minicpm` command: one file a command, with its arguments and exit codes. The work is in the rooms below."""

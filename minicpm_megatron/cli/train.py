@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 
 from minicpm_megatron.cli import interrupts
 from minicpm_megatron.cli.arguments import Parser
-from minicpm_megatron.cli.dry_run import check_inputs, format_dry_run
-from minicpm_megatron.cli.moved_run import load_recipe_of_run
+from minicpm_megatron.derive.moved_run import load_recipe_of_run
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.recipe import BatchPlan, Recipe
 from minicpm_megatron.training.launcher import Launcher
@@ -94,11 +93,13 @@ def main(arguments: list[str] | None = None) -> int:
         recipe, folder, step = branch_recipe(recipe, options.reference)
         origin = Origin(folder, step, options.reference, goes_on=True)
     elif options.weights is not None:
-        from minicpm_megatron.cli.published_weights import open_published_weights
+        from minicpm_megatron.derive.published_weights import open_published_weights
         from minicpm_megatron.training.start import initial_weights
 
         origin = initial_weights(recipe, options.weights, open_published_weights)
     if options.dry_run:
+        from minicpm_megatron.cli.dry_run import check_inputs, format_dry_run
+
         parallel = recipe.parallel
         fewest = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
         fewest *= parallel.context_parallel_size

@@ -7,7 +7,6 @@ MiniCPM's multipliers, and transformers generates: cache, sampling and stopping 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 from minicpm_megatron.convert.formats import granite, granitemoe
 from minicpm_megatron.convert.operation import open_source
 from minicpm_megatron.convert.prompts import open_prompts
+from minicpm_megatron.convert.sampling import Sampling
 from minicpm_megatron.convert.source import Source
 from minicpm_megatron.convert.text_settings import SpecialTokens, choose_tokens
 from minicpm_megatron.errors import UserError
@@ -26,23 +26,6 @@ _GRANITEMOE_5 = {
     "output_linear.weight": "experts.down_proj",
     "router.layer.weight": "router.weight",
 }
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen.
-
-    Attributes:
-        max_new_tokens: tokens after the prompt.
-        temperature: 0 takes the likeliest token each time.
-        top_p: tokens that make up this probability are drawn from.
-        seed: of the draw.
-    """
-
-    max_new_tokens: int = 128
-    temperature: float = 0.8
-    top_p: float = 0.8
-    seed: int = 0
 
 
 class Generator:
@@ -94,7 +77,8 @@ class Generator:
         """fp32 [last, vocabulary] on the CPU: what the last positions of `tokens` say about the token after each."""
         self._forget_lengths()
         ids = torch.tensor([list(tokens)], device=self.model.device)
-        return self.model(input_ids=ids, use_cache=False, logits_to_keep=last).logits[0].float().cpu()
+        logits: torch.Tensor = self.model(input_ids=ids, use_cache=False, logits_to_keep=last).logits[0]
+        return logits.float().cpu()
 
     @torch.no_grad()
     def losses(self, tokens: Sequence[int]) -> torch.Tensor:
@@ -132,7 +116,7 @@ class Generator:
             use_cache=len(tokens) + new <= self.unscaled,
             **choice,
         )
-        found = output[0, len(tokens) :].tolist()
+        found: list[int] = output[0, len(tokens) :].tolist()
         end = next((place for place, token in enumerate(found) if token in self.ends), len(found))
         return found[:end]
 

@@ -17,7 +17,7 @@ from minicpm_megatron.convert.format import CONFIG, Format, in_order
 from minicpm_megatron.convert.formats import FORMATS
 from minicpm_megatron.convert.fused import Shape
 from minicpm_megatron.convert.mapping import Group
-from minicpm_megatron.convert.our_checkpoint import MANIFEST, open_checkpoint, write_checkpoint
+from minicpm_megatron.convert.our_checkpoint import open_checkpoint, write_checkpoint
 from minicpm_megatron.convert.output_folder import atomic_folder, check_output, check_space
 from minicpm_megatron.convert.rope import dynamic_note, fixed_rope
 from minicpm_megatron.convert.source import Source, check_complete, open_published, read_tensor
@@ -34,18 +34,13 @@ from minicpm_megatron.convert.torch_dist.contents import METADATA
 from minicpm_megatron.convert.torch_dist.folder import is_torch_dist
 from minicpm_megatron.convert.torch_dist.source import open_torch_dist
 from minicpm_megatron.convert.untying import untied_source
-from minicpm_megatron.convert.weight_files import (
-    DTYPE_NAMES,
-    DTYPES,
-    bytes_needed,
-    write_weights,
-)
+from minicpm_megatron.convert.weight_files import DTYPES, bytes_needed, write_weights
+from minicpm_megatron.convert.weight_options import DEFAULT_DTYPE, DEFAULT_SHARD, DTYPE_NAMES
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.recipe import ModelRecipe, count_parameters
 from minicpm_megatron.storage.atomic import write_json
+from minicpm_megatron.storage.manifest import MANIFEST
 
-DEFAULT_DTYPE = "bf16"  # what every MiniCPM is published in
-DEFAULT_SHARD = "5GB"
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -92,6 +87,7 @@ def recognise(folder: Path) -> str:
     kind, architectures = config.get("model_type"), config.get("architectures")
     broken: list[str] = []
     layouts: list[Format] = []
+    layout: Format
     for layout in registry.FORMATS.loadable(broken):
         layouts.append(layout)
         if kind == layout.model_type and architectures in (None, [layout.architecture]):

@@ -16,8 +16,8 @@ from tqdm import tqdm
 from minicpm_megatron.convert.source import Source, TensorSource
 from minicpm_megatron.recipe import ModelRecipe, count_parameters
 from minicpm_megatron.storage.atomic import fsync_directory
+from minicpm_megatron.storage.checksum import FileRecord
 from minicpm_megatron.storage.manifest import write_manifest
-from minicpm_megatron.storage.safetensors_file import FileRecord
 from minicpm_megatron.storage.sharded import (
     WEIGHT,
     CheckpointReader,

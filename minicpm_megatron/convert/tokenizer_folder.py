@@ -148,7 +148,7 @@ def _compare(
 
     def equal(text: str, split: bool) -> bool:
         fast.encode_special_tokens = split
-        return fast.encode(text, add_special_tokens=False).ids == slow.encode(text)
+        return bool(fast.encode(text, add_special_tokens=False).ids == slow.encode(text))
 
     # settings that are missing are written, with the switch
     switched = settings is None or settings.get(SPLIT) is True

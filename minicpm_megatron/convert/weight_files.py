@@ -17,14 +17,14 @@ import torch
 from minicpm_megatron.convert.config_fields import read_json
 from minicpm_megatron.convert.fused import Shape
 from minicpm_megatron.convert.pickled_weights import PickledWeights
+from minicpm_megatron.convert.weight_options import DTYPE_NAMES
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.storage.atomic import write_json
 from minicpm_megatron.storage.safetensors_file import open_safetensors, write_stream
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, whole) for name, whole in DTYPE_NAMES.items()}
 _STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _HEADER_ALLOWANCE = 2**20
 
@@ -52,13 +52,15 @@ class _Safetensors:
         return tuple(self._handle.get_slice(name).get_shape())
 
     def stored_type(self, name: str) -> str:
-        return self._handle.get_slice(name).get_dtype()
+        return str(self._handle.get_slice(name).get_dtype())
 
     def read(self, name: str) -> torch.Tensor:
-        return self._handle.get_tensor(name)
+        tensor: torch.Tensor = self._handle.get_tensor(name)
+        return tensor
 
     def rows(self, name: str, start: int, end: int) -> torch.Tensor:
-        return self._handle.get_slice(name)[start:end]
+        part: torch.Tensor = self._handle.get_slice(name)[start:end]
+        return part
 
 
 @dataclass(frozen=True)

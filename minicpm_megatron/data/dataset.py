@@ -128,7 +128,8 @@ class TokenDataset:
         if len(bounds) == len(lengths) + 1:
             return lengths
         sums = np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))
-        return sums[bounds[1:]] - sums[bounds[:-1]]
+        sizes: np.ndarray = sums[bounds[1:]] - sums[bounds[:-1]]
+        return sizes
 
     def _epoch(self, number: int) -> tuple[_Epoch, Permutation]:
         if number not in self._epochs:
@@ -172,7 +173,7 @@ class TokenDataset:
 
     def _read(self, document: int, offset: int, length: int) -> np.ndarray:
         # the sequences of a document lie one after another, so reading on from its first is reading the document
-        ids = self._reader.get(int(self.index.documents[document]), offset=offset, length=length)
+        ids: np.ndarray = self._reader.get(int(self.index.documents[document]), offset=offset, length=length)
         if self.vocab_size is not None and not 0 <= ids.min() <= ids.max() < self.vocab_size:
             wrong = ids[(ids < 0) | (ids >= self.vocab_size)][0]
             raise UserError(

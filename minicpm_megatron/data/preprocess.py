@@ -202,7 +202,7 @@ def _is_whole(prefix: str | Path) -> bool:
 
 def _is_of_plan(work: Path, plan: str) -> bool:
     try:
-        return json.loads((work / _PLAN_NAME).read_bytes()) == {"plan": plan}
+        return bool(json.loads((work / _PLAN_NAME).read_bytes()) == {"plan": plan})
     except (OSError, ValueError, RecursionError):
         return False
 

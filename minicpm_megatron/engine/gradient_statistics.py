@@ -110,4 +110,4 @@ def _gradient(parameter: Any, piece: Piece) -> Tensor:
         return found if found.numel() == piece.master.numel() else found.narrow(0, piece.start, piece.master.numel())
     if parameter.grad is None:
         return torch.zeros_like(piece.master)
-    return parameter.grad.detach().reshape(-1)  # type: ignore[no-any-return]
+    return parameter.grad.detach().reshape(-1)

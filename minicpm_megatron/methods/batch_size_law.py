@@ -39,7 +39,7 @@ class BatchSizeLaw:
         >>> [round(PUBLISHED.predict(loss) / 1e6, 2) for loss in (2.5, 3.0, 3.5, 4.0)]
         [3.98, 1.28, 0.49, 0.21]
         """
-        return self.a / loss**self.b
+        return float(self.a / loss**self.b)
 
 
 PUBLISHED = BatchSizeLaw(1.21e9, 6.24)  # section 3.2; C4 loss in nats per token of the paper's tokenizer

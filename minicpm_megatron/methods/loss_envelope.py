@@ -89,7 +89,7 @@ def fit_envelope(compute: ArrayLike, loss: ArrayLike, form: Form = "power") -> E
     x = np.log(c / c.max()) if form == "power" else c / c.max()
 
     def model(_: Any, height: float, rate: float, l0: float) -> Array:
-        return height * np.exp(-rate * x) + l0
+        return np.asarray(height * np.exp(-rate * x) + l0)
 
     def derivatives(_: Any, height: float, rate: float, l0: float) -> Array:
         falling = np.exp(-rate * x)

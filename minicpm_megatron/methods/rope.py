@@ -26,7 +26,7 @@ def ntk_base(base: float, factor: float, channels: int) -> float:
     >>> round(slowest(10_000.0) / slowest(ntk_base(10_000.0, 4.0, 64)), 12)
     4.0
     """
-    return base * factor ** (channels / (channels - 2))
+    return float(base * factor ** (channels / (channels - 2)))
 
 
 def product_base(base: float, factor: float, channels: int) -> float:

@@ -302,7 +302,8 @@ def _by_curve_fit(points: Points) -> ScalingLaw:
         return points.model(np.log(values))[0]
 
     def derivatives(_: Any, *values: float) -> Array:
-        return points.model(np.log(values))[1] / np.asarray(values)
+        slope: Array = points.model(np.log(values))[1] / np.asarray(values)
+        return slope
 
     def fit(start: Array) -> tuple[float, Array]:
         found, _ = curve_fit(

@@ -17,14 +17,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.methods import draws
 from minicpm_megatron.recipe import ModelRecipe
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _MLP = re.compile(r"(decoder\.layers\.\d+\.mlp\.)(linear_fc[12]\.weight)")
 ROUTER_STD = 0.1  # variance 0.01 (section 7.3)
@@ -209,6 +209,8 @@ def _slice(whole: Tensor, matrix: str, number: int, slices: int) -> Tensor:
     width //= slices
     if matrix == "linear_fc2.weight":
         return whole.narrow(1, number * width, width)
+    import torch  # here, so that the defaults of `Upcycling` are read without it
+
     return torch.cat([half.narrow(0, number * width, width) for half in whole.chunk(2)])
 
 

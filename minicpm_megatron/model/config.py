@@ -54,7 +54,8 @@ class MiniCPMConfig(TransformerConfig):
         make_vocab_size_divisible_by: rows of the embedding a rank holds are padded to a multiple of this (Megatron-LM's
             name and default). Padding is all zero, gets no probability and never leaves the model, so that results do
             not depend on it.
-        other fields: TransformerConfig's.
+
+    All other fields are TransformerConfig's.
 
     Raises:
         UserError: Megatron-Core's own use_mup is on.

@@ -165,7 +165,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         hidden: Tensor,
         weight: Tensor,
@@ -197,7 +197,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return losses.sum() if reduced else losses
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, upstream: Tensor) -> Any:
         # they are scaled where they lie, so a second backward has to make them anew
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is not None:

@@ -98,7 +98,7 @@ class HybridStackSpec(ModuleSpec):
     Give the object to HybridModel as hybrid_stack_spec, or call it with a config.
     """
 
-    def __call__(self, config: TransformerConfig | None = None) -> ModuleSpec:  # type: ignore[override]
+    def __call__(self, config: TransformerConfig | None = None) -> ModuleSpec:
         """The spec of layers and final norm, as `HybridModel`'s hybrid_stack_spec; the same for every config."""
         return self
 

@@ -67,7 +67,7 @@ class MiniCPMLayerSpec(ModuleSpec, TransformerBlockSubmodules):
         self.layer_norm = MiniCPMFinalNorm
         self._config, self._vp_stage = config, vp_stage
 
-    @property  # type: ignore[override]
+    @property
     def layer_specs(self) -> list[ModuleSpec]:
         """One spec for each layer of this pipeline stage."""
         if self._vp_stage is None and self._config.virtual_pipeline_model_parallel_size is not None:

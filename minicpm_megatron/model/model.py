@@ -47,7 +47,8 @@ class MiniCPMModel(MiniCPMEnds, GPTModel):
 
         Args:
             input_ids: int64 [b, s].
-            position_ids, attention_mask: unused by rotary, causal attention; GPTModel's signature.
+            position_ids: unused by rotary positions; GPTModel's signature.
+            attention_mask: unused by causal attention; GPTModel's signature.
             keywords: `labels` int64 [b, s], `loss_mask` [b, s] and whatever else GPTModel.forward takes.
 
         Returns:

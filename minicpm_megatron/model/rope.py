@@ -26,7 +26,7 @@ class MiniCPMRotaryEmbedding(RotaryEmbedding):
         super().__init__(
             kv_channels=rope.channels,
             rotary_percent=1.0,
-            rotary_base=rope.base_at(1),  # type: ignore[arg-type]
+            rotary_base=rope.base_at(1),
             use_cpu_initialization=on_cpu,
             cp_group=cp_group,
         )

@@ -37,7 +37,7 @@ class SpecFunction[Spec: TransformerBlockSubmodules](TransformerBlockSubmodules)
     def __call__(self, config: Any, vp_stage: int | None = None) -> Spec:
         return self._function(config, vp_stage)
 
-    @property  # type: ignore[override]
+    @property
     def layer_specs(self) -> list[ModuleSpec] | None:
         """Layer specs of the model that Megatron-LM's arguments describe.
 
@@ -47,7 +47,7 @@ class SpecFunction[Spec: TransformerBlockSubmodules](TransformerBlockSubmodules)
         """
         return self._of_arguments().layer_specs
 
-    @property  # type: ignore[override]
+    @property
     def layer_norm(self) -> Any:
         return self._of_arguments().layer_norm
 

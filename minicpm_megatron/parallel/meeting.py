@@ -36,7 +36,7 @@ def name_of_start(store: dist.Store, rank: int, size: int, timeout: datetime.tim
     if rank > 0:
         word = uuid.uuid4().hex
         store.set(f"question {rank}", word)
-        name = store.get(f"answer {word}").decode()
+        name = str(store.get(f"answer {word}").decode())
         store.set(f"{name} is known to {rank}", "")
         return name
     name, answered = uuid.uuid4().hex, {0: ""}

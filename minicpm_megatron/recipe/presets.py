@@ -45,9 +45,10 @@ def get_preset(name: str) -> ModelRecipe:
         UserError: nobody declares the name (the line names the nearest one), or the plugin that does is broken.
     """
     try:
-        return registry.PRESETS.get(name)
+        model: ModelRecipe = registry.PRESETS.get(name)
     except UserError as error:
         raise UserError(error.what, where=error.where or "preset", fix=error.fix) from error
+    return model
 
 
 def _row(hidden: int, heads: int, layers: int, *, groups: int | None = None, **other: Any) -> ModelRecipe:

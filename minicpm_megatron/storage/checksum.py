@@ -5,10 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 _BLOCK = 1 << 22  # bytes
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """A file as it was written: name inside its folder, size in bytes, SHA-256 in hex."""
+
+    name: str
+    size: int
+    sha256: str
 
 
 def file_sha256(path: Path, on_block: Callable[[], None] = lambda: None) -> str:

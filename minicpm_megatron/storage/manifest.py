@@ -15,8 +15,7 @@ from typing import Any
 
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.storage.atomic import write_bytes
-from minicpm_megatron.storage.checksum import content_sha256, file_sha256
-from minicpm_megatron.storage.safetensors_file import FileRecord
+from minicpm_megatron.storage.checksum import FileRecord, content_sha256, file_sha256
 
 MANIFEST = "manifest.json"
 TOKENIZER_SHA256 = "tokenizer_sha256"

@@ -10,7 +10,6 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.storage.atomic import atomic_file
+from minicpm_megatron.storage.checksum import FileRecord
 
 DTYPE_NAMES = {
     torch.float32: "F32",
@@ -47,15 +47,6 @@ def open_safetensors(path: Path, fix: str) -> Any:
         raise UserError("missing", where=str(path), fix=fix) from None
     except (SafetensorError, OSError) as error:
         raise UserError(f"not a whole safetensors file: {error}", where=str(path)) from None
-
-
-@dataclass(frozen=True)
-class FileRecord:
-    """A file as it was written: name inside its folder, size in bytes, SHA-256 in hex."""
-
-    name: str
-    size: int
-    sha256: str
 
 
 def write_safetensors(

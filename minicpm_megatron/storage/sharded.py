@@ -22,8 +22,9 @@ from torch import Tensor
 
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.storage.atomic import fsync_directory
+from minicpm_megatron.storage.checksum import FileRecord
 from minicpm_megatron.storage.manifest import read_manifest, records, write_manifest
-from minicpm_megatron.storage.safetensors_file import FileRecord, open_safetensors, write_safetensors
+from minicpm_megatron.storage.safetensors_file import open_safetensors, write_safetensors
 
 TABLE = "fragments"
 RANK_TENSOR = "rank/"
@@ -238,7 +239,7 @@ class CheckpointReader:
         self._check_cover(spec, kind, pieces)
         flat: Tensor | None = None
         for piece in pieces:
-            values = self._handle(piece.file).get_tensor(piece.key)
+            values: Tensor = self._handle(piece.file).get_tensor(piece.key)
             if piece.numel == spec.numel:
                 return values.view(spec.shape)
             if flat is None:

@@ -7,15 +7,16 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from minicpm_megatron.data.metadata import data_fingerprint
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.recipe import BatchPlan, Recipe, build, count_parameters, recipe_hash
 from minicpm_megatron.recipe import sizes as recipe_sizes
 from minicpm_megatron.recipe.flops import run_flops
 from minicpm_megatron.registry import SCHEDULES
-from minicpm_megatron.training.run_data import label_bytes, open_data
+
+if TYPE_CHECKING:
+    from minicpm_megatron.training.run_data import RunData
 
 CELLS = "cells"  # folder of the runs below the experiment's output
 
@@ -136,7 +137,7 @@ def check_base(base: Recipe) -> None:
             where="data.validation",
             fix="give name: prefix, for instance data.validation={held-out: data/valid}",
         )
-    open_data(base)
+    _open_data(base)
 
 
 def held_out_samples(base: Recipe) -> int:
@@ -146,7 +147,7 @@ def held_out_samples(base: Recipe) -> int:
         UserError: as `check_base`.
     """
     check_base(base)
-    return min(each.samples_per_epoch for each in open_data(base).validation.values())
+    return min(each.samples_per_epoch for each in _open_data(base).validation.values())
 
 
 def check_loss_per_byte(base: Recipe) -> None:
@@ -155,8 +156,10 @@ def check_loss_per_byte(base: Recipe) -> None:
     Raises:
         UserError: the bytes of the tokens that they read are not known; or as `check_base`.
     """
+    from minicpm_megatron.training.run_data import label_bytes
+
     check_base(base)
-    for name, dataset in open_data(base).validation.items():
+    for name, dataset in _open_data(base).validation.items():
         if label_bytes(base, dataset) is None:
             ours = dataset.metadata is not None
             raise UserError(
@@ -166,12 +169,21 @@ def check_loss_per_byte(base: Recipe) -> None:
             )
 
 
+def _open_data(base: Recipe) -> RunData:
+    # readers of tokens and tokenizers, which `--help` and reports need not load
+    from minicpm_megatron.training.run_data import open_data
+
+    return open_data(base)
+
+
 def data_fingerprints(recipe: Recipe) -> dict[str, str]:
     """Prefix -> identity of the content, of all that is read.
 
     Raises:
         UserError: a file is missing, or has another size than recorded.
     """
+    from minicpm_megatron.data.metadata import data_fingerprint
+
     prefixes = [source.prefix for source in recipe.data.train] + list(recipe.data.validation.values())
     return {prefix: data_fingerprint(prefix) for prefix in prefixes}
 

@@ -6,13 +6,13 @@ import os
 from collections import Counter
 from pathlib import Path
 
-import torch
-
 _CPU_INFO = Path("/proc/cpuinfo")
 
 
 def describe_machine() -> str:
     """GPUs where there are any, else the processor: "8 x NVIDIA H100 80GB HBM3", "2 cores of Intel(R) Xeon(R)"."""
+    import torch  # seconds, which a command that only reads its arguments saves
+
     if torch.cuda.is_available():
         names = Counter(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
         return ", ".join(f"{count} x {name}" for name, count in names.items())

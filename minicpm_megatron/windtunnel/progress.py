@@ -129,7 +129,7 @@ def steps_done(cell: Cell) -> int:
     for line in reversed(lines):
         record = parse_line(line)
         if record is not None:
-            return max(cell.first_step, record["step"])
+            return max(cell.first_step, int(record["step"]))
     return cell.first_step
 
 

@@ -7,8 +7,10 @@ from collections.abc import Iterator
 
 import pytest
 
+from minicpm_megatron.cli.windtunnel import main as windtunnel
 from tests.cli.commands import ROOT, command
 
+SUBCOMMANDS = [["windtunnel.py", name] for name in windtunnel.SUBCOMMANDS]
 SCRIPTS = sorted(path.name for path in (ROOT / "tools").glob("*.py"))
 
 
@@ -24,10 +26,10 @@ def undescribed(parser: argparse.ArgumentParser) -> Iterator[str]:
             yield f"{parser.prog} {'/'.join(action.option_strings) or action.dest}"
 
 
-@pytest.mark.parametrize("script", [*SCRIPTS, "train.py"])
-def test_help_describes_every_option(script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("words", [*([script] for script in [*SCRIPTS, "train.py"]), *SUBCOMMANDS], ids=" ".join)
+def test_help_describes_every_option(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     printed: list[argparse.ArgumentParser] = []
     monkeypatch.setattr(argparse.ArgumentParser, "print_help", lambda parser: printed.append(parser))
-    assert command(script, "--help") == 0
+    assert command(*words, "--help") == 0
     [parser] = printed
     assert list(undescribed(parser)) == []

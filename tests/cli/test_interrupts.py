@@ -46,6 +46,29 @@ def test_a_command_that_is_interrupted_at_its_start_says_one_line(script: Path, 
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
 
 
+@pytest.mark.parametrize("words", [[], ["generate"]], ids=["minicpm", "minicpm generate"])
+def test_so_does_the_front_door(words: list[str], tmp_path: Path) -> None:
+    done = interrupted("minicpm_megatron.errors", tmp_path, "-m", "minicpm_megatron", *words)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "convert --input nowhere --to llama --output out",
+        "convert --input nowhere --to megatron --untie --output out",
+        "evaluate-positions --checkpoint nowhere --data nothing --length 8 --output out",
+        "evaluate-retrieval --checkpoint nowhere --set nothing --output out",
+        "generate --checkpoint nowhere --prompt text",
+        "info",
+        "upcycle --input nowhere --output out",
+    ],
+)
+def test_so_does_a_command_that_loads_torch_once_its_arguments_are_read(words: str, tmp_path: Path) -> None:
+    done = interrupted("torch", tmp_path, "-m", "minicpm_megatron", *words.split())
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+
+
 def test_so_does_training_before_its_slow_imports(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(minimal_fields()))

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from minicpm_megatron.cli.untie import untie
 from minicpm_megatron.convert import convert, open_source
+from minicpm_megatron.derive.untie import untie
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.methods.mup import RateLedger
 from minicpm_megatron.recipe import build, load_recipe

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from minicpm_megatron.checkpoint.find import find_source
-from minicpm_megatron.cli.upcycle import upcycle
 from minicpm_megatron.convert import convert, open_source
+from minicpm_megatron.derive.upcycle import upcycle
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.methods.upcycling import Upcycling, upcycle_state_dict, upcycled_model
 from minicpm_megatron.recipe import build, count_parameters, load_recipe

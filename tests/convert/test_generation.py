@@ -13,7 +13,8 @@ import torch
 from transformers import AutoTokenizer
 
 from minicpm_megatron.convert import convert, open_source
-from minicpm_megatron.convert.generation import Generator, Sampling
+from minicpm_megatron.convert.generation import Generator
+from minicpm_megatron.convert.sampling import Sampling
 from minicpm_megatron.errors import UserError
 from tests.convert.conftest import CASES, EXPERTS, canonical_logits, named, read_checkpoint
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemReader
 
-from minicpm_megatron.cli.untie import untie
 from minicpm_megatron.convert import convert, open_source, recognise
+from minicpm_megatron.derive.untie import untie
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.recipe import ModelRecipe, get_preset
 from minicpm_megatron.storage.manifest import problems, read_manifest

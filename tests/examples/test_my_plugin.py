@@ -163,14 +163,14 @@ def test_the_attention_kernel_keeps_the_contract() -> None:
 
 @pytest.mark.parametrize("name", ["docs/extending.md"])
 def test_the_diffs_on_the_page_are_the_plugins(name: str) -> None:
-    """Each block of added lines stands in the file that its diff names."""
+    """Each block of added lines stands in the file that its diff names; a line of dots stands for lines left out."""
     page = (ROOT / name).read_text(encoding="utf-8")
     diffs = re.findall(r"^```diff\n(.*?)^```", page, re.S | re.M)
     assert diffs
     for diff in diffs:
         for _, path, body in re.findall(r"^--- (.*)\n\+\+\+ b/(.*)\n((?:[-+@ ].*\n)+?)(?=--- |\Z)", diff, re.M):
             text = (ROOT / path).read_text(encoding="utf-8")
-            for block in re.findall(r"^(?:\+(?! *\.\.\.$).*\n)+", body, re.M):  # a line of dots stands for lines left out
+            for block in re.findall(r"^(?:\+(?! *\.\.\.$).*\n)+", body, re.M):
                 added = "".join(f"{line[1:]}\n" for line in block.splitlines())
                 assert added in text, f"{path}: {added}"
 

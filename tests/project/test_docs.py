@@ -10,11 +10,15 @@ from pathlib import Path
 
 import pytest
 
+from minicpm_megatron.cli.main import COMMANDS
 from minicpm_megatron.data.records import REASONS
 from tests.cli.commands import command
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    *(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG", "SECURITY")),
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 SCRIPTS = [*sorted((ROOT / "tools").glob("*.py")), ROOT / "examples" / "train.py"]
 
 
@@ -45,6 +49,15 @@ def test_commands_and_their_options_exist(page):
         assert (ROOT / script).is_file(), script
         for option in re.findall(r"(?<![\w-])--[a-z][\w-]*", rest.split(";")[0]):
             assert option in help_for(script, rest), f"{script} has no {option}"
+
+
+@pytest.mark.parametrize("page", [*PAGES, *sorted((ROOT / ".github").rglob("*.md"))], ids=lambda page: page.name)
+def test_commands_of_the_front_door_exist(page):
+    text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+    for name, rest in re.findall(r"(?:^|`|-m )minicpm(?:_megatron)? ([a-z][\w-]*)([^\n`]*)", text, re.M):
+        assert name in COMMANDS, name
+        for option in re.findall(r"(?<![\w-])--[a-z][\w-]*", re.split(r"[;#]", rest)[0]):
+            assert option in help_for(COMMANDS[name].script, rest), f"minicpm {name} has no {option}"
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)

@@ -8,6 +8,9 @@ import runpy
 import subprocess
 from pathlib import Path
 
+import yaml
+
+import minicpm_megatron
 from minicpm_megatron.versions import check_versions
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -24,7 +27,9 @@ def test_ci_runs_what_a_user_runs():
     script = ROOT / ".ci" / "run"
     assert os.access(script, os.X_OK)
     commands = [line for line in script.read_text().splitlines() if line and not line.startswith("#")]
-    assert commands[-1] == "exec make test"
+    assert commands[-2:] == ["make check", "exec make test"]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert all(re.search(rf"^{name} +#", readme, re.M) for name in ("make check", "make test"))
 
 
 def _make_environment(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -84,7 +89,9 @@ def test_extras_are_what_the_readme_offers(monkeypatch):
     found = {}
     monkeypatch.setattr("setuptools.setup", lambda **keywords: found.update(keywords))
     runpy.run_path(str(ROOT / "setup.py"))
-    assert set(found["extras_require"]) == {"gpu", "dev", "eval"}
+    assert set(found["extras_require"]) == {"gpu", "dev", "docs", "eval"}
+    assert found["version"] == minicpm_megatron.__version__
+    assert "py.typed" in found["package_data"]["minicpm_megatron"]
     wanted = [requirement for extra in found["extras_require"].values() for requirement in extra]
     assert any(name.startswith("flash-attn") for name in found["extras_require"]["gpu"])
     assert not [name for name in [*wanted, *found["install_requires"]] if name.startswith("apex")]
@@ -96,3 +103,25 @@ def test_extras_are_what_the_readme_offers(monkeypatch):
 
 def test_the_pinned_megatron_core_is_the_supported_one():
     check_versions((3, 12), re.search(r"^megatron-core==([\w.]+)$", TEXT, re.M)[1])
+
+
+def test_the_version_stands_in_one_place():
+    version = re.escape(minicpm_megatron.__version__)
+    written = [
+        path.name
+        for path in (ROOT / "setup.py", ROOT / "pyproject.toml", *(ROOT / "minicpm_megatron").rglob("*.py"))
+        if re.search(rf"version.*[\"']{version}[\"']", path.read_text(encoding="utf-8"))
+    ]
+    assert written == ["__init__.py"]
+
+
+def test_hooks_before_a_commit_come_from_the_environment():
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())
+    assert [repo["repo"] for repo in hooks["repos"]] == ["local"]
+    for hook in hooks["repos"][0]["hooks"]:
+        assert hook["language"] == "system" and hook["entry"].startswith(".venv/bin/")
+
+
+def test_the_fast_tests_exist():
+    listed = (ROOT / "tests" / "fast.txt").read_text().split()
+    assert len(listed) == len(set(listed)) and all((ROOT / path).exists() for path in listed)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import pydoc
 import re
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 import minicpm_megatron
 
+ROOT = Path(__file__).resolve().parents[2]
 SURFACE = [name for name in minicpm_megatron.__all__ if name != "__version__"]
 
 
@@ -40,3 +43,13 @@ def test_help_says_the_arguments(name):
         return
     for parameter in parameters_of(value):
         assert re.search(rf"^[ |]*(\w+, )*{parameter}(, \w+)*: ", text, re.M) or name.endswith("stack_spec"), parameter
+
+
+def test_the_api_page_shows_the_whole_surface():
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    shown = re.findall(r"^::: (\S+)$", page, re.M)
+    assert {name.rpartition(".")[2] for name in shown} == {*SURFACE} - {"presets"} | {"PRESETS"}
+    for name in shown:
+        module, _, attribute = name.rpartition(".")
+        found = getattr(importlib.import_module(module), attribute)
+        assert found is getattr(minicpm_megatron, "presets" if attribute == "PRESETS" else attribute)

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from minicpm_megatron.storage.checksum import FileRecord
 from minicpm_megatron.storage.manifest import write_manifest
-from minicpm_megatron.storage.safetensors_file import FileRecord
 from minicpm_megatron.storage.sharded import Fragment, ShardSpec, rank_file, write_fragments
 
 KINDS = ("param", "exp_avg", "exp_avg_sq")

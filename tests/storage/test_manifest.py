@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from minicpm_megatron.errors import UserError
+from minicpm_megatron.storage.checksum import FileRecord
 from minicpm_megatron.storage.manifest import problems, read_manifest, write_manifest
-from minicpm_megatron.storage.safetensors_file import FileRecord
 from tests.storage import synthetic
 
 FILE = "rank-00001.safetensors"

@@ -11,9 +11,9 @@ import pytest
 import torch.distributed as dist
 
 from minicpm_megatron.checkpoint.find import find_source
-from minicpm_megatron.cli.upcycle import upcycle
 from minicpm_megatron.convert import convert, open_source
 from minicpm_megatron.data.metadata import data_fingerprint
+from minicpm_megatron.derive.upcycle import upcycle
 from minicpm_megatron.methods.upcycling import Upcycling
 from minicpm_megatron.recipe import load_recipe
 from minicpm_megatron.storage.checksum import file_sha256

@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 
 from minicpm_megatron import MiniCPMConfig, MiniCPMModel
-from minicpm_megatron.cli.untie import untie
 from minicpm_megatron.convert import open_source
 from minicpm_megatron.convert.text_settings import SpecialTokens
+from minicpm_megatron.derive.untie import untie
 from minicpm_megatron.model.sharding import named_shards
 from minicpm_megatron.parallel import groups
 from minicpm_megatron.recipe import Layout, ModelRecipe, ParallelRecipe

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from minicpm_megatron.cli.derived_run import DerivedRun
-from minicpm_megatron.cli.upcycle import upcycle
 from minicpm_megatron.convert import convert
+from minicpm_megatron.derive.derived_run import DerivedRun
+from minicpm_megatron.derive.upcycle import upcycle
 from minicpm_megatron.methods.upcycling import Upcycling
 from minicpm_megatron.recipe import build, load_recipe
 from tests.distributed.forked import Outcome, run_forked

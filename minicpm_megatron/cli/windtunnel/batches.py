@@ -1,4 +1,4 @@
-"""`tools/windtunnel.py batch-size`."""
+"""`minicpm windtunnel batch-size`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ def add(commands: Subparsers) -> None:
     """Add the subcommand."""
     command = commands.add_parser(
         "batch-size",
-        help="which batch size needs the fewest tokens for a loss? (section 3.2)",
         description="Every size at every batch size on the same tokens, at a constant learning rate after the recipe's"
         " warmup or under the paper's cosine; the tokens that each batch size needs for a loss, the parabolas through"
         " them, and bs = a / L^b through their minima. --losses, --contours and --predict only read the runs: with"

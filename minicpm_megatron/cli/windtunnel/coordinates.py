@@ -1,11 +1,18 @@
-"""`tools/windtunnel.py coord-check`."""
+"""`minicpm windtunnel coord-check`."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-from minicpm_megatron.cli.windtunnel.options import Subparsers, add_recipe_options, parse_list, planned, say
+from minicpm_megatron.cli.windtunnel.options import (
+    Subparsers,
+    add_recipe_options,
+    import_torch,
+    parse_list,
+    planned,
+    say,
+)
 from minicpm_megatron.recipe import Recipe
 from minicpm_megatron.windtunnel.coordinates.check import CoordinateSettings, plan_coordinates, run_coordinates
 from minicpm_megatron.windtunnel.experiment import Ended, Experiment, format_plan, run_experiment
@@ -15,7 +22,6 @@ def add(commands: Subparsers) -> None:
     """Add the subcommand."""
     command = commands.add_parser(
         "coord-check",
-        help="do activations and logits keep their size over width and depth? (Table 7)",
         description="Sizes of activations, of their changes and of logits after a few steps over widths and depths, in"
         " muP and in standard parametrisation, on the recipe's own tokens, rate and batch.",
     )
@@ -46,4 +52,5 @@ def _run(options: argparse.Namespace, script: Path) -> Ended:
     if options.dry_run:
         print(format_plan(experiment))
         return "done"
+    import_torch()
     return run_experiment(experiment, lambda: run_coordinates(experiment, say), say)

@@ -1,4 +1,4 @@
-"""`tools/windtunnel.py decay-study`."""
+"""`minicpm windtunnel decay-study`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ def add(commands: Subparsers) -> None:
     """Add the subcommand."""
     command = commands.add_parser(
         "decay-study",
-        help="what gradients and updates do in the decay (section 4.4)",
         description="Gradient norm, cosine of consecutive gradients, derivatives and curvature along the update in"
         " every step, and the largest element update of every matrix between checkpoints: before a decay, in it, and in"
         " the same steps of a run that does not decay. The recipe's own schedule gives length, warmup and unit.",

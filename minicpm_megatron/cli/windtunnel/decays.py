@@ -1,4 +1,4 @@
-"""`tools/windtunnel.py wsd`."""
+"""`minicpm windtunnel wsd`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ def add(commands: Subparsers) -> None:
     """Add the subcommand."""
     command = commands.add_parser(
         "wsd",
-        help="how long a decay must be, and whether WSD matches Cosine (sections 4.1 to 4.3)",
         description="WSD with decays of every share and shape, branched from one trunk, against Cosine(T) for T below,"
         " at and above the length S of the recipe's schedule, and CosineLoop(T). The recipe's own schedule gives S,"
         " warmup and unit.",

@@ -1,4 +1,4 @@
-"""`tools/windtunnel.py envelope`."""
+"""`minicpm windtunnel envelope`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,6 @@ def add(commands: Subparsers) -> None:
     """Add the subcommand."""
     command = commands.add_parser(
         "envelope",
-        help="what does a small model reach that is trained ever longer? (section 4.3)",
         description="Decays from one stable run of a small model at ever more tokens; a power law and an exponential"
         " through their losses over compute; and with a second, larger size what the small one must be trained on to"
         " reach its loss, and after how many served tokens that has paid. The recipe's schedule gives unit and warmup.",

@@ -1,4 +1,4 @@
-"""`tools/windtunnel.py all`: the experiments of a plan, one after the other, and their report."""
+"""`minicpm windtunnel all`: the experiments of a plan, one after the other, and their report."""
 
 from __future__ import annotations
 
@@ -47,11 +47,10 @@ class Entry:
     experiment: Experiment
 
 
-def add(commands: Subparsers, parse: Parse) -> None:
-    """Add the subcommand; `parse` reads the command line of any other."""
+def add(commands: Subparsers) -> None:
+    """Add the subcommand."""
     command = commands.add_parser(
         "all",
-        help="all experiments of a plan, and their report",
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -61,10 +60,12 @@ def add(commands: Subparsers, parse: Parse) -> None:
     command.add_argument("--only", metavar="NAME,...", help="these experiments of the plan (default: all)")
     command.add_argument("--dry-run", action="store_true", help="print what each takes and what all take, and exit")
     add_launch_options(command)
-    command.set_defaults(run=lambda options, script: _run_all(options, script, parse))
+    command.set_defaults(run=_run_all)
 
 
-def _run_all(options: argparse.Namespace, script: Path, parse: Parse) -> Ended:
+def _run_all(options: argparse.Namespace, script: Path) -> Ended:
+    from minicpm_megatron.cli.windtunnel.main import parse  # which imports this module to make the parser
+
     entries = _read_plan(options, parse)
     if options.dry_run:
         for entry in entries:

@@ -1,4 +1,4 @@
-"""`tools/windtunnel.py fit`."""
+"""`minicpm windtunnel fit`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ def add(commands: Subparsers) -> None:
     """Add the subcommand."""
     command = commands.add_parser(
         "fit",
-        help="the scaling law of losses that you have (section 4.5)",
         description="Fit L(N, D) = C_N N^-alpha + C_D D^-beta + L0 to losses of any origin, one held-out set after the"
         " other and their mean, with 95 % limits by bootstrap, beside the paper's average.",
     )

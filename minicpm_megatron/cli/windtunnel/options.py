@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+from minicpm_megatron.cli.interrupts import leaving_at_once
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.methods.economics import DECAY_SHARE
 from minicpm_megatron.methods.scaling_law import PUBLISHED_COMPUTE
@@ -78,11 +79,18 @@ def run_queue(options: argparse.Namespace, script: Path) -> Ended:
     if options.dry_run:
         print(format_plan(experiment, rate, launcher.workers))
         return "done"
+    import_torch()
 
     def run() -> Outcome:
         return Queue(experiment.every_cell(), launcher, say, experiment.source).run()
 
     return run_experiment(experiment, run, say, workers=launcher.workers)
+
+
+def import_torch() -> None:
+    """Import torch, which takes seconds, at a time when Ctrl-C is one line."""
+    with leaving_at_once():
+        import torch  # noqa: F401
 
 
 def say(line: str) -> None:

@@ -1,4 +1,4 @@
-"""`tools/windtunnel.py lr`."""
+"""`minicpm windtunnel lr`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ def add(commands: Subparsers) -> None:
     """Add the subcommand."""
     command = commands.add_parser(
         "lr",
-        help="does the best learning rate move with the size? (section 3.3)",
         description="Held-out loss over the base rate, for each size, in muP and in standard parametrisation.",
     )
     add_queue_options(command)

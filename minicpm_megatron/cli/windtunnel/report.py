@@ -1,4 +1,4 @@
-"""`tools/windtunnel.py report`."""
+"""`minicpm windtunnel report`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ def add(commands: Subparsers) -> None:
     """Add the subcommand."""
     command = commands.add_parser(
         "report",
-        help="print what experiments found, or write it as one page",
         description="Read results.json of experiments that have ended; nothing is run or measured again.",
     )
     command.add_argument(

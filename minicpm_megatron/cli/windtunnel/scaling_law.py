@@ -1,4 +1,4 @@
-"""`tools/windtunnel.py scaling-law`."""
+"""`minicpm windtunnel scaling-law`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,6 @@ def add(commands: Subparsers) -> None:
     """Add the subcommand."""
     command = commands.add_parser(
         "scaling-law",
-        help="the scaling law from one stable run a size (section 4.5)",
         description="Decays at several amounts of tokens from one stable run of every size; then what `fit` does, with"
         " the losses per byte of every held-out set. The recipe's schedule gives unit and warmup.",
     )

@@ -1,4 +1,4 @@
-"""`tools/windtunnel.py search`."""
+"""`minicpm windtunnel search`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ def add(commands: Subparsers) -> None:
     """Add the subcommand."""
     command = commands.add_parser(
         "search",
-        help="are the paper's scale_depth, scale_emb, init_std and rate the best? (section 3.1)",
         description="Bayesian search over the constants of muP and the base rate, the paper's set first: the loss of"
         " every trial, the best set beside the paper's with limits from further seeds, and the importance of each"
         " value. The paper's model is the preset windtunnel-9m with --tokens-per-parameter 10.",

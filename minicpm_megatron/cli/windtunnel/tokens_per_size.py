@@ -1,4 +1,4 @@
-"""`tools/windtunnel.py tokens-per-size`."""
+"""`minicpm windtunnel tokens-per-size`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ def add(commands: Subparsers) -> None:
     """Add the subcommand."""
     command = commands.add_parser(
         "tokens-per-size",
-        help="where the loss curves of a family of sizes meet (section 4.5, the estimate for Llama 2)",
         description="Fill the concave part of each size's loss curve with a straight line in log-log, as if WSD had"
         " been used, and say at which tokens a parameter the next larger size takes over.",
     )

@@ -100,7 +100,7 @@ class ChunkReader:
         where = str(self._folder / chunk.extent.file)
         content = io.BytesIO(read_extent(self._folder, chunk.extent))
         try:
-            tensor = torch.load(content, map_location="cpu", weights_only=True)
+            tensor: Tensor = torch.load(content, map_location="cpu", weights_only=True)
         except Exception as error:  # of the zip reader, the unpickler, and what a damaged header makes of either
             said = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
             raise UserError(f"{key} is damaged: {said}", where=where, fix=_FIX) from None

@@ -130,6 +130,7 @@ def tokenizer_kind(path: str | Path) -> type[Tokenizer]:
         UserError: no kind recognises it.
     """
     path, broken = Path(path), list[str]()
+    kind: type[Tokenizer]
     for kind in registry.TOKENIZERS.loadable(broken):
         if kind.is_in(path) if path.is_dir() else path.name == kind.file:
             return kind

@@ -97,7 +97,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`; <s> and </s> give nothing."""
-        return self.processor.decode(list(ids))
+        return str(self.processor.decode(list(ids)))
 
     @cached_property
     def token_bytes(self) -> NDArray[np.int64]:
@@ -112,7 +112,8 @@ class SentencePieceTokenizer(Tokenizer):
     def first_token_bytes(self) -> NDArray[np.int64]:
         """[vocab_size] one less for a piece that begins with the mark, which sentencepiece puts before a document."""
         added = self.description.add_dummy_prefix
-        return self.token_bytes - np.array([added and p.text.startswith(_MARK) for p in self.description.pieces])
+        less = np.array([added and p.text.startswith(_MARK) for p in self.description.pieces], dtype=np.int64)
+        return self.token_bytes - less
 
     @staticmethod
     def _cut(text: str) -> Iterator[str]:

@@ -18,6 +18,7 @@ factor is min(1, beta a n^b / lr_max), and under muP every group keeps its share
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Annotated, Self
 
@@ -85,7 +86,7 @@ class Power(WSD):
 
     def stable(self, position: float) -> float:
         tokens = next(tokens for first, tokens in reversed(self.batches) if first < position)
-        return min(1.0, tokens / SEQUENCE * self.amplitude * position**self.exponent / self.lr)
+        return min(1.0, tokens / SEQUENCE * self.amplitude * math.pow(position, self.exponent) / self.lr)
 
     @property
     def peak(self) -> float:

@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any, Self
 
 from minicpm_megatron.errors import require
-from minicpm_megatron.methods.decay_shapes import DecaySettings, decay_settings
+from minicpm_megatron.methods.decay_shapes import DecaySettings, DecayShape, decay_settings
 from minicpm_megatron.methods.schedule import Schedule
 from minicpm_megatron.registry import DECAY_SHAPES, SCHEDULES
 
@@ -65,7 +65,7 @@ class WSD(Schedule):
     def after_warmup(self, position: float) -> float:
         if position <= self.stable_end:
             return self.stable(position)
-        shape = DECAY_SHAPES.get(self.decay_shape)
+        shape: DecayShape = DECAY_SHAPES.get(self.decay_shape)
         return self.stable(self.stable_end) * shape((position - self.stable_end) / self.decay, self.settings)
 
     def describe(self, lr: float | None = None) -> str:

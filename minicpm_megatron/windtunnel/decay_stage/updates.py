@@ -12,20 +12,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, fields
 from itertools import pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from minicpm_megatron.checkpoint.find import CHECKPOINTS
 from minicpm_megatron.checkpoint.names import step_folder
 from minicpm_megatron.errors import UserError
-from minicpm_megatron.methods.decay_statistics import largest_update
 from minicpm_megatron.storage.atomic import write_bytes
 from minicpm_megatron.storage.manifest import problems
-from minicpm_megatron.storage.sharded import CheckpointReader
 from minicpm_megatron.training.metrics import METRICS, read_metrics
 from minicpm_megatron.windtunnel.cells import Cell
 from minicpm_megatron.windtunnel.decay_stage.series import finished_pairs
 from minicpm_megatron.windtunnel.experiment import Experiment
+
+if TYPE_CHECKING:
+    from minicpm_megatron.storage.sharded import CheckpointReader
 
 BEFORE, DECAY, CONTROL = "before", "decay", "control"
 
@@ -74,11 +76,16 @@ def _open(cell: Cell, step: int) -> CheckpointReader:
     damage = problems(folder)
     if damage:
         raise UserError(f"the checkpoint is damaged: {damage[0]}", where=str(folder))
+    # seconds of torch, once something is measured
+    from minicpm_megatron.storage.sharded import CheckpointReader
+
     return CheckpointReader(folder)
 
 
 def _updates(cell: Cell, window: str, checkpoints: Mapping[int, CheckpointReader]) -> list[MatrixUpdate]:
     """From each of the checkpoints, by rising step, to the next."""
+    from minicpm_megatron.methods.decay_statistics import largest_update
+
     rates = {record["step"]: record["lr"] for record in read_metrics(cell.folder / METRICS, needs=("lr",))}
     seed, found = cell.labels["seed"], []
     for (first, one), (last, other) in pairwise(checkpoints.items()):

@@ -6,8 +6,6 @@ import base64
 from collections.abc import Sequence
 from pathlib import Path
 
-import jinja2
-
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.windtunnel.report.facts import count_verdicts, facts, verdict
 from minicpm_megatron.windtunnel.results import Picture, Results
@@ -21,6 +19,8 @@ def format_html(all_results: Sequence[tuple[Path, Results]]) -> str:
     Raises:
         UserError: a picture is missing.
     """
+    import jinja2
+
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,

@@ -15,10 +15,10 @@ from typing import Any
 
 from minicpm_megatron.checkpoint.find import CHECKPOINTS
 from minicpm_megatron.checkpoint.names import step_folder
-from minicpm_megatron.cli.moved_run import move_paths
 from minicpm_megatron.convert.output_folder import atomic_folder, check_space
 from minicpm_megatron.convert.rewriting import Rewrite, bytes_of, has_moments, write_rewritten
 from minicpm_megatron.convert.source import Source
+from minicpm_megatron.derive.moved_run import move_paths
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.methods.mup import rates_with_roles
 from minicpm_megatron.recipe import BatchPlan, ModelRecipe, Recipe, build, build_saved, dump_recipe, recipe_hash

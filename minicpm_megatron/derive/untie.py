@@ -1,17 +1,16 @@
-"""What tools/convert_checkpoint.py --untie --to megatron does: a run whose first checkpoint has a head of its own."""
+"""Untying: a run whose first checkpoint has a head of its own."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from minicpm_megatron.cli.derived_run import DerivedRun, check_new_run, derived_recipe, write_run
 from minicpm_megatron.convert import open_source
 from minicpm_megatron.convert.rewriting import has_moments
 from minicpm_megatron.convert.untying import NEW_ROLES, check_tied, untie_rewrite, untied_model
+from minicpm_megatron.derive.derived_run import DerivedRun, check_new_run, derived_recipe, write_run
+from minicpm_megatron.derive.moments import HEAD_MOMENTS
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.recipe import ModelRecipe
-
-HEAD_MOMENTS = ("copy", "zero")
 
 
 def untie(

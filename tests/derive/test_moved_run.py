@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from minicpm_megatron.cli.moved_run import load_recipe_of_run
+from minicpm_megatron.derive.moved_run import load_recipe_of_run
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.recipe import Recipe, load_recipe
 from minicpm_megatron.storage.manifest import MANIFEST, write_manifest
