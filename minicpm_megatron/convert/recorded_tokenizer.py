@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from minicpm_megatron.convert.tokenizer_folder import SENTENCEPIECE
+from minicpm_megatron.recipe.moved import moved_path
 from minicpm_megatron.storage.checksum import file_sha256
 from minicpm_megatron.storage.manifest import TOKENIZER_SHA256
 
@@ -53,7 +54,7 @@ def _places(recorded: Path, manifest: dict[str, Any], folder: Path) -> Iterator[
     run = folder.parent.parent if folder.parent.name == "checkpoints" else folder.parent
     recipe = manifest.get("recipe")
     if isinstance(recipe, dict):  # as a run has written it, with every key
-        before = Path(recipe["run"]["directory"]) / recipe["name"]
-        if recorded.is_relative_to(before):
-            yield run / recorded.relative_to(before)
+        found = moved_path(recorded, Path(recipe["run"]["directory"]) / recipe["name"], run)
+        if found is not None:
+            yield found
     yield run / recorded.name

@@ -9,6 +9,7 @@ from typing import Any
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.recipe import Recipe, build, load_recipe
 from minicpm_megatron.recipe.dump import RECIPE
+from minicpm_megatron.recipe.moved import moved_path
 
 
 def load_recipe_of_run(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -22,13 +23,11 @@ def load_recipe_of_run(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         UserError: as `load_recipe`.
     """
-    recipe = load_recipe(path, overrides)
-    if path.name != RECIPE:
-        return recipe
     here = path.resolve().parent
-    if not _has_run(here):
-        return recipe
-    before = load_recipe(path).run_directory
+    if path.name != RECIPE or not _has_run(here):
+        return load_recipe(path, overrides)
+    recipe = load_recipe(path, overrides, saved=True)
+    before = load_recipe(path, saved=True).run_directory
     if before.resolve() == here:
         return recipe
     fields = recipe.model_dump(mode="json")
@@ -77,7 +76,9 @@ def move_paths(fields: dict[str, Any], before: Path, here: Path) -> dict[str, st
         (fields["deepspeed"], "config", ""),
     ]:
         recorded = section[key]
-        if recorded is None or Path(f"{recorded}{suffix}").exists() or not Path(recorded).is_relative_to(before):
+        if recorded is None or Path(f"{recorded}{suffix}").exists():
             continue
-        section[key] = moved[recorded] = str(here / Path(recorded).relative_to(before))
+        found = moved_path(Path(recorded), before, here)
+        if found is not None:
+            section[key] = moved[recorded] = str(found)
     return moved

@@ -24,13 +24,14 @@ from minicpm_megatron.recipe.sizes import model_of_size, parse_size
 S = TypeVar("S", bound=Section)
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, saved: bool = False) -> Recipe:
     """Read a recipe file.
 
     Args:
         path: YAML file; its name without suffix is the run's name where the recipe gives none.
         overrides: `section.key=value` with YAML values, applied in order; list entries by index
             (`data.train.0.prefix=x`).
+        saved: the file was written by an earlier run; it is read as `build_saved` does.
 
     Raises:
         UserError: the file cannot be read, or is not a valid recipe.
@@ -40,7 +41,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     if not isinstance(document.value, dict):
         raise UserError("not a mapping of sections", where=str(path), fix="see docs/recipes.md for the keys")
     origins = {dotted: f"{path}:{line}" for dotted, line in document.lines.items()}
-    fields = document.value
+    fields = _within_bounds(document.value) if saved else document.value
     for override in overrides:
         dotted = apply_override(fields, override)
         origins = {known: place for known, place in origins.items() if not _is_below(known, dotted)}
@@ -83,17 +84,22 @@ def build(fields: Any, *, origins: Mapping[str, str] | None = None) -> Recipe:
 def build_saved(fields: Mapping[str, Any]) -> Recipe:
     """The `Recipe` of an earlier run from its manifest, which may hold a hang_timeout from before that had bounds.
 
-    It decides nothing about the weights, and nobody can change it there: it is brought within the bounds.
+    It decides nothing about the weights, and nobody can change it there: it is brought within the bounds. So is that
+    of the recipe.yaml beside the manifest (`load_recipe(..., saved=True)`).
 
     Raises:
         UserError: as `build`.
     """
+    return build(_within_bounds(fields))
+
+
+def _within_bounds(fields: Mapping[str, Any]) -> dict[str, Any]:
     training = fields.get("training")
     if isinstance(training, Mapping) and isinstance(training.get("hang_timeout"), int | float):
         shortest, longest = HANG_TIMEOUTS
         kept = min(max(training["hang_timeout"], shortest), longest)
         fields = {**fields, "training": {**training, "hang_timeout": kept}}
-    return build(fields)
+    return dict(fields)
 
 
 def build_section[S: Section](section: type[S], fields: Any, *, where: str) -> S:

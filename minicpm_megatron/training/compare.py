@@ -55,7 +55,7 @@ def run_recipe(run: Path) -> Recipe:
     """
     if not (run / RECIPE).is_file():
         raise UserError(f"no {RECIPE} in it", where=str(run), fix="give the folder of a run")
-    return load_recipe(run / RECIPE)
+    return load_recipe(run / RECIPE, saved=True)
 
 
 def equal_flops(run: Path, other: Path, steps: int) -> int:

@@ -33,7 +33,7 @@ class Launcher:
     def __init__(self) -> None:
         parents = psutil.Process().parents() if "RANK" in os.environ else []
         marked = any(name in os.environ for name in _MARKS)
-        self._died_before = marked and _is_orphan(parents, os.getsid(0))
+        self._died_before = marked and _is_orphan(parents, os.getsid(0), _has_lost_its_leader(os.getpgrp()))
         self._processes = _launchers(parents, marked and not self._died_before)
         self._taken_over = threading.Event()
         if self._processes or self._died_before:
@@ -70,24 +70,33 @@ def _launchers(parents: Sequence[psutil.Process], marked: bool) -> list[psutil.P
     return [*parents[: 1 if marked and nearest else 0], *found]
 
 
-def _is_orphan(parents: Sequence[psutil.Process], session: int) -> bool:
+def _is_orphan(parents: Sequence[psutil.Process], session: int, leaderless: bool) -> bool:
     """Whether the launcher of a marked rank has died, so that the rank has become a child of init.
 
     Where it cannot be told the answer is no, because a run that has nothing wrong must go on. Init may be the launcher
     itself, in a container. A rank in a container of its own is a child of that container's init from the start, and in
-    its session or in one from outside.
+    its session or in one from outside. So is an orphan of a launcher that the container's init has started; there it
+    tells that the leader of its process group has gone, which deepspeed's ranks share with their launcher. An orphan
+    whose group is init's own, too, is not told apart: neither deepspeed 0.19 nor torch 2.13 gives the launcher's pid to
+    its ranks, and PR_SET_PDEATHSIG is silent on a parent that died before. The watchdog ends that one.
 
     Args:
         parents: of the rank, nearest first.
         session: of the rank.
+        leaderless: the leader of the rank's process group has gone.
     """
-    if not parents or session in (0, 1) or any(_is_launcher(process) for process in parents):
+    if not parents or (session in (0, 1) and not leaderless) or any(_is_launcher(process) for process in parents):
         return False
     try:
         is_init = parents[0].pid == 1 or parents[0].name() == "systemd"  # a user's, which adopts orphans as well
         return is_init and not Path(parents[0].cmdline()[0]).name.startswith("python")
     except (psutil.Error, IndexError):
         return False
+
+
+def _has_lost_its_leader(group: int) -> bool:
+    """Whether no process has the number of a process group; groups of init, and 0 of outside a container, have one."""
+    return group > 1 and not psutil.pid_exists(group)
 
 
 def _is_launcher(process: psutil.Process) -> bool:

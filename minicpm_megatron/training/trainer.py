@@ -120,7 +120,7 @@ class Trainer:
             UserError: a checkpoint or the metrics could not be written.
         """
         main = groups.rank() == 0
-        self.watchdog.tick("start-up: writing the run's files")
+        self.watchdog.tick("start-up: waiting for ranks that still load, to write the run's files")
         self.checkpointer.on_first(self._write_run_files)
         reader, sets = train_reader(self.recipe, self.data), held_out_sets(self.recipe, self.data)
         peak = device_peak(self.recipe.training.precision)

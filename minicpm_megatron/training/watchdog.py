@@ -36,6 +36,7 @@ COLLECTIVES = (
 )
 EXIT_HANG = 1
 _LONGEST_LOOK = 5.0  # seconds between two looks at the clock
+_HANGS = "hang-rank-*.json"
 
 
 class Watchdog:
@@ -55,7 +56,7 @@ class Watchdog:
 
     def __enter__(self) -> Watchdog:
         # of a start before this one; of this one there is none before `timeout`
-        for path in self.folder.glob("hang-rank-*.json"):
+        for path in self.folder.glob(_HANGS):
             path.unlink(missing_ok=True)
         self._thread.start()
         return self
@@ -75,18 +76,27 @@ class Watchdog:
         while not self._over.wait(min(_LONGEST_LOOK, self.timeout / 4)):
             if time.monotonic() - self._last > self.timeout:
                 self._end()
+            # others have waited too long for this rank, which makes progress (it still loads, for one): it answers and
+            # leaves the end to them, since what was written may be a rank's of an earlier start that was stopped
+            elif not self._file(self.rank).exists() and any(self.folder.glob(_HANGS)):
+                with contextlib.suppress(OSError):
+                    self._write_whereabouts(ends=False)
+
+    def _write_whereabouts(self, *, ends: bool) -> None:
+        entry = {"doing": self._doing, "host": socket.gethostname(), "ends": ends, **_whereabouts()}
+        write_json(self._file(self.rank), entry)
 
     def _end(self) -> None:
-        """Write down what this rank does, wait for the others to do so, and leave; the lowest rank speaks."""
+        """Write down what this rank does, wait for the others to do so, and leave; the lowest that leaves speaks."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_json(self._file(self.rank), {"doing": self._doing, "host": socket.gethostname(), **_whereabouts()})
+            self._write_whereabouts(ends=True)
             # the others noticed their last progress at most one look earlier or later
             deadline = time.monotonic() + 2 * min(_LONGEST_LOOK, self.timeout / 4) + 1
             while time.monotonic() < deadline and any(not self._file(rank).exists() for rank in range(self.size)):
                 time.sleep(0.1)
             found = {rank: _read(self._file(rank)) for rank in range(self.size)}
-            if self.rank == min(rank for rank, entry in found.items() if entry):
+            if self.rank == min(rank for rank, entry in found.items() if entry and entry.get("ends")):
                 print(report(found, self.timeout), file=sys.stderr, flush=True)
             else:
                 time.sleep(1.0)  # a launcher ends everyone as soon as one leaves

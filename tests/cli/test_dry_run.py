@@ -55,9 +55,10 @@ def test_memory_parts_add_up() -> None:
 
 def test_memory_on_a_cpu_has_the_libraries_and_no_fused_norm() -> None:
     recipe = load_recipe_of("quickstart")
-    [tensors, libraries, total] = section(
+    [tensors, libraries, total, beside] = section(
         format_dry_run(recipe, 2), "memory per rank on a CPU (estimate)"
-    ).splitlines()[:3]
+    ).splitlines()[:4]
+    assert "not counted" in beside
     layout = recipe.check_world_size(2)
     [stage] = pipeline_stages(recipe, layout)
     assert f"{stage_memory(recipe, layout, stage, fused_norm=False).total / 2**20:,.1f} MiB" in tensors

@@ -110,24 +110,46 @@ def test_the_processes_of_a_launcher(marked: bool, commands: list[str], found: l
 
 
 @pytest.mark.parametrize(
-    ("pid", "command", "session", "orphan"),
+    ("pid", "command", "session", "leaderless", "orphan"),
     [
-        (1, "/sbin/init", 77, True),
-        (1, "/agent --port 1", 77, True),
-        (800, "/usr/lib/systemd/systemd --user", 77, True),
-        (1, "bash run.sh", 77, True),
-        (1, "python /bin/accelerate launch x.py", 77, False),
-        (1, "/opt/bin/python3.12 start.py", 77, False),
-        (1, "/bin/tini -- torchrun x.py", 77, False),
-        (1, "/bin/tini -- python x.py", 1, False),
-        (1, "bash wrap.sh", 0, False),
-        (50, "python start.py", 77, False),
-        (50, "bash wrap.sh", 77, False),
+        (1, "/sbin/init", 77, False, True),
+        (1, "/agent --port 1", 77, False, True),
+        (800, "/usr/lib/systemd/systemd --user", 77, False, True),
+        (1, "bash run.sh", 77, False, True),
+        (1, "python /bin/accelerate launch x.py", 77, False, False),
+        (1, "/opt/bin/python3.12 start.py", 77, False, False),
+        (1, "/bin/tini -- torchrun x.py", 77, False, False),
+        (1, "/bin/tini -- python x.py", 1, False, False),
+        (1, "bash wrap.sh", 0, False, False),
+        (50, "python start.py", 77, False, False),
+        (50, "bash wrap.sh", 77, False, False),
+        # a container's shell has started the launcher that is gone; its init has started this rank, and is the launcher
+        (1, "bash", 1, True, True),
+        (1, "/bin/tini -- bash run.sh", 1, True, True),
+        (1, "python /bin/accelerate launch x.py", 1, True, False),
+        (50, "bash", 1, True, False),
     ],
 )
 def test_only_a_child_of_init_that_is_no_launcher_is_an_orphan(
-    pid: int, command: str, session: int, orphan: bool
+    pid: int, command: str, session: int, leaderless: bool, orphan: bool
 ) -> None:
     parents: Any = [Above(pid, command)]
-    assert launcher._is_orphan(parents, session) is orphan
-    assert launcher._is_orphan([], session) is False
+    assert launcher._is_orphan(parents, session, leaderless) is orphan
+    assert launcher._is_orphan([], session, leaderless) is False
+
+
+# prints the number of a process that it leaves behind, which waits until its input ends
+LEADER = "import subprocess; print(subprocess.Popen(['cat'], stdin=0).pid)"
+
+
+def test_a_process_group_whose_leader_has_gone() -> None:
+    leader = subprocess.Popen(
+        [sys.executable, "-c", LEADER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, process_group=0
+    )
+    assert leader.stdin is not None and leader.stdout is not None
+    member = int(leader.stdout.readline())
+    leader.wait(timeout=60)
+    assert launcher._has_lost_its_leader(os.getpgid(member))
+    leader.stdin.close()
+    leader.stdout.close()
+    assert not any(launcher._has_lost_its_leader(group) for group in (0, 1, os.getpid()))

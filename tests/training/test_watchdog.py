@@ -103,6 +103,28 @@ def test_a_rank_is_named_where_collectives_return_at_once(culprit: int, tmp_path
     assert f"rank {1 - culprit} waits for its device, and has launched what the others have: step 5" in log
 
 
+def load_and_meet(rank: int, case: dict[str, Any]) -> None:
+    """The rank `case["slow"]` loads for longer than the other one waits for it, and makes progress all the time."""
+    with Watchdog(Path(case["folder"]), rank=rank, size=2, timeout=2.0) as watchdog:
+        watchdog.tick("start-up: waiting for ranks that still load, to write the run's files")
+        end = time.monotonic() + 10 * (rank == case["slow"])
+        while time.monotonic() < end:
+            watchdog.tick("loading weight")
+            time.sleep(0.1)
+        if rank != case["slow"]:
+            dist.barrier()
+
+
+def test_a_rank_that_still_loads_is_named(tmp_path: Path) -> None:
+    cases = [{"folder": str(tmp_path / str(slow)), "slow": slow} for slow in (0, 1)]
+    for slow, outcome in enumerate(run_forked("tests.training.test_watchdog:load_and_meet", cases)):
+        assert outcome[1 - slow].status == EXIT_HANG
+        [named] = [line for line in outcome[1 - slow].log.splitlines() if f"rank {slow} " in line]
+        assert "is in no collective: loading weight, in load_and_meet (" in named
+        waits = f"rank {1 - slow} waits in barrier: start-up: waiting for ranks that still load"
+        assert waits in outcome[1 - slow].log
+
+
 def test_ranks_that_have_launched_the_same_are_all_named() -> None:
     entry = {"doing": "step 3", "host": "a", "collective": None, "place": "synchronize (x.py:1)"}
     found = {rank: entry | {"launched": {"0": ["default_pg", 7]}} for rank in range(2)}
