@@ -20,7 +20,7 @@ from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from deepspeed.runtime.utils import partition_balanced
 
 from minicpm_megatron.engine import patches
-from minicpm_megatron.engine.engine import Engine, MicroBatch
+from minicpm_megatron.engine.engine import Engine, LossesHook, MicroBatch
 from minicpm_megatron.model.config import MiniCPMConfig
 from minicpm_megatron.model.loss import token_losses
 from minicpm_megatron.model.pipeline import (
@@ -64,13 +64,18 @@ class MiniCPMPipeline(PipelineModule):
 
     def __init__(self, config: MiniCPMConfig, bounds: list[int], labels: Labels, **keywords: Any) -> None:
         self.config, self.bounds, self.labels = config, bounds, labels
+        self.losses_hooks: list[LossesHook] = []
         self.counted_rows: int | None = None
         """None: the loss is the mean over a micro-batch's tokens. Otherwise: the sum over those of so many rows."""
         super().__init__(loss_fn=self._loss, **keywords)
 
     def _loss(self, outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         losses = self.losses(outputs, labels)
-        return losses.mean() if self.counted_rows is None else losses[: self.counted_rows].sum()
+        if self.counted_rows is not None:
+            return losses[: self.counted_rows].sum()
+        for hook in self.losses_hooks:
+            losses = hook(losses)
+        return losses.mean()
 
     def losses(self, outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Of the last stage's outputs: fp32 [b, s] in nats."""
@@ -140,8 +145,6 @@ class PipelinedEngine(Engine):
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self._sequence_length = self.recipe.data.sequence_length
-        if hasattr(self.optimizer, "scaled_global_norm"):
-            self.optimizer.scaled_global_norm = lambda norm_type=2: _one_norm(self.optimizer)
         if self.config.fused_loss:
             engine = self.deepspeed
             engine._INSTRUCTION_MAP = engine._INSTRUCTION_MAP | {schedule.ForwardPass: _forward_with_labels}
@@ -166,6 +169,11 @@ class PipelinedEngine(Engine):
         engine._exec_schedule(_WithoutUpdate(engine._train_schedule()))
         with torch.no_grad():
             return engine._aggregate_total_loss()
+
+    def on_losses(self, hook: LossesHook) -> None:
+        """As `Engine.on_losses`."""
+        pipeline: Any = self.module
+        pipeline.losses_hooks.append(hook)
 
     def loss_sum(self, rows: int, *batch: torch.Tensor) -> torch.Tensor:
         """As `Engine.loss_sum`, of which the last stages' mean over data-parallel ranks is on every rank."""
@@ -198,21 +206,3 @@ def _forward_with_labels(engine: Any, buffer_id: int) -> None:
     if engine.is_last_stage():
         engine.module.labels.now = engine.pipe_buffers["labels"][buffer_id]
     engine._exec_forward_pass(buffer_id)
-
-
-def _one_norm(optimizer: Any) -> torch.Tensor:
-    """ZeRO 1's gradient norm over all its groups at once.
-
-    DeepSpeed 0.19 sums each group over the ranks of a copy of the model by itself. Stages do not have the same muP
-    groups, since only the first and the last hold an embedding: those in between would leave the others waiting.
-    """
-    if optimizer.cpu_offload:  # which has the norms of gradients that have left the device
-        parameters = [parameter for group in optimizer.params_in_partition for parameter in group]
-        return optimizer.complete_grad_norm_calculation_for_cpu_offload(parameters)
-    gradients, parameters = [], []
-    for group in range(len(optimizer.bit16_groups)):
-        own = (part for part in optimizer.averaged_gradients[group] if not getattr(part, "_zero_padding", False))
-        for gradient, parameter in zip(own, optimizer.params_in_partition[group], strict=True):
-            gradients.append(gradient)
-            parameters.append(parameter)
-    return optimizer.get_grad_norm_direct(gradients, parameters)

@@ -36,7 +36,8 @@ SIZES = [1.0, 1.0, 1.0, 0.5, 0.5, 0.5, 0.5, 2.0, 2.0, 2.0, 2.0]  # tokens of eac
 COMBINATIONS = [(stage, precision) for stage in range(4) for precision in ("fp32", "bf16")]
 
 
-def _engine(case: dict[str, Any]) -> Engine:
+def _engine(case: dict[str, Any], **keywords: Any) -> Engine:
+    """An engine of a nano model; `keywords` go to its constructor."""
     recipe = build(
         {
             "name": "engine",
@@ -50,7 +51,7 @@ def _engine(case: dict[str, Any]) -> Engine:
             },
             "optimizer": {"lr": LR, "weight_decay": DECAY, "weight_decay_mode": case.get("mode", "tied")},
             "schedule": {"shape": "constant", "total": 10},
-            "deepspeed": {"zero_stage": case["stage"]},
+            "deepspeed": {"zero_stage": case["stage"], "config": case.get("config")},
         }
     )
     layout = recipe.check_world_size(dist.get_world_size())
@@ -58,7 +59,7 @@ def _engine(case: dict[str, Any]) -> Engine:
     config = MiniCPMConfig.from_recipe(recipe.model, recipe.parallel, precision=case["precision"], recompute="none")
     model = MiniCPMModel(config)
     initialize_parameters(model, config, seed=1)
-    return Engine(model, config, recipe, layout)
+    return Engine(model, config, recipe, layout, **keywords)
 
 
 def _masters(engine: Engine) -> dict[str, torch.Tensor]:
