@@ -154,3 +154,10 @@ DECAY_SHAPES: Registry[Any] = Registry(
     home="minicpm_megatron.methods.schedules",
     validate="minicpm_megatron.methods.schedules:as_decay_shape",
 )
+OPTIMIZERS: Registry[Any] = Registry(
+    "optimizer",
+    "minicpm_megatron.optimizers",
+    home="minicpm_megatron.engine.optimizers",
+    attribute="OPTIMIZER",
+    validate="minicpm_megatron.recipe.optimizer:as_optimizer",
+)

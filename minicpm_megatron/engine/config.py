@@ -82,6 +82,8 @@ def _from_recipe(recipe: Recipe, layout: Layout) -> dict[str, Any]:
             "reduce_bucket_size": reduce_bucket_size(recipe, layout),
         },
         "zero_force_ds_cpu_optimizer": False,
+        # those of another package, too; DeepSpeed lists the few that it has tried
+        "zero_allow_untested_optimizer": True,
         "steps_per_print": NO_REPORT,
     }
     for part in OFFLOADED:

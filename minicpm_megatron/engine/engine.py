@@ -22,6 +22,8 @@ from minicpm_megatron.model.sharding import named_shards
 from minicpm_megatron.parallel import device
 from minicpm_megatron.parallel.groups import MegatronMPU
 from minicpm_megatron.recipe import Layout, Recipe
+from minicpm_megatron.recipe.optimizer import Optimizer
+from minicpm_megatron.registry import OPTIMIZERS
 
 MicroBatch = tuple[torch.Tensor, ...]
 """(tokens, labels), int64 [b, s] each, and where documents are kept apart, the `starts` of model.document_attention."""
@@ -42,6 +44,8 @@ class Engine:
 
     Attributes:
         zero: what depends on the ZeRO stage, the precision and offloading.
+        names, roles: of each parameter, in the whole model and in the muP table.
+        kind: the optimizer that the recipe names.
 
     Raises:
         UserError: DeepSpeed has built an optimizer that the adapter does not know.
@@ -69,7 +73,11 @@ class Engine:
             weight_decay_mode=recipe.optimizer.weight_decay_mode,
         )
         experts.mark(groups, layout)
-        optimizer = _adamw(groups, recipe)
+        # roles are taken before ZeRO replaces a group's parameters by a flat tensor
+        self.roles = {parameter: group["name"] for group in groups for parameter in group["params"]}
+        self.kind: Optimizer = OPTIMIZERS.get(recipe.optimizer.name)
+        on_host = recipe.deepspeed.offload_optimizer != "none" and not device.on_cpu()
+        optimizer = self.kind.build(groups, recipe.optimizer, on_host)
         self.zero = adapter(recipe, layout, self.deepspeed_config)
         self.zero.prepare_model(model, config.params_dtype, self._mpu())
         with experts.shown_to_deepspeed(model, layout), self.zero.stand_in():
@@ -198,17 +206,3 @@ class Engine:
     def eval(self) -> None:
         """Evaluation mode."""
         self.deepspeed.eval()
-
-
-def _adamw(groups: list[dict[str, Any]], recipe: Recipe) -> torch.optim.Optimizer:
-    """AdamW where the optimizer state is: torch's, or DeepSpeed's on the host of a CUDA device."""
-    settings: dict[str, Any] = {
-        "lr": recipe.optimizer.lr,
-        "betas": recipe.optimizer.betas,
-        "eps": recipe.optimizer.eps,
-    }
-    if recipe.deepspeed.offload_optimizer != "none" and not device.on_cpu():
-        from deepspeed.ops.adam import DeepSpeedCPUAdam  # compiles itself when it is first made
-
-        return DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)
-    return torch.optim.AdamW(groups, fused=True, **settings)

@@ -1,6 +1,6 @@
 """Weights and optimizer state of a rank as fragments of global tensors, out of and into every ZeRO stage.
 
-A fragment is a flat range of the rank's shard of a global tensor, in fp32 (the master weight, Adam's two moments).
+A fragment is a flat range of the rank's shard of a global tensor, in fp32 (the master weight, the optimizer's moments).
 Written that way, a checkpoint says nothing of DeepSpeed's flat buffers, and loads into any layout and stage.
 """
 
@@ -19,8 +19,6 @@ from minicpm_megatron.engine.engine import Engine
 from minicpm_megatron.engine.zero.adapter import Piece, is_tied_copy
 from minicpm_megatron.model.sharding import shard_spec
 from minicpm_megatron.storage.sharded import WEIGHT, Fragment, ShardSpec
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class ShardReader(Protocol):
@@ -49,23 +47,23 @@ class EngineState:
 
     def fragments(self) -> Iterator[Fragment]:
         """What this rank must save."""
-        for _, spec, piece in self.owned():
+        for parameter, spec, piece in self.owned():
             yield Fragment(spec, WEIGHT, piece.start, piece.master.detach())
             state = self.inner.state.get(piece.owner, {})
-            for kind in MOMENTS:
+            for kind in self._moments(parameter):
                 if kind in state:
                     moment = state[kind].view(-1).narrow(0, piece.offset, piece.master.numel())
                     yield Fragment(spec, kind, piece.start, moment.detach())
 
     def updates(self) -> int:
-        """Optimizer steps taken so far (Adam's bias correction counts them)."""
+        """Optimizer steps taken so far, as the optimizer counts them for Adam's bias correction and its like."""
         return max((int(state["step"]) for state in self.inner.state.values() if "step" in state), default=0)
 
     @torch.no_grad()
     def load(
         self, reader: ShardReader, updates: int | None, on_progress: Callable[[str], None] = lambda name: None
     ) -> None:
-        """Take weights and, unless `updates` is None, Adam's moments from a checkpoint of any layout.
+        """Take weights and, unless `updates` is None, the optimizer's moments from a checkpoint of any layout.
 
         Args:
             on_progress: called with the name of each parameter before it is read.
@@ -79,7 +77,7 @@ class EngineState:
             shape = self.engine.zero.shape(parameter)
             self.engine.zero.set_weights(parameter, reader.read_shard(spec, WEIGHT, shape))
             if updates:
-                for kind in MOMENTS:
+                for kind in self._moments(parameter):
                     flat = reader.read_shard(spec, kind, shape).view(-1)
                     for piece in self.engine.zero.pieces(parameter):
                         target = self.inner.state[piece.owner][kind].view(-1)
@@ -90,13 +88,16 @@ class EngineState:
         for parameter, name in self.engine.names.items():
             yield parameter, shard_spec(self.engine.config, name)
 
+    def _moments(self, parameter: Parameter) -> tuple[str, ...]:
+        return self.engine.kind.moments_for(self.engine.roles[parameter])
+
     def _allocate_moments(self, updates: int) -> None:
-        owners: dict[int, Tensor] = {}
+        owners: dict[int, tuple[Tensor, tuple[str, ...]]] = {}
         for parameter in self.engine.names:
             for piece in self.engine.zero.pieces(parameter):
-                owners[id(piece.owner)] = piece.owner
-        for owner in owners.values():
+                owners[id(piece.owner)] = piece.owner, self._moments(parameter)  # those of its group have one role
+        for owner, kinds in owners.values():
             state = self.inner.state[owner]
-            for kind in MOMENTS:
+            for kind in kinds:
                 state.setdefault(kind, torch.zeros_like(owner.data))
             state["step"] = torch.tensor(float(updates), device=owner.device)
