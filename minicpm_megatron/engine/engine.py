@@ -45,7 +45,7 @@ class Engine:
     Attributes:
         zero: what depends on the ZeRO stage, the precision and offloading.
         names, roles: of each parameter, in the whole model and in the muP table.
-        kind: the optimizer that the recipe names.
+        optimizer_spec: what the optimizer that the recipe names says of itself.
 
     Raises:
         UserError: DeepSpeed has built an optimizer that the adapter does not know.
@@ -75,9 +75,9 @@ class Engine:
         experts.mark(groups, layout)
         # roles are taken before ZeRO replaces a group's parameters by a flat tensor
         self.roles = {parameter: group["name"] for group in groups for parameter in group["params"]}
-        self.kind: Optimizer = OPTIMIZERS.get(recipe.optimizer.name)
+        self.optimizer_spec: Optimizer = OPTIMIZERS.get(recipe.optimizer.name)
         on_host = recipe.deepspeed.offload_optimizer != "none" and not device.on_cpu()
-        optimizer = self.kind.build(groups, recipe.optimizer, on_host)
+        optimizer = self.optimizer_spec.build(groups, recipe.optimizer, on_host)
         self.zero = adapter(recipe, layout, self.deepspeed_config)
         self.zero.prepare_model(model, config.params_dtype, self._mpu())
         with experts.shown_to_deepspeed(model, layout), self.zero.stand_in():

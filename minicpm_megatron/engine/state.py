@@ -89,7 +89,7 @@ class EngineState:
             yield parameter, shard_spec(self.engine.config, name)
 
     def _moments(self, parameter: Parameter) -> tuple[str, ...]:
-        return self.engine.kind.moments_for(self.engine.roles[parameter])
+        return self.engine.optimizer_spec.moments_for(self.engine.roles[parameter])
 
     def _allocate_moments(self, updates: int) -> None:
         owners: dict[int, tuple[Tensor, tuple[str, ...]]] = {}
