@@ -29,10 +29,6 @@ MicroBatch = tuple[torch.Tensor, ...]
 """(tokens, labels), int64 [b, s] each, and where documents are kept apart, the `starts` of model.document_attention."""
 
 
-LossesHook = Callable[[torch.Tensor], torch.Tensor]
-"""Losses of a micro-batch, fp32 [b, s] in nats -> those that are averaged and differentiated, of the same shape."""
-
-
 class Engine:
     """The model of one rank with its optimizer under DeepSpeed.
 
@@ -90,7 +86,6 @@ class Engine:
             )
         self.zero.attach(self.deepspeed, optimizer, self._update)
         self._share = 1.0 if self.zero.averages_over_context else 1.0 / layout.context_parallel_size
-        self._losses_hooks: list[LossesHook] = []
         self.check_rates(1.0)
 
     @staticmethod
@@ -144,10 +139,7 @@ class Engine:
         self._scale_auxiliary_losses(count)
         total = torch.zeros((), device=device.device())
         for number, batch in enumerate(micro_batches, 1):
-            losses = self.losses(*batch)
-            for hook in self._losses_hooks:
-                losses = hook(losses)
-            loss = losses.mean()
+            loss = self.losses(*batch).mean()
             total += loss.detach() / count
             self.backward(loss * self._share)
             if number < count:
@@ -168,13 +160,6 @@ class Engine:
     def losses(self, tokens: torch.Tensor, labels: torch.Tensor, starts: torch.Tensor | None = None) -> torch.Tensor:
         """Cross-entropy in nats of every token of a micro-batch: fp32 [b, s]."""
         return self.deepspeed(tokens, attention_mask=starts, labels=labels)
-
-    def on_losses(self, hook: LossesHook) -> None:
-        """Call `hook` in every micro-batch of `accumulate`, between forward and backward, and go on with its losses.
-
-        In a pipeline only ranks of the last stage have losses and call it.
-        """
-        self._losses_hooks.append(hook)
 
     def backward(self, loss: torch.Tensor) -> None:
         """Backward of one micro-batch's mean loss (averaged over accumulation and data-parallel ranks)."""

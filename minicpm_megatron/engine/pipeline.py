@@ -20,7 +20,7 @@ from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from deepspeed.runtime.utils import partition_balanced
 
 from minicpm_megatron.engine import patches
-from minicpm_megatron.engine.engine import Engine, LossesHook, MicroBatch
+from minicpm_megatron.engine.engine import Engine, MicroBatch
 from minicpm_megatron.model.config import MiniCPMConfig
 from minicpm_megatron.model.loss import token_losses
 from minicpm_megatron.model.pipeline import (
@@ -64,18 +64,13 @@ class MiniCPMPipeline(PipelineModule):
 
     def __init__(self, config: MiniCPMConfig, bounds: list[int], labels: Labels, **keywords: Any) -> None:
         self.config, self.bounds, self.labels = config, bounds, labels
-        self.losses_hooks: list[LossesHook] = []
         self.counted_rows: int | None = None
         """None: the loss is the mean over a micro-batch's tokens. Otherwise: the sum over those of so many rows."""
         super().__init__(loss_fn=self._loss, **keywords)
 
     def _loss(self, outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         losses = self.losses(outputs, labels)
-        if self.counted_rows is not None:
-            return losses[: self.counted_rows].sum()
-        for hook in self.losses_hooks:
-            losses = hook(losses)
-        return losses.mean()
+        return losses.mean() if self.counted_rows is None else losses[: self.counted_rows].sum()
 
     def losses(self, outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Of the last stage's outputs: fp32 [b, s] in nats."""
@@ -169,11 +164,6 @@ class PipelinedEngine(Engine):
         engine._exec_schedule(_WithoutUpdate(engine._train_schedule()))
         with torch.no_grad():
             return engine._aggregate_total_loss()
-
-    def on_losses(self, hook: LossesHook) -> None:
-        """As `Engine.on_losses`."""
-        pipeline: Any = self.module
-        pipeline.losses_hooks.append(hook)
 
     def loss_sum(self, rows: int, *batch: torch.Tensor) -> torch.Tensor:
         """As `Engine.loss_sum`, of which the last stages' mean over data-parallel ranks is on every rank."""

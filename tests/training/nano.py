@@ -24,7 +24,6 @@ from minicpm_megatron.cli import entry
 from minicpm_megatron.cli.train import main
 from minicpm_megatron.data.indexed_format import bin_path, idx_path, token_dtype, write_index
 from minicpm_megatron.data.metadata import TokenMetadata, json_path
-from minicpm_megatron.engine.engine import LossesHook
 from minicpm_megatron.storage.checksum import file_sha256
 from minicpm_megatron.training import report
 from minicpm_megatron.training.batches import BatchReader
@@ -112,11 +111,10 @@ def check(outcome: list[Outcome], *statuses: int) -> None:
     assert found == (list(statuses) or [0] * len(outcome)), "\n".join(rank.log for rank in outcome)
 
 
-def train(rank: int, case: dict[str, Any], on_losses: LossesHook | None = None) -> dict[str, Any]:
+def train(rank: int, case: dict[str, Any]) -> dict[str, Any]:
     """Run the command's own `main`, killed before update case["kill_at"] if that is given.
 
     Args:
-        on_losses: given to the engine's `on_losses` before the first step.
         case: "arguments" of the command; "kill_at": the step that rank "kill_rank" does not survive, in the middle of
             an asynchronous save only where "in_save" is set; "hang_at": the
             step in which rank "hang_rank" does "hang", see `_hang`; "poison": what is done to the numbers of step
@@ -135,11 +133,8 @@ def train(rank: int, case: dict[str, Any], on_losses: LossesHook | None = None) 
         dist.barrier()
     samples: list[list[Any]] = []
     step, read = Trainer._one_step, BatchReader.micro_batches
-    hooks = [] if on_losses is None else [on_losses]
 
     def one_step(self: Trainer, *arguments: Any) -> bool:
-        while hooks:
-            self.engine.on_losses(hooks.pop())
         if self.step in (case.get("kill_at"), case.get("poison_at")) and not case.get("in_save"):
             self.checkpointer.wait()  # the test counts on the one before
         if self.step == case.get("kill_at") and rank == case.get("kill_rank", 1):
@@ -185,9 +180,16 @@ def _hang(how: str) -> None:
 
 def _poison(trainer: Trainer, how: str) -> None:
     """Make the loss, or one gradient, of this rank not finite in the step that follows."""
+    engine = trainer.engine
     if how == "loss":
-        trainer.engine.on_losses(lambda losses: losses * float("nan"))
+        losses = engine.losses
+
+        def poisoned(*arguments: Any) -> torch.Tensor:
+            return losses(*arguments) * float("nan")
+
+        engine.losses = poisoned
         return
+    backward = engine.backward
 
     class Infinite(torch.autograd.Function):
         @staticmethod
@@ -198,7 +200,7 @@ def _poison(trainer: Trainer, how: str) -> None:
         def backward(context: Any, gradient: torch.Tensor) -> torch.Tensor:
             return gradient * float("inf")
 
-    trainer.engine.on_losses(Infinite.apply)
+    engine.backward = lambda loss: backward(Infinite.apply(loss))
 
 
 def tensors(folder: Path) -> dict[str, str]:

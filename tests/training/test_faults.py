@@ -64,7 +64,11 @@ def worker(rank: int, case: dict[str, Any]) -> dict[str, Any]:
             always; "left_out": numbers of the steps that do not happen; "shift": samples that every position is
             moved by; "kill_after_rollback": the step not survived once the run has gone back.
     """
-    step, read = nano.Trainer._one_step, BatchReader.micro_batches
+    from minicpm_megatron.engine.engine import Engine
+    from minicpm_megatron.engine.pipeline import MiniCPMPipeline
+
+    step, losses, read = nano.Trainer._one_step, Engine.losses, BatchReader.micro_batches
+    pipeline_losses = MiniCPMPipeline.losses
     broken = case.get("broken", {})
     now: dict[str, Any] = {"first": None, "step": None}
 
@@ -85,12 +89,17 @@ def worker(rank: int, case: dict[str, Any]) -> dict[str, Any]:
     def fault() -> str | None:
         return broken.get(str(now["first"])) or ("nan loss" if now["step"] == case.get("broken_step") else None)
 
-    def disturbed(losses: torch.Tensor) -> torch.Tensor:
-        how = fault()
-        return losses if how is None or rank == 0 else _disturb(losses, how)
+    def disturbed(self: Engine, *batch: torch.Tensor) -> torch.Tensor:
+        found, how = losses(self, *batch), fault()
+        return found if how is None or rank == 0 or not torch.is_grad_enabled() else _disturb(found, how)
 
-    nano.Trainer._one_step, BatchReader.micro_batches = one_step, micro_batches
-    return nano.train(rank, case, disturbed)
+    def losses_of_a_pipeline(self: MiniCPMPipeline, *batch: torch.Tensor) -> torch.Tensor:
+        found, how = pipeline_losses(self, *batch), fault()
+        return found if how is None or not torch.is_grad_enabled() else _disturb(found, how)
+
+    nano.Trainer._one_step, Engine.losses, BatchReader.micro_batches = one_step, disturbed, micro_batches
+    MiniCPMPipeline.losses = losses_of_a_pipeline
+    return nano.train(rank, case)
 
 
 def _position(step: int) -> str:

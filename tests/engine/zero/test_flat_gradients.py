@@ -51,7 +51,7 @@ def train(rank: int, case: dict[str, Any]) -> dict[str, Any]:
     count = engine.set_global_batch_size(case.get("samples", 4))
     engine.train()
     factor = 1.0
-    engine.on_losses(lambda losses: losses * factor)
+    next(engine.module.parameters()).register_hook(lambda gradient: gradient * factor)
     generator = torch.Generator().manual_seed(rank)
     said = []
     for step in range(6):
@@ -128,9 +128,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[list[Outcom
 @pytest.mark.parametrize("name", CASES)
 def test_numbers_are_those_of_deepspeed(name: str, runs: dict[str, list[list[Outcome]]]) -> None:
     stock, flat = ([rank.result for rank in outcome] for outcome in runs[name])
-    # a loss that is not finite is no number that equals itself
-    for rank in (*stock, *flat):
-        assert not math.isfinite(rank["said"][2].pop(0))
     assert flat == stock
     assert [applied for *_, applied in flat[0]["said"]] == [True, True, False, True, True, True]
 
