@@ -67,6 +67,7 @@ class Adapter(ABC):
 
     Attributes:
         builds: the class that DeepSpeed builds; None where it leaves the torch optimizer as it is.
+        optimizer_class: `builds`, or the subclass that is built in its place.
         divided: whether every data-parallel rank keeps pieces of its own of each parameter.
         averages_over_context: whether DeepSpeed averages the gradients of context-parallel ranks, which each have a
             part of every sample's tokens; otherwise it sums them.
