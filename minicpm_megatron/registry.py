@@ -223,3 +223,10 @@ TOKENIZERS: Registry[Any] = Registry(
     attribute="TOKENIZER",
     validate="minicpm_megatron.data.tokenizers:as_tokenizer",
 )
+OPTIMIZERS: Registry[Any] = Registry(
+    "optimizer",
+    "minicpm_megatron.optimizers",
+    home="minicpm_megatron.engine.optimizers",
+    attribute="OPTIMIZER",
+    validate="minicpm_megatron.recipe.optimizer:as_optimizer",
+)

@@ -40,6 +40,7 @@ REFUSED = {
 }
 # ZeRO++'s quantization (arXiv 2306.10209); its hierarchical partition needs nothing
 ON_CUDA = tuple(f"zero_optimization.zero_quantized_{what}" for what in ("weights", "nontrainable_weights", "gradients"))
+ROUND_ROBIN = "zero_optimization.round_robin_gradients"
 OFFLOADED = ("offload_optimizer", "offload_param")
 NO_REPORT = 1_000_000_000  # steps between DeepSpeed's own progress lines: ours say more
 
@@ -81,6 +82,8 @@ def _from_recipe(recipe: Recipe, layout: Layout) -> dict[str, Any]:
             "reduce_bucket_size": reduce_bucket_size(recipe, layout),
         },
         "zero_force_ds_cpu_optimizer": False,
+        # those of another package, too; DeepSpeed lists the few that it has tried
+        "zero_allow_untested_optimizer": True,
         "steps_per_print": NO_REPORT,
     }
     for part in OFFLOADED:
@@ -119,6 +122,14 @@ def _overlay(ours: dict[str, Any], theirs: dict[str, Any], path: str) -> dict[st
             )
         if dotted in ON_CUDA and value and device.on_cpu():
             raise UserError(f"{dotted} has kernels for CUDA only", where=path, fix="remove it, or run on GPUs")
+        if dotted == ROUND_ROBIN and value:
+            # 0.19.8's _link_all_hp_params takes the parameters of a group in their old order: checkpoints would hold
+            # master weights under the names of others. Accept it once the orders agree.
+            raise UserError(
+                f"{dotted} mixes up which weights are whose in DeepSpeed 0.19.8, and so in every checkpoint",
+                where=path,
+                fix="remove it",
+            )
         _set(merged, dotted, value)
     return merged
 

@@ -46,6 +46,11 @@ def replica_of(parameter: torch.nn.Parameter) -> int:
     return int(parallel_state.get_data_parallel_rank(with_context_parallel=True))
 
 
+def _only_group() -> str:
+    """In the place of DeepSpeed's function that reads the size of an expert group out of its name."""
+    return GROUP
+
+
 def mark(param_groups: list[dict[str, Any]], layout: Layout) -> None:
     """Name the ranks of the divided experts, in DeepSpeed's groups, in the optimizer's and on the parameters."""
     deepspeed_groups._EXPERT_PARALLEL_GROUP.pop(GROUP, None)
@@ -54,7 +59,7 @@ def mark(param_groups: list[dict[str, Any]], layout: Layout) -> None:
     deepspeed_groups.expert_tensor_parallel_world_size = parallel_state.get_expert_tensor_parallel_world_size()
     if layout.expert_model_parallel_size == 1:
         return
-    deepspeed_groups._get_max_expert_size_name = lambda: GROUP  # it reads sizes out of names
+    deepspeed_groups._get_max_expert_size_name = _only_group
     deepspeed_groups._EXPERT_PARALLEL_GROUP[GROUP] = parallel_state.get_expert_model_parallel_group()
     deepspeed_groups._EXPERT_DATA_PARALLEL_GROUP[GROUP] = parallel_state.get_expert_data_parallel_group()
     for group in param_groups:

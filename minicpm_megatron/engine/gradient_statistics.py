@@ -14,14 +14,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from deepspeed.utils import safe_get_local_grad
 from torch import Tensor
 
-from minicpm_megatron.engine.state import EngineState, Piece
+from minicpm_megatron.engine.state import EngineState
 from minicpm_megatron.methods.decay_statistics import DecaySums, decay_sums
 from minicpm_megatron.parallel import device
 
@@ -95,19 +93,4 @@ class ConsecutiveGradients:
             valid = min(piece.master.numel(), spec.numel - piece.start)
             if valid > 0:
                 weights = piece.master.detach()[:valid]
-                yield _gradient(parameter, piece)[:valid].to(weights.device), weights
-
-
-def _gradient(parameter: Any, piece: Piece) -> Tensor:
-    """The gradient of a piece, 1-D, where DeepSpeed 0.19 keeps it between a step's last backward and its update."""
-    if hasattr(parameter, "ds_id"):
-        found: Tensor = safe_get_local_grad(parameter)
-        return found.view(-1)
-    mapping = getattr(parameter, "_hp_mapping", None)
-    if mapping is not None:
-        found = mapping.get_lp_grad_fragment(parameter._index_in_param_group).reshape(-1)
-        # bf16 at ZeRO 1 keeps the whole parameter's on every rank
-        return found if found.numel() == piece.master.numel() else found.narrow(0, piece.start, piece.master.numel())
-    if parameter.grad is None:
-        return torch.zeros_like(piece.master)
-    return parameter.grad.detach().reshape(-1)
+                yield self._state.engine.zero.gradient(parameter, piece)[:valid].to(weights.device), weights

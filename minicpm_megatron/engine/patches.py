@@ -8,7 +8,7 @@ from typing import Any
 import deepspeed
 from deepspeed.runtime import bf16_optimizer
 
-from minicpm_megatron.engine import zero1
+from minicpm_megatron.engine.zero import flat_gradients
 
 
 def prepare() -> None:
@@ -21,7 +21,7 @@ def prepare() -> None:
     # DeepSpeed 0.19.8's optimizer for bf16 at ZeRO 1 prints the memory while it starts, 16 lines whatever the level
     # (force=True in bf16_optimizer.py); what a JSON's memory_breakdown asks the engine for stays
     bf16_optimizer.see_memory_usage = _say_nothing
-    zero1.prepare()
+    flat_gradients.prepare()
 
 
 def _say_nothing(message: str, force: bool = False, **keywords: Any) -> None:

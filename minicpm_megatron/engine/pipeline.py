@@ -140,8 +140,6 @@ class PipelinedEngine(Engine):
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self._sequence_length = self.recipe.data.sequence_length
-        if hasattr(self.optimizer, "scaled_global_norm"):
-            self.optimizer.scaled_global_norm = lambda norm_type=2: _one_norm(self.optimizer)
         if self.config.fused_loss:
             engine = self.deepspeed
             engine._INSTRUCTION_MAP = engine._INSTRUCTION_MAP | {schedule.ForwardPass: _forward_with_labels}
@@ -198,21 +196,3 @@ def _forward_with_labels(engine: Any, buffer_id: int) -> None:
     if engine.is_last_stage():
         engine.module.labels.now = engine.pipe_buffers["labels"][buffer_id]
     engine._exec_forward_pass(buffer_id)
-
-
-def _one_norm(optimizer: Any) -> torch.Tensor:
-    """ZeRO 1's gradient norm over all its groups at once.
-
-    DeepSpeed 0.19 sums each group over the ranks of a copy of the model by itself. Stages do not have the same muP
-    groups, since only the first and the last hold an embedding: those in between would leave the others waiting.
-    """
-    if optimizer.cpu_offload:  # which has the norms of gradients that have left the device
-        parameters = [parameter for group in optimizer.params_in_partition for parameter in group]
-        return optimizer.complete_grad_norm_calculation_for_cpu_offload(parameters)
-    gradients, parameters = [], []
-    for group in range(len(optimizer.bit16_groups)):
-        own = (part for part in optimizer.averaged_gradients[group] if not getattr(part, "_zero_padding", False))
-        for gradient, parameter in zip(own, optimizer.params_in_partition[group], strict=True):
-            gradients.append(gradient)
-            parameters.append(parameter)
-    return optimizer.get_grad_norm_direct(gradients, parameters)

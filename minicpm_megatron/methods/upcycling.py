@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _MLP = re.compile(r"(decoder\.layers\.\d+\.mlp\.)(linear_fc[12]\.weight)")
+ADAM = ("exp_avg", "exp_avg_sq")
 ROUTER_STD = 0.1  # variance 0.01 (section 7.3)
 NEW_ROLES = ("expert", "router")  # muP groups of a mixture that a dense model lacks
 
@@ -139,12 +140,17 @@ def upcycle_moment(
     """One of Adam's moments of a dense tensor -> those of the tensors that `upcycle_tensor` makes of it, in its order.
 
     Args:
-        kind: exp_avg or exp_avg_sq.
+        kind: exp_avg, exp_avg_sq, or one of another optimizer.
         clone: give experts the dense moments, in the size their own will have. An expert sees k of E tokens with a
             weight of 1/k: its gradient is on average 1/E of the dense one, and its square, which is mostly the noise
             of a batch, 1/(k E). For the enlarged second matrix of a slice it is 1/G and 1/G^2 of that. False: zeros.
             Routers always start from zeros.
+
+    Raises:
+        UserError: `clone`, and the moment is another optimizer's: how large an expert's will be is not known.
     """
+    if clone and kind not in ADAM:
+        raise UserError(f"{kind} is none of Adam's moments", where="--moments clone", fix="use --moments drop")
     match = _MLP.fullmatch(name)
     if match is None:
         yield name, moment

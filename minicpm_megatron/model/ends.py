@@ -56,7 +56,7 @@ class MiniCPMEnds(LanguageModule):
             rope_of(self.config), on_cpu=bool(self.config.use_cpu_initialization), cp_group=self.pg_collection.cp
         )
         if self.post_process:
-            self.output_layer = LanguageModelHead.of(self.get_submodule("output_layer"))
+            self.output_layer = LanguageModelHead.taking_over(self.get_submodule("output_layer"))
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """`loss.token_losses` of [s, b, local or whole vocabulary] logits against [b, s] labels."""

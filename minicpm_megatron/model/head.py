@@ -21,12 +21,28 @@ class LanguageModelHead(ColumnParallelLinear):
     config: MiniCPMConfig
 
     @classmethod
-    def of(cls, linear: torch.nn.Module) -> LanguageModelHead:
-        """`linear`, a ColumnParallelLinear, made one: GPTModel builds its head itself and takes no other."""
-        assert isinstance(linear, ColumnParallelLinear)
-        linear.__class__ = cls
-        assert isinstance(linear, cls)
-        return linear
+    def taking_over(cls, linear: torch.nn.Module) -> LanguageModelHead:
+        """A head with the weight and the settings of the ColumnParallelLinear that GPTModel or HybridModel has built.
+
+        Megatron-Core 0.19 builds the head in its constructor and takes no other. Delete this, and give the head to the
+        constructor, once it takes a module or a spec for its output layer.
+        """
+        assert isinstance(linear, ColumnParallelLinear) and linear.bias is None
+        head = cls(
+            linear.input_size,
+            linear.output_size,
+            config=linear.config,
+            init_method=linear.config.init_method,
+            bias=False,
+            gather_output=linear.gather_output,
+            skip_bias_add=linear.skip_bias_add,
+            skip_weight_param_allocation=True,  # draws nothing: the weight is taken over, if there is one
+            embedding_activation_buffer=linear.embedding_activation_buffer,
+            grad_output_buffer=linear.grad_output_buffer,
+            tp_group=linear.tp_group,
+        )
+        head.weight = linear.weight
+        return head
 
     @classmethod
     def build(cls, config: MiniCPMConfig, *, tied: bool) -> LanguageModelHead:

@@ -19,6 +19,7 @@ from minicpm_megatron.recipe.memory import (
     vocabulary_rows,
 )
 from minicpm_megatron.recipe.schema import Recipe
+from minicpm_megatron.registry import OPTIMIZERS
 
 
 @dataclass(frozen=True)
@@ -143,11 +144,12 @@ def _gradient_sum_bytes(recipe: Recipe, replicas: int) -> float:
 
 
 def optimizer_seconds(work: Work) -> float:
-    """Adam reads and writes its two moments and the fp32 weights, reads an fp32 gradient and writes the new weight:
-    28 + e bytes for each parameter the rank updates."""
+    """An update reads and writes the moments (Adam's two) and the fp32 weights, reads an fp32 gradient and writes the
+    new weight: Adam 28 + e bytes for each parameter the rank updates."""
+    moments = OPTIMIZERS.get(work.recipe.optimizer.name).state_bytes
     divided = work.recipe.deepspeed.zero_stage >= 1
     updated = sum(
         count / (replicas if divided else 1)
         for count, replicas in parameters_on_rank(work.recipe.model, work.layout, work.stage)
     )
-    return work.cluster.memory_seconds(updated * (2 * 3 * FP32 + FP32 + work.element))
+    return work.cluster.memory_seconds(updated * (2 * (moments + FP32) + FP32 + work.element))

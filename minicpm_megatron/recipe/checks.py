@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from minicpm_megatron.errors import UserError
-from minicpm_megatron.registry import ATTENTION_KERNELS, DECAY_SHAPES, SCHEDULES
+from minicpm_megatron.registry import ATTENTION_KERNELS, DECAY_SHAPES, OPTIMIZERS, SCHEDULES
 
 if TYPE_CHECKING:
     from minicpm_megatron.recipe.schema import ModelRecipe, Recipe
@@ -99,6 +99,7 @@ def check_recipe(recipe: Recipe) -> None:
     _check_curriculum(recipe)
     _check_batches(recipe)
     check_schedule(recipe)
+    OPTIMIZERS.check(recipe.optimizer.name, where="optimizer.name")
     _check_gradient_statistics(recipe)
     for field, answer in (("non_finite", recipe.faults.non_finite), ("spike", recipe.faults.spike)):
         refuse_unless(

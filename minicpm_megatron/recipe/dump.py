@@ -42,4 +42,6 @@ def recipe_hash(recipe: Recipe) -> str:
     for section, key in (("training", "z_loss_coeff"), ("model", "qk_layernorm"), ("schedule", "options")):
         if not defining[section][key]:
             del defining[section][key]
+    if recipe.optimizer.name == "adamw":
+        del defining["optimizer"]["name"]
     return hashlib.sha256(json.dumps(defining, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

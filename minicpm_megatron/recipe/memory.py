@@ -17,6 +17,7 @@ from minicpm_megatron.recipe.deepspeed_json import zero_sizes
 from minicpm_megatron.recipe.loss_chunks import loss_bytes
 from minicpm_megatron.recipe.parameters import attention_parameters, count_parameters, mlp_parameters, norm_parameters
 from minicpm_megatron.recipe.schema import ModelRecipe, Recipe
+from minicpm_megatron.registry import OPTIMIZERS
 
 FP32 = 4
 ELEMENT_BYTES = {"fp32": 4, "bf16": 2}
@@ -33,7 +34,7 @@ class MemoryEstimate:
         weights: parameters in the precision of forward and backward.
         gradients: what is kept of them from one micro-batch to the next, and what logging.gradient_statistics keeps
             of gradients and weights from one step to the next.
-        optimizer: Adam's two moments and the fp32 master weights.
+        optimizer: its moments and the fp32 master weights.
         activations: kept from forward to backward for every micro-batch in flight.
         working: the more of what the loss holds (a chunk of logits, or all; the head's gradient) and what the backward
             pass of one layer holds (its recomputed activations, their gradients).
@@ -93,8 +94,9 @@ def stage_memory(recipe: Recipe, layout: Layout, stage: Stage, *, fused_norm: bo
 
     With P parameters on the rank, e bytes an element and D data-parallel ranks:
     weights e P (ZeRO 3: / D); gradients e P, ZeRO 2 and 3 4 P / D, and bf16 with ZeRO 1 an fp32 sum of 4 P besides,
-    which DeepSpeed keeps whole; optimizer 12 P / D with ZeRO 1 or more, because DeepSpeed keeps fp32 master weights
-    beside the moments even in fp32; without ZeRO 12 P in bf16 and 8 P in fp32. What is offloaded is `offloaded_bytes`.
+    which DeepSpeed keeps whole; optimizer, with m bytes of moments a parameter (AdamW 8): (4 + m) P / D with ZeRO 1 or
+    more, because DeepSpeed keeps fp32 master weights beside the moments even in fp32; without ZeRO (4 + m) P in bf16
+    and m P in fp32. What is offloaded is `offloaded_bytes`.
 
     Args:
         fused_norm: RMSNorm is one kernel, which keeps its input and its output (CUDA). Torch composes it on CPU, where
@@ -102,13 +104,15 @@ def stage_memory(recipe: Recipe, layout: Layout, stage: Stage, *, fused_norm: bo
     """
     element = ELEMENT_BYTES[recipe.training.precision]
     zero, half = recipe.deepspeed.zero_stage, recipe.training.precision != "fp32"
+    moments = OPTIMIZERS.get(recipe.optimizer.name).state_bytes
     weights = gradients = optimizer = 0.0
     parameters = parameters_on_rank(recipe.model, layout, stage)
     for count, replicas in parameters:
         weights += element * count / (replicas if zero >= 3 else 1)
         gradients += FP32 * count / replicas if zero >= 2 else (FP32 if zero == 0 else element) * count
         gradients += FP32 * count if zero == 1 and half else 0
-        optimizer += (12 if half or zero >= 1 else 8) * count / (replicas if zero >= 1 else 1)
+        masters = FP32 if half or zero >= 1 else 0
+        optimizer += (masters + moments) * count / (replicas if zero >= 1 else 1)
         if recipe.deepspeed.offload_optimizer == "none":
             gradients += _statistics_bytes(recipe) * count / (replicas if zero >= 1 else 1)
     if recipe.deepspeed.offload_optimizer != "none":
@@ -135,7 +139,8 @@ def stage_memory(recipe: Recipe, layout: Layout, stage: Stage, *, fused_norm: bo
 def offloaded_bytes(recipe: Recipe, layout: Layout) -> int:
     """Host memory that offload takes for each rank: masters, moments and their fp32 gradients, what
     logging.gradient_statistics keeps beside them, and weights."""
-    size = FP32 * 4 + _statistics_bytes(recipe) if recipe.deepspeed.offload_optimizer != "none" else 0
+    moments = OPTIMIZERS.get(recipe.optimizer.name).state_bytes
+    size = 2 * FP32 + moments + _statistics_bytes(recipe) if recipe.deepspeed.offload_optimizer != "none" else 0
     size += ELEMENT_BYTES[recipe.training.precision] if recipe.deepspeed.offload_param != "none" else 0
     stages = (parameters_on_rank(recipe.model, layout, stage) for stage in pipeline_stages(recipe, layout))
     return round(size * max(sum(count / replicas for count, replicas in stage) for stage in stages))

@@ -292,8 +292,10 @@ class TrainingRecipe(Section):
 
 
 class OptimizerRecipe(Section):
-    """AdamW. The rates of the muP groups are multiples of `lr`."""
+    """The optimizer. The learning rates of the muP groups are multiples of `lr`."""
 
+    name: str = "adamw"
+    """adamw, or one that another package registered."""
     lr: Positive = 0.01
     """Base learning rate (section 3.3, appendix A.1: best on every size tried)."""
     betas: Annotated[tuple[Fraction, Fraction], Field(strict=False)] = (0.9, 0.95)

@@ -63,6 +63,7 @@ def test_a_users_file_is_laid_over_ours(tmp_path):
         ({"fp16": {"enabled": True}}, "fp16.enabled is True, but training.precision"),
         ({"bf16": {"enabled": False}}, "bf16.enabled is False, but training.precision"),
         ({"zero_optimization": {"offload_param": {"device": "cpu"}}}, "device is 'cpu', but deepspeed.offload_param"),
+        ({"zero_optimization": {"round_robin_gradients": True}}, "round_robin_gradients mixes up which weights"),
         ({"scheduler": {"type": "WarmupLR"}}, "a 'scheduler' block is not accepted"),
         ({"optimizer": {"type": "AdamW"}}, "a 'optimizer' block is not accepted"),
         ({"activation_checkpointing": {"partition_activations": "auto"}}, 'is "auto", for which there is no value'),

@@ -9,6 +9,7 @@ import deepspeed  # forks should find it imported
 import pytest
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 
 from minicpm_megatron.engine import patches
 from minicpm_megatron.engine.engine import Engine
@@ -36,7 +37,8 @@ SIZES = [1.0, 1.0, 1.0, 0.5, 0.5, 0.5, 0.5, 2.0, 2.0, 2.0, 2.0]  # tokens of eac
 COMBINATIONS = [(stage, precision) for stage in range(4) for precision in ("fp32", "bf16")]
 
 
-def _engine(case: dict[str, Any]) -> Engine:
+def _engine(case: dict[str, Any], **keywords: Any) -> Engine:
+    """An engine of a nano model; `keywords` go to its constructor."""
     recipe = build(
         {
             "name": "engine",
@@ -48,17 +50,23 @@ def _engine(case: dict[str, Any]) -> Engine:
                 "micro_batch_size": 2,
                 "precision": case["precision"],
             },
-            "optimizer": {"lr": LR, "weight_decay": DECAY, "weight_decay_mode": case.get("mode", "tied")},
+            "optimizer": {
+                "name": case.get("optimizer", "adamw"),
+                "lr": LR,
+                "weight_decay": DECAY,
+                "weight_decay_mode": case.get("mode", "tied"),
+            },
             "schedule": {"shape": "constant", "total": 10},
-            "deepspeed": {"zero_stage": case["stage"]},
+            "deepspeed": {"zero_stage": case["stage"], "config": case.get("config")},
         }
     )
     layout = recipe.check_world_size(dist.get_world_size())
-    groups.initialize(layout)
+    if not parallel_state.model_parallel_is_initialized():
+        groups.initialize(layout)
     config = MiniCPMConfig.from_recipe(recipe.model, recipe.parallel, precision=case["precision"], recompute="none")
     model = MiniCPMModel(config)
     initialize_parameters(model, config, seed=1)
-    return Engine(model, config, recipe, layout)
+    return Engine(model, config, recipe, layout, **keywords)
 
 
 def _masters(engine: Engine) -> dict[str, torch.Tensor]:

@@ -15,7 +15,6 @@ import torch
 from megatron.core import parallel_state
 
 from minicpm_megatron.engine.build import build_engine, build_model
-from minicpm_megatron.engine.gradient_statistics import _gradient
 from minicpm_megatron.engine.state import EngineState
 from minicpm_megatron.model.config import MiniCPMConfig
 from minicpm_megatron.model.initialize import initialize_parameters
@@ -72,7 +71,7 @@ def worker(rank: int, case: dict[str, Any]) -> dict[str, Any]:
     difference = total = 0.0
     found = []
     for parameter, spec, piece in EngineState(engine).owned():
-        gradient = _gradient(parameter, piece)
+        gradient = engine.zero.gradient(parameter, piece)
         assert gradient.dtype == torch.float32
         valid = min(piece.master.numel(), spec.numel - piece.start)
         right = expected[spec.name].view(-1)[piece.start : piece.start + valid]

@@ -200,3 +200,11 @@ def test_other_state_dicts() -> None:
     for top_k, message in ((0, "0 of 8 copies"), (9, "9 of 8 copies"), (1, "would learn nothing")):
         with pytest.raises(UserError, match=f"--top-k: .*{message}"):
             Upcycling(top_k=top_k)
+
+
+def test_moments_of_another_optimizer_are_dropped_or_refused() -> None:
+    plan, dense = Upcycling(copies=4, top_k=2), torch.ones(2, 2)
+    name = "decoder.layers.0.mlp.linear_fc2.weight"
+    assert not any(tensor.any() for _, tensor in upcycle_moment(name, "momentum_buffer", dense, plan, clone=False))
+    with pytest.raises(UserError, match="momentum_buffer is none of Adam's moments; use --moments drop"):
+        list(upcycle_moment(name, "momentum_buffer", dense, plan, clone=True))

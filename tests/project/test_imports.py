@@ -149,6 +149,7 @@ def test_data_and_recipe_start_without_torch(path):
         ("minicpm_megatron.derive.untie", {"megatron", "deepspeed", "transformers"}),
         ("minicpm_megatron.cli.train", {"torch", "megatron", "deepspeed"}),
         ("minicpm_megatron.methods", {"torch", "scipy"}),
+        ("minicpm_megatron.engine.optimizers.adamw", {"torch", "megatron", "deepspeed"}),
         # published laws can be asked without what it takes to fit new ones
         ("minicpm_megatron.methods.scaling_law_bootstrap", {"torch", "scipy"}),
         ("minicpm_megatron.methods.batch_size_law", {"torch", "scipy"}),

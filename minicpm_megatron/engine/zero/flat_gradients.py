@@ -26,12 +26,13 @@ from minicpm_megatron.parallel import device
 class FlatGradientOptimizer(DeepSpeedZeroOptimizer):
     """DeepSpeed's optimizer of ZeRO 1, its gradients in one persistent flat buffer a group.
 
-    Of the JSON's settings `reduce_bucket_size` bounds one all-reduce here too, and those on scaling and dtype hold. How
-    buckets are filled, reduced and scattered is left without a meaning.
+    Of the JSON's settings `reduce_bucket_size` bounds one all-reduce here too, and those on scaling and dtype hold.
+    Settings on how buckets are filled, reduced and scattered are ignored.
     """
 
-    def allocate(self) -> None:
-        """Make the buffers, each laid out as the flat weights of its group."""
+    def __init__(self, *arguments: Any, **keywords: Any) -> None:
+        super().__init__(*arguments, **keywords)
+        # one buffer a group, laid out as the flat weights of the group
         self._flat: list[Tensor] = []
         self._places: dict[Parameter, Tensor] = {}
         self._partitions: list[Any] = []
@@ -69,19 +70,6 @@ class FlatGradientOptimizer(DeepSpeedZeroOptimizer):
             self.averaged_gradients[index] = self._partitions[index]
         self._clear_param_grad_only()
         self._epilogue_ran_this_backward = True
-
-
-def keep_gradients_flat(optimizer: Any) -> None:
-    """Make DeepSpeed's optimizer a `FlatGradientOptimizer` where it does ZeRO 1 in fp32 on CPU, and nothing else.
-
-    On CUDA the allocator keeps memory, and what it keeps is better used by forward.
-    """
-    if type(optimizer) is not DeepSpeedZeroOptimizer or optimizer.partition_gradients or not device.on_cpu():
-        return
-    special = (optimizer.overlap_comm, optimizer.cpu_offload, optimizer.has_moe_layers)
-    if not any(special) and not optimizer.use_separate_grad_accum:
-        optimizer.__class__ = FlatGradientOptimizer  # DeepSpeed offers no way to name the class
-        optimizer.allocate()
 
 
 def broadcast_partitions(groups_flat: Any, partitioned_param_groups: Any, dp_process_group: Any, **_: Any) -> None:

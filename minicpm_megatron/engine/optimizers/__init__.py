@@ -1,0 +1,1 @@
+"""Optimizers that a recipe may name: one file each, which `registry.OPTIMIZERS` finds by its name."""

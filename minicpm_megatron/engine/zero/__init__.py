@@ -1,0 +1,1 @@
+"""One adapter for each kind of optimizer that DeepSpeed builds, by ZeRO stage, precision and offloading."""

@@ -1,0 +1,52 @@
+"""`Optimizer`: what an optimizer that recipes may name says of itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from minicpm_megatron.recipe.schema import OptimizerRecipe
+
+FP32 = 4
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """An entry of `registry.OPTIMIZERS`; its module must not import torch at its top.
+
+    Attributes:
+        build: (muP groups of parameters, the recipe's optimizer section, whether masters and moments are on the host
+            beside a GPU) -> a torch.optim.Optimizer that steps the groups' `params` at their `lr`, shrinks them by
+            `weight_decay`, and counts a tensor's updates as `step` in its state. Under ZeRO a group's parameters are
+            replaced, after it was built, by one flat tensor that holds a part of them.
+        moments: names of the fp32 tensors in a parameter's state, each as large as the parameter.
+        moments_of: muP role -> names in the place of `moments` for parameters of that role.
+    """
+
+    build: Callable[[list[dict[str, Any]], OptimizerRecipe, bool], Any]
+    moments: tuple[str, ...]
+    moments_of: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def moments_for(self, role: str) -> tuple[str, ...]:
+        """Names of the state tensors of a parameter of this muP role."""
+        return self.moments_of.get(role, self.moments)
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes that the moments take for each parameter of the role that has most of them."""
+        return FP32 * max(map(len, (self.moments, *self.moments_of.values())))
+
+
+def as_optimizer(entry: Any) -> Optimizer:
+    """Return a registered object if it is an `Optimizer`.
+
+    Raises:
+        TypeError: it is not, or one of its attributes is of another type than documented.
+    """
+    if not isinstance(entry, Optimizer) or not callable(entry.build):
+        raise TypeError(f"{entry!r} is no minicpm_megatron.recipe.optimizer.Optimizer")
+    for names in (entry.moments, *entry.moments_of.values()):
+        if not isinstance(names, tuple) or not all(isinstance(name, str) for name in names):
+            raise TypeError(f"moments are a tuple of names, not {names!r}")
+    return entry
