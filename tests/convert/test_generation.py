@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,8 +12,8 @@ from minicpm_megatron.convert import convert, open_source
 from minicpm_megatron.convert.generation import Generator, Sampling
 from minicpm_megatron.errors import UserError
 from tests.convert.conftest import CASES, EXPERTS, canonical_logits, named, read_checkpoint
+from tests.processes.client import run_script
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 PROMPT = "the cat"
 
 
@@ -80,12 +78,6 @@ def test_a_prompt_beyond_the_context_is_refused(checkpoint, tokenizer):
     ],
 )
 def test_bad_input_is_one_line(arguments, message):
-    done = subprocess.run(
-        [sys.executable, "tools/generate.py", "--prompt", "x", *arguments],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = run_script("tools/generate.py", "--prompt", "x", *arguments)
     assert done.returncode == 2
     assert message in done.stderr and done.stderr.count("\n") == 1
