@@ -27,12 +27,12 @@ STAMP := $(VENV)/.installed
 quickstart: $(STAMP)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/quickstart.sh
 
-# A file's tests stay together, since they share what is dear to set up. One thread a process: threads that wait for one
-# another on busy cores take many times the work.
+# A file's tests stay together, since they share what is dear to set up, and files run in the order of tests/conftest.py.
+# One thread a process: threads that wait for one another on busy cores take many times the work.
 test: $(STAMP)
 	@echo "== running the tests"
 	@PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest \
-	  --numprocesses logical --maxprocesses 4 --dist loadfile
+	  --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # One process: tests that measure memory, or fill it, want the GPU alone.
 test-gpu: $(STAMP)

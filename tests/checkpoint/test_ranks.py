@@ -21,6 +21,7 @@ from minicpm_megatron.errors import UserError
 from minicpm_megatron.storage import manifest
 from tests.checkpoint.synthetic import ROWS, content, names, save, world
 from tests.distributed.launch import init_gloo, run_on_ranks
+from tests.processes.client import run_call
 
 PART = "part"  # the bytes of a rank are on the disk, under their temporary name
 KILLS = [(0, phase) for phase in (*PHASES, PART)]
@@ -231,11 +232,14 @@ def test_disk_faults(tmp_path: Path, mounts: tuple[str, str] | None) -> None:
     assert "Read-only file system" in one["read-only, at a save"]
 
 
+def preflight(folder: str) -> None:
+    """Another process that wants the folder."""
+    Checkpointer(Path(folder)).preflight(0)
+
+
 def test_a_second_preflight_does_not_let_go_of_the_folder(tmp_path: Path) -> None:
     checkpointer = Checkpointer(tmp_path)
     checkpointer.preflight(0)
     checkpointer.preflight(0)
-    code = "import sys; from pathlib import Path; from minicpm_megatron.checkpoint import Checkpointer; \
-Checkpointer(Path(sys.argv[1])).preflight(0)"
-    other = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    other = run_call("tests.checkpoint.test_ranks:preflight", folder=str(tmp_path))
     assert other.returncode == 1 and f"in use by another process (pid {os.getpid()})" in other.stderr

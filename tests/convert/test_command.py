@@ -9,8 +9,10 @@ import sys
 from pathlib import Path
 
 from tests.convert.conftest import MakeCheckpoint
+from tests.processes.client import run_script
 
 ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "tools" / "convert_checkpoint.py"
 
 
 def tool(*arguments: object, largest_file: int | None = None) -> subprocess.CompletedProcess[str]:
@@ -21,7 +23,7 @@ def tool(*arguments: object, largest_file: int | None = None) -> subprocess.Comp
             resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
 
     return subprocess.run(
-        [sys.executable, str(ROOT / "tools" / "convert_checkpoint.py"), *map(str, arguments)],
+        [sys.executable, str(SCRIPT), *map(str, arguments)],
         capture_output=True,
         text=True,
         env={"PYTHONPATH": str(ROOT)} | dict(os.environ),
@@ -35,7 +37,7 @@ def test_the_command(checkpoint: MakeCheckpoint, tmp_path: Path, tokenizer: Path
     done = tool("--input", ours, "--output", out, "--to", "granite", "--tokenizer", tokenizer)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("megatron -> granite: ") and str(out) in done.stdout
-    again = tool("--input", ours, "--output", out, "--to", "granite")
+    again = run_script(SCRIPT, "--input", ours, "--output", out, "--to", "granite")
     assert (again.returncode, again.stdout) == (2, "")
     assert again.stderr == f"error: {out}: the output folder is not empty; give another one, or --overwrite\n"
 

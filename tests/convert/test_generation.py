@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import logging
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,8 +15,8 @@ from minicpm_megatron.convert.generation import Generator
 from minicpm_megatron.convert.sampling import Sampling
 from minicpm_megatron.errors import UserError
 from tests.convert.conftest import CASES, EXPERTS, canonical_logits, named, read_checkpoint
+from tests.processes.client import run_script
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 PROMPT = "the cat"
 
 
@@ -111,12 +109,6 @@ def test_only_a_text_that_the_context_cuts_short_is_reported(checkpoint, tokeniz
     ],
 )
 def test_bad_input_is_one_line(arguments, message):
-    done = subprocess.run(
-        [sys.executable, "tools/generate.py", "--prompt", "x", *arguments],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = run_script("tools/generate.py", "--prompt", "x", *arguments)
     assert done.returncode == 2
     assert message in done.stderr and done.stderr.count("\n") == 1

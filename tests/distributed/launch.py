@@ -6,26 +6,22 @@ With `pytest --device cuda` one process uses the GPU, and a test that wants more
 
 Each process calls `worker(**kwargs)` with RANK, WORLD_SIZE and a rendezvous set up and returns something that
 JSON can hold; `results` is the list of those values by rank. A worker that raises fails the test with its
-traceback; one that hangs is killed with its whole process group. `python -m tests.distributed.launch` is the
-child's side.
+traceback; one that hangs is killed with its whole process group.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
-import signal
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 from tests.device import ON_CPU, need
-
-REPOSITORY = Path(__file__).resolve().parents[2]
+from tests.processes.client import importing, with_nothing_imported
 
 
 class WorkerFailed(AssertionError):
@@ -39,6 +35,7 @@ def run_on_ranks(
     timeout: float = 180.0,
     env: dict[str, str] | None = None,
     expect_death: bool = False,
+    new_imports: bool = False,
     **kwargs: Any,
 ) -> list[Any]:
     """Call `module:function(**kwargs)` on `world_size` processes and return their results by rank.
@@ -48,12 +45,16 @@ def run_on_ranks(
         timeout: seconds after which every process group is killed and the call fails.
         env: added to the environment; `tests.device.ON_CPU` computes a reference on the CPU.
         expect_death: when True, a rank that leaves no result yields its (negative) return code instead of failing.
+        new_imports: import everything in processes that start with `env`, for libraries that read it then.
     """
     if env is not ON_CPU:
         need(world_size)
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        (folder / "kwargs.json").write_text(json.dumps(kwargs))
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        if new_imports:
+            server = stack.enter_context(with_nothing_imported({**os.environ, **(env or {})}))
+        else:
+            server = importing(target.partition(":")[0])
         processes = []
         for rank in range(world_size):
             environment = {
@@ -65,19 +66,12 @@ def run_on_ranks(
                 "LOCAL_WORLD_SIZE": str(world_size),
                 "MINICPM_TEST_STORE": str(folder / "store"),
                 "OMP_NUM_THREADS": "1",
-                "PYTHONPATH": f"{REPOSITORY}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
             }
-            log = open(folder / f"log-{rank}", "wb")
-            processes.append(
-                subprocess.Popen(
-                    [sys.executable, "-m", "tests.distributed.launch", target, scratch],
-                    cwd=REPOSITORY,
-                    env=environment,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,
+            given = {"target": target, "folder": str(folder), "given": kwargs}
+            with open(folder / f"log-{rank}", "wb") as log:
+                processes.append(
+                    server.start("tests.distributed.launch:rank", given, environment=environment, stdout=log)
                 )
-            )
         deadline = time.monotonic() + timeout
         try:
             while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
@@ -85,12 +79,11 @@ def run_on_ranks(
                 if failed and not expect_death:
                     time.sleep(2.0)  # let the other ranks report what they saw
                     break
-                time.sleep(0.05)
+                time.sleep(0.01)
             late = time.monotonic() >= deadline
         finally:
             for process in processes:
-                if process.poll() is None:
-                    os.killpg(process.pid, signal.SIGKILL)
+                process.kill()
                 process.wait()
         results = []
         for rank, process in enumerate(processes):
@@ -124,17 +117,10 @@ def init_gloo(timeout_seconds: float = 60.0) -> None:
     )
 
 
-def _child(target: str, scratch: str) -> None:
-    module, function = target.split(":")
-    folder = Path(scratch)
-    kwargs = json.loads((folder / "kwargs.json").read_text())
-    result = getattr(importlib.import_module(module), function)(**kwargs)
-    partial = folder / f"result-{os.environ['RANK']}.json.tmp"
+def rank(target: str, folder: str, given: dict[str, Any]) -> None:
+    """What a rank does: call the worker, and leave what it returned."""
+    module, _, function = target.partition(":")
+    result = getattr(importlib.import_module(module), function)(**given)
+    partial = Path(folder, f"result-{os.environ['RANK']}.json.tmp")
     partial.write_text(json.dumps(result))
     partial.rename(partial.with_suffix(""))
-    sys.stdout.flush()
-    os._exit(0)  # gloo's and DeepSpeed's destructors may wait for peers that have already left
-
-
-if __name__ == "__main__":
-    _child(*sys.argv[1:3])

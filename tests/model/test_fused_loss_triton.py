@@ -85,7 +85,7 @@ def run_both(device: str) -> tuple[dict[str, list[float]], dict[str, float]]:
 def distances(request: pytest.FixtureRequest) -> tuple[dict[str, list[float]], dict[str, float]]:
     """Results of `run_both` on the device: on the CPU in Triton's interpreter."""
     env = {"TRITON_INTERPRET": "1" if request.param == "cpu" else "0"}
-    return run_on_ranks(f"{__name__}:run_both", 1, env=env, device=request.param)[0]
+    return run_on_ranks(f"{__name__}:run_both", 1, env=env, new_imports=True, device=request.param)[0]
 
 
 @needs_triton

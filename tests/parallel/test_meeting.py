@@ -3,41 +3,36 @@
 from __future__ import annotations
 
 import datetime
-import json
 import os
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
-from minicpm_megatron.parallel import meeting
-from tests.cli.commands import ROOT
+from minicpm_megatron.parallel import groups, meeting
+from minicpm_megatron.recipe import build
+from tests.distributed.launch import run_on_ranks
+from tests.recipe.fields import minimal_fields
 
 pytestmark = pytest.mark.cpu_only("ranks over gloo")
 
 PATIENCE = datetime.timedelta(seconds=60)
 
-JOIN = """
-import datetime, json, os
-import torch
-import torch.distributed as dist
-from minicpm_megatron.parallel import groups
-from minicpm_megatron.recipe import build
-from tests.recipe.fields import minimal_fields
 
-layout, sums = build(minimal_fields()).check_world_size(2), []
-for restarts in json.loads(os.environ["RESTARTS"]):
-    os.environ["TORCHELASTIC_RESTART_COUNT"] = restarts
-    groups.initialize(layout, timeout=datetime.timedelta(seconds=20), job="x")
-    value = torch.ones(1)
-    dist.all_reduce(value)
-    sums.append(float(value))
-    groups.destroy()
-print(json.dumps(sums))
-"""
+def join(counts: list[list[str]]) -> list[float]:
+    """On a node of one rank, join once for each count of restarts; sums of ones over the ranks."""
+    os.environ |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    layout, sums = build(minimal_fields()).check_world_size(2), []
+    for count in counts[int(os.environ["RANK"])]:
+        os.environ["TORCHELASTIC_RESTART_COUNT"] = count
+        groups.initialize(layout, timeout=datetime.timedelta(seconds=20), job="x")
+        value = torch.ones(1)
+        dist.all_reduce(value)
+        sums.append(float(value))
+        groups.destroy()
+    return sums
 
 
 def store() -> dist.TCPStore:
@@ -53,20 +48,9 @@ def client(server: dist.TCPStore) -> dist.TCPStore:
 def test_ranks_meet_whatever_their_nodes_count() -> None:
     """Of two nodes the one whose rank has failed counts a restart, and the other one does not."""
     server = store()
-    common = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.port)}
-    common |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "OMP_NUM_THREADS": "1"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", JOIN],
-            cwd=ROOT,
-            env=os.environ | common | {"RANK": str(rank), "RESTARTS": json.dumps(counts)},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank, counts in enumerate((["0", "0", "0"], ["0", "1", "1"]))
-    ]
-    said = [rank.communicate(timeout=120)[0].splitlines()[-1:] for rank in ranks]
-    assert said == [["[2.0, 2.0, 2.0]"]] * 2
+    agent = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    counts = [["0", "0", "0"], ["0", "1", "1"]]
+    assert run_on_ranks("tests.parallel.test_meeting:join", 2, env=agent, counts=counts) == [[2.0, 2.0, 2.0]] * 2
 
 
 def test_what_the_dead_have_asked_and_heard_is_no_answer() -> None:

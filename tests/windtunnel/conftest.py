@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,9 +25,8 @@ logging: {interval: 1, tensorboard: false}
 
 
 @pytest.fixture(scope="session")
-def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WarmTrainer]:
-    with WarmTrainer(tmp_path_factory.mktemp("warm")) as trainer:
-        yield trainer
+def warm(tmp_path_factory: pytest.TempPathFactory) -> WarmTrainer:
+    return WarmTrainer(tmp_path_factory.mktemp("warm"))
 
 
 @pytest.fixture(scope="session")
