@@ -5,14 +5,15 @@ from __future__ import annotations
 import datetime
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-from minicpm_megatron.checkpoint import Checkpointer
+from minicpm_megatron.checkpoint import Checkpointer, LoadedCheckpoint
 from minicpm_megatron.checkpoint.find import CHECKPOINTS
+from minicpm_megatron.checkpoint.run_state import FaultEvent, RunState
 from minicpm_megatron.engine.build import build_engine, build_model
 from minicpm_megatron.engine.state import EngineState
 from minicpm_megatron.errors import UserError
@@ -25,7 +26,7 @@ from minicpm_megatron.recipe import BatchPlan, Recipe, count_parameters, dump_re
 from minicpm_megatron.recipe.dump import RECIPE
 from minicpm_megatron.recipe.parameters import CHECKPOINT_BYTES
 from minicpm_megatron.storage.atomic import write_bytes, write_json
-from minicpm_megatron.storage.manifest import TEXT_STATE, TOKENIZER_SHA256
+from minicpm_megatron.storage.manifest import TOKENIZER_SHA256
 from minicpm_megatron.training import guards
 from minicpm_megatron.training.datasets import held_out_sets, train_reader
 from minicpm_megatron.training.evaluate import HeldOut, evaluate
@@ -94,9 +95,9 @@ class Trainer:
         self.schedule, self.plan = build_schedule(recipe.schedule), BatchPlan(recipe)
         self.step = 0
         self.faults = FaultPolicy(recipe.faults)
-        self.origin: dict[str, Any] | None = None
+        self.origin: Mapping[str, Any] | None = None
         # of an imported model: what its folder says about the texts it makes, for an export at the end
-        self.text: dict[str, Any] | None = None
+        self.text: Mapping[str, Any] | None = None
         self.evaluation_due = False
         # what libraries drew at start-up is not the run's; a checkpoint's own state replaces this
         groups.seed_generators(recipe.training.seed)
@@ -246,13 +247,13 @@ class Trainer:
 
     def _stop_before(self, fault: Fault, first: int, samples: int) -> None:
         """Save the weights before the update, with what happened, and end the run."""
-        event = {
-            "what": fault.what,
-            "value": str(fault.value),
-            "step": self.step + 1,
-            "samples": [first, first + samples],
-            "lr": self.recipe.optimizer.lr * self.schedule.factor(self.plan.position(self.step)),
-        }
+        event = FaultEvent(
+            what=fault.what,
+            value=str(fault.value),
+            step=self.step + 1,
+            samples=(first, first + samples),
+            lr=self.recipe.optimizer.lr * self.schedule.factor(self.plan.position(self.step)),
+        )
         path, said = self._save(wait=True, fault=event), fault.at(self.step + 1, first, samples)
         if self.faults.answer(fault) == "skip":
             said += f"; {self.recipe.faults.max_consecutive} steps before it were skipped (faults.max_consecutive)"
@@ -278,19 +279,19 @@ class Trainer:
             f"rolled back to step {self.step}: {said}; passing over samples {passed[0]} to {passed[1] - 1}",
         )
 
-    def _save(self, *, wait: bool, fault: dict[str, Any] | None = None) -> Path:
-        state = {
-            "step": self.step,
-            "samples": self.plan.samples(self.step),
-            "tokens": self.plan.tokens(self.step),
-            "updates": self.state.updates(),
-            "origin": self.origin,
-            TEXT_STATE: self.text,
-            "rates": {group["name"]: group["lr"] for group in self.engine.param_groups},
-            "evaluation_due": self.evaluation_due,
-            "fault": fault,
-            "faults": self.faults.state(),
-        }
+    def _save(self, *, wait: bool, fault: FaultEvent | None = None) -> Path:
+        state = RunState(
+            step=self.step,
+            samples=self.plan.samples(self.step),
+            tokens=self.plan.tokens(self.step),
+            updates=self.state.updates(),
+            origin=self.origin,
+            text=self.text,
+            rates={group["name"]: group["lr"] for group in self.engine.param_groups},
+            evaluation_due=self.evaluation_due,
+            fault=fault,
+            faults=self.faults.state(),
+        )
         facts: dict[str, Any] = {
             "model": self.recipe.model.model_dump(mode="json"),
             "recipe": self.recipe.model_dump(mode="json"),
@@ -313,8 +314,8 @@ class Trainer:
         loaded = self.checkpointer.open(folder)
         check_resume(loaded.manifest, self.recipe, self.data.fingerprint)
         self._load(loaded)
-        self.origin, self.text = loaded.state.get("origin"), loaded.state.get(TEXT_STATE)
-        self.evaluation_due = bool(loaded.state.get("evaluation_due"))
+        self.origin, self.text = loaded.state.origin, loaded.state.text
+        self.evaluation_due = loaded.state.evaluation_due
         if groups.rank() == 0:
             print(f"resuming from {folder} at step {self.step}", flush=True)
 
@@ -327,12 +328,12 @@ class Trainer:
             self._load(loaded)
             said = f"branching from {origin.reference} ({origin.folder}) at step {self.step}"
         else:
-            self.engine.ledger.check_saved(loaded.state.get("rates", {}))
-            self.state.load(loaded.reader, int(loaded.state.get("updates", 0)), self._loading)
+            self.engine.ledger.check_saved(loaded.state.rates)
+            self.state.load(loaded.reader, loaded.state.updates or 0, self._loading)
             self.evaluation_due = self.recipe.evaluation.interval is not None
             said = f"starting with the weights and moments of {origin.reference} ({origin.folder})"
         self.origin = {"run": str(origin.folder.parent.parent), "step": origin.step}
-        self.text = loaded.state.get(TEXT_STATE)
+        self.text = loaded.state.text
         if groups.rank() == 0:
             print(said, flush=True)
 
@@ -347,20 +348,20 @@ class Trainer:
     def _loading(self, name: str) -> None:
         self.watchdog.tick(f"loading {name}")
 
-    def _load(self, loaded: Any) -> None:
+    def _load(self, loaded: LoadedCheckpoint) -> None:
         state = loaded.state
         check_unchanged(loaded.manifest.get("data") or {}, self.data.fingerprint)
         keep_order(loaded.manifest, self.recipe, self.data)
-        self.engine.ledger.check_saved(state.get("rates", {}))
-        self.step = int(state["step"])
-        self.state.load(loaded.reader, int(state.get("updates", 0)), self._loading)
-        self.faults.load(state.get("faults", {}))
+        self.engine.ledger.check_saved(state.rates)
+        self.step = state.step
+        self.state.load(loaded.reader, state.updates or 0, self._loading)
+        self.faults.load(state.faults)
         tensors = loaded.rank_tensors(groups.rank())
         if tensors:
             device.set_rng_state(tensors)
-        if state.get("samples", self.plan.samples(self.step)) != self.plan.samples(self.step):
+        if state.samples not in (None, self.plan.samples(self.step)):
             raise UserError(
-                f"the checkpoint has consumed {state['samples']} samples, this recipe's batches make it "
+                f"the checkpoint has consumed {state.samples} samples, this recipe's batches make it "
                 f"{self.plan.samples(self.step)} at step {self.step}",
                 where="training.global_batch_size",
                 fix="set the batch sizes back",
