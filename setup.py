@@ -37,5 +37,7 @@ setup(
         # other packages add to these: see examples/my_plugin
         "minicpm_megatron.presets": [],
         "minicpm_megatron.decay_shapes": [],
+        "minicpm_megatron.observers": [],
+        "minicpm_megatron.objectives": [],
     },
 )

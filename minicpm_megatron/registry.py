@@ -154,3 +154,17 @@ DECAY_SHAPES: Registry[Any] = Registry(
     home="minicpm_megatron.methods.schedules",
     validate="minicpm_megatron.methods.schedules:as_decay_shape",
 )
+OBSERVERS: Registry[Any] = Registry(
+    "observer",
+    "minicpm_megatron.observers",
+    home="minicpm_megatron.training.observers",
+    attribute="OBSERVER",
+    validate="minicpm_megatron.training.observer:as_factory",
+)
+OBJECTIVES: Registry[Any] = Registry(
+    "objective",
+    "minicpm_megatron.objectives",
+    home="minicpm_megatron.training.objectives",
+    attribute="OBJECTIVE",
+    validate="minicpm_megatron.training.objective:as_factory",
+)

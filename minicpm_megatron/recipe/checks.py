@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from minicpm_megatron.errors import UserError
-from minicpm_megatron.registry import DECAY_SHAPES
+from minicpm_megatron.registry import DECAY_SHAPES, OBJECTIVES, OBSERVERS
 
 if TYPE_CHECKING:
     from minicpm_megatron.recipe.schema import ModelRecipe, Recipe, ScheduleRecipe
@@ -102,6 +102,8 @@ def check_recipe(recipe: Recipe) -> None:
     _check_batches(recipe)
     check_schedule(recipe.schedule)
     _check_gradient_statistics(recipe)
+    _check_observers(recipe)
+    OBJECTIVES.check(recipe.training.objective, where="training.objective")
     for field, answer in (("non_finite", recipe.faults.non_finite), ("spike", recipe.faults.spike)):
         refuse_unless(
             answer != "rollback" or recipe.checkpoint.interval is not None,
@@ -109,6 +111,14 @@ def check_recipe(recipe: Recipe) -> None:
             "there are no checkpoints to go back to",
             "give checkpoint.interval, or choose skip",
         )
+
+
+def _check_observers(recipe: Recipe) -> None:
+    names = recipe.logging.observers
+    for name in names:
+        OBSERVERS.check(name, where="logging.observers")
+    twice = [name for name in names if names.count(name) > 1]
+    refuse_unless(not twice, "logging.observers", f"names {', '.join(sorted(set(twice)))} twice", "give each once")
 
 
 def _longest(model: ModelRecipe) -> str:

@@ -29,6 +29,7 @@ PAST = (
     "training.precision",
     "training.gradient_clipping",
     "training.z_loss_coeff",
+    "training.objective",
     "optimizer",
 )
 

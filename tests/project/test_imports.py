@@ -30,7 +30,7 @@ ALLOWED = {
     "megatron_lm": {"model", "methods", "parallel", "recipe"},
     "convert": {"checkpoint", "methods", "recipe"},
     "evaluation": {"convert", "methods", "recipe", "data"},
-    "training": {"checkpoint", "engine", "model", "methods", "parallel", "recipe", "data"},
+    "training": {"checkpoint", "convert", "engine", "model", "methods", "parallel", "recipe", "data"},
     "windtunnel": {"training", "checkpoint", "engine", "model", "methods", "parallel", "recipe", "data"},
     "cli": {
         "windtunnel",
