@@ -1,1 +1,1 @@
-"""A preset and a decay shape for minicpm_megatron, found through the entry points in pyproject.toml."""
+"""A preset, a decay shape, an observer and an objective for minicpm_megatron: the entry points in pyproject.toml."""
