@@ -54,7 +54,7 @@ class Observers:
         self._kept: dict[str, Mapping[str, Any]] = {}  # states that nobody here has taken over
         self._active: dict[str, Observer] = {}
         for name, make in factories.items():
-            observer = self._guarded(name, make, recipe)
+            observer = self._guarded(name, _made, make, recipe)
             if observer is not None and (ranks.rank == 0 or observer.everywhere):
                 self._active[name] = observer
         mine = {
@@ -82,6 +82,7 @@ class Observers:
         for name, observer in list(self._active.items()):
             if name in states:
                 self._guarded(name, observer.load_state_dict, dict(states[name]))
+        self._agree()
 
     def state_dict(self) -> dict[str, Mapping[str, Any]]:
         """Name -> state, JSON values, of those that have one."""
@@ -90,6 +91,7 @@ class Observers:
             state = self._guarded(name, _json_state, observer)
             if state:
                 states[name] = state
+        self._agree()
         return states
 
     def before_update(self, step: int) -> None:
@@ -138,13 +140,11 @@ class Observers:
         if self._ranks.rank == 0 and thread.is_alive():
             for name in [name for name, each in self._active.items() if _uses_checkpoints(each)]:
                 self._leave_out(name, TimeoutError(f"not done with {folder} after {self._patience:g} s"))
-        if self._shared:
-            self._agree()
+        self._agree()
 
     def _call(self, method: str, *arguments: Any) -> None:
         self._call_here(method, *arguments)
-        if self._shared:
-            self._agree()
+        self._agree()
 
     def _call_here(self, method: str, *arguments: Any) -> None:
         for name, observer in list(self._active.items()):
@@ -159,6 +159,8 @@ class Observers:
             return None
 
     def _leave_out(self, name: str, error: BaseException) -> None:
+        if name in self._failed:  # one that was given up and comes back late
+            return
         self._failed.add(name)
         observer = self._active.pop(name, None)
         said = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
@@ -172,6 +174,8 @@ class Observers:
 
     def _agree(self) -> None:
         """Leave an observer that is `everywhere` out on every rank where it has failed on one."""
+        if not self._shared:
+            return
         flags = torch.tensor([float(name in self._failed) for name in self._shared], device=device.device())
         dist.all_reduce(flags)
         self._forget([name for name, failed in zip(self._shared, flags.tolist(), strict=True) if failed])
@@ -189,6 +193,13 @@ def observer_factories(recipe: Recipe) -> dict[str, Factory]:
         UserError: a plugin that the recipe names cannot be loaded.
     """
     return {name: OBSERVERS.get(name) for name in recipe.logging.observers}
+
+
+def _made(make: Factory, recipe: Recipe) -> Observer | None:
+    observer = make(recipe)
+    if observer is not None and not isinstance(observer, Observer):
+        raise TypeError(f"it is a {type(observer).__name__}, not an Observer")
+    return observer
 
 
 def _json_state(observer: Observer) -> dict[str, Any]:

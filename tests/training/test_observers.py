@@ -152,6 +152,11 @@ def test_a_state_that_is_no_json_fails_the_observer_and_not_the_save(
     assert "the observer odd is left out from here on: TypeError" in capsys.readouterr().err
 
 
+def test_what_is_no_observer_is_left_out(recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(begin(recipe, tmp_path / "run", {"odd": lambda recipe: "console"}))  # type: ignore[dict-item, return-value]
+    assert "observer odd is left out from here on: TypeError: it is a str, not an Observer" in capsys.readouterr().err
+
+
 def test_an_essential_observer_is_asked_about(recipe: Recipe, tmp_path: Path) -> None:
     class Essential(Failing):
         essential = True
