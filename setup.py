@@ -58,5 +58,7 @@ setup(
         "minicpm_megatron.attention_kernels": [],
         "minicpm_megatron.formats": [],
         "minicpm_megatron.tokenizers": [],
+        "minicpm_megatron.observers": [],
+        "minicpm_megatron.objectives": [],
     },
 )

@@ -64,6 +64,7 @@ def main() -> None:
 
     from minicpm_megatron.checkpoint import Checkpointer
     from minicpm_megatron.checkpoint.ranks import Ranks
+    from minicpm_megatron.checkpoint.run_state import RunState
     from minicpm_megatron.engine.state import EngineState
     from minicpm_megatron.parallel import groups
 
@@ -95,8 +96,7 @@ def main() -> None:
         }  # whole tensors of this rank: nothing is looked for on the others
 
     def save_ours(wait: bool) -> Callable[[], bool]:
-        rates = {"step": number}
-        ours.save(number, state.fragments(), rank_tensors={}, state=rates, facts={}, wait=wait)
+        ours.save(number, state.fragments(), rank_tensors={}, state=RunState(step=number), facts={}, wait=wait)
         return lambda: wait or ours.settled()
 
     def save_theirs(wait: bool) -> Callable[[], bool]:

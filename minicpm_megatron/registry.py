@@ -230,3 +230,17 @@ OPTIMIZERS: Registry[Any] = Registry(
     attribute="OPTIMIZER",
     validate="minicpm_megatron.recipe.optimizer:as_optimizer",
 )
+OBSERVERS: Registry[Any] = Registry(
+    "observer",
+    "minicpm_megatron.observers",
+    home="minicpm_megatron.training.observers",
+    attribute="OBSERVER",
+    validate="minicpm_megatron.training.observer:as_factory",
+)
+OBJECTIVES: Registry[Any] = Registry(
+    "objective",
+    "minicpm_megatron.objectives",
+    home="minicpm_megatron.training.objectives",
+    attribute="OBJECTIVE",
+    validate="minicpm_megatron.training.objective:as_factory",
+)

@@ -21,9 +21,10 @@ from minicpm_megatron.checkpoint.names import step_folder
 from minicpm_megatron.checkpoint.publish import SMALL_FILES, publish
 from minicpm_megatron.checkpoint.ranks import Ranks
 from minicpm_megatron.checkpoint.retention import retain
+from minicpm_megatron.checkpoint.run_state import RunState
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.storage import lock
-from minicpm_megatron.storage.manifest import Unreadable, problems
+from minicpm_megatron.storage.manifest import MANIFEST, Unreadable, problems
 from minicpm_megatron.storage.sharded import CheckpointReader, Fragment
 
 log = logging.getLogger(__name__)
@@ -38,16 +39,12 @@ class LoadedCheckpoint:
     Attributes:
         reader: its tensors.
         manifest: everything in manifest.json.
+        state: where the run stood.
     """
 
     reader: CheckpointReader
     manifest: dict[str, Any]
-
-    @property
-    def state(self) -> dict[str, Any]:
-        """Where the run stood (JSON values)."""
-        state: dict[str, Any] = self.manifest["state"]
-        return state
+    state: RunState
 
     def rank_tensors(self, rank: int) -> dict[str, Tensor]:
         """What that rank saved for itself."""
@@ -173,14 +170,13 @@ class Checkpointer:
             verified: it comes from `find_latest`, which has read it in full; False: check it now.
 
         Raises:
-            UserError: a file is damaged, or the manifest malformed.
+            UserError: a file is damaged, or the manifest or the run's state in it malformed.
         """
         if not verified:
             found = self.on_all(lambda: self._verify_part(folder))
             if found:
                 raise UserError(f"the checkpoint is damaged: {found[0]}", where=str(folder), fix="choose another one")
-        reader = self.on_all(lambda: CheckpointReader(folder))
-        return LoadedCheckpoint(reader, reader.manifest)
+        return self.on_all(lambda: _load(folder))
 
     def save(
         self,
@@ -188,7 +184,7 @@ class Checkpointer:
         fragments: Iterable[Fragment],
         *,
         rank_tensors: dict[str, Tensor],
-        state: dict[str, Any],
+        state: RunState,
         facts: dict[str, Any],
         wait: bool = True,
     ) -> Path:
@@ -201,7 +197,7 @@ class Checkpointer:
                 what this rank saves into host memory, and let a thread publish it; `wait` raises what happens there.
         """
         self.wait()
-        state, facts = copy.deepcopy((state, facts))  # the run goes on with lists that are in there
+        content, facts = copy.deepcopy((state.to_json(), facts))  # the run goes on with lists that are in there
 
         def publish_and_retain(pieces: Iterable[Fragment], on_phase: Callable[[str], None]) -> Path:
             folder = publish(
@@ -209,7 +205,7 @@ class Checkpointer:
                 step,
                 pieces,
                 rank_tensors=rank_tensors,
-                state=state,
+                state=content,
                 facts=facts,
                 ranks=self.ranks,
                 on_phase=on_phase,
@@ -271,3 +267,8 @@ class Checkpointer:
         for what, where, fix in filter(None, self.ranks.gather(fault)):
             raise UserError(what, where=where, fix=fix)
         return value
+
+
+def _load(folder: Path) -> LoadedCheckpoint:
+    reader = CheckpointReader(folder)
+    return LoadedCheckpoint(reader, reader.manifest, RunState.of(reader.manifest, str(folder / MANIFEST)))

@@ -17,7 +17,10 @@ from minicpm_megatron.training.notes import schedule_note
 from minicpm_megatron.versions import check_versions
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from minicpm_megatron.training.start import Origin
+    from minicpm_megatron.training.trainer import Trainer
 
 DESCRIPTION = """Train a MiniCPM model as a recipe says.
 
@@ -68,8 +71,11 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str] | None = None, make_trainer: Callable[..., Trainer] | None = None) -> int:
     """Run the command; returns its exit status.
+
+    Args:
+        make_trainer: takes what `Trainer` takes, for a run with parts of its own; None: `Trainer` itself.
 
     Raises:
         UserError: the recipe, its data or its checkpoints are wrong.
@@ -116,7 +122,7 @@ def main(arguments: list[str] | None = None) -> int:
     note = schedule_note(recipe.schedule)
     if note is not None and _is_first_rank():
         print(note, flush=True)
-    return _train(recipe, origin, launcher)
+    return _train(recipe, origin, launcher, make_trainer)
 
 
 def _is_first_rank() -> bool:
@@ -134,7 +140,9 @@ def _say_whether_finished(recipe: Recipe) -> int:
     return 0 if done >= last else 1
 
 
-def _train(recipe: Recipe, origin: Origin | None, launcher: Launcher) -> int:
+def _train(
+    recipe: Recipe, origin: Origin | None, launcher: Launcher, make_trainer: Callable[..., Trainer] | None
+) -> int:
     # seconds of imports, after everything that can be refused without them
     with interrupts.leaving_at_once():
         from minicpm_megatron.parallel import groups
@@ -146,7 +154,7 @@ def _train(recipe: Recipe, origin: Origin | None, launcher: Launcher) -> int:
     rank, size, folder = groups.rank(), groups.world_size(), recipe.run_directory
     try:
         with Watchdog(folder, rank=rank, size=size, timeout=recipe.training.hang_timeout) as watchdog:
-            trainer = Trainer(recipe, origin, watchdog, launcher)
+            trainer = (make_trainer or Trainer)(recipe, origin, watchdog, launcher)
             finished = trainer.run() == trainer.total
         if finished and rank == 0:
             finish(folder, recipe)

@@ -210,7 +210,7 @@ def convert(
 def _carried(source: Source) -> list[str]:
     if source.optimizer is None:
         return []
-    step = source.optimizer.position["step"]
+    step = source.optimizer.position.step
     return [f"optimizer state is carried over, at step {step}: in a run the folder is RUN/checkpoints/step-{step}"]
 
 

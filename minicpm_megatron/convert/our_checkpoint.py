@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from minicpm_megatron.checkpoint.run_state import RunState
 from minicpm_megatron.convert.recorded_tokenizer import recorded_tokenizer
 from minicpm_megatron.convert.source import Source
 from minicpm_megatron.convert.target_names import MEGATRON
@@ -16,7 +18,7 @@ from minicpm_megatron.convert.text_settings import of_state
 from minicpm_megatron.convert.weight_files import is_finite
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.recipe import ModelRecipe, build_section
-from minicpm_megatron.storage.manifest import MANIFEST, TEXT_STATE, problems
+from minicpm_megatron.storage.manifest import MANIFEST, problems
 from minicpm_megatron.storage.sharded import CheckpointReader, write_single
 
 
@@ -36,30 +38,31 @@ def open_checkpoint(folder: Path) -> Source:
     blocks, tensors = model.num_layers * (model.num_moe_experts or 1), len(reader.names())
     if blocks > tensors:  # before a name is made for each
         raise UserError(f"layers and experts are {blocks} in all, for {tensors} tensors", where=where)
-    tokenizer, notes = recorded_tokenizer(manifest, folder)
+    state = RunState.of(manifest, where)
+    tokenizer, notes = recorded_tokenizer(manifest, state, folder)
     return Source(
         format=MEGATRON,
         folder=folder,
         model=model,
         tensors=reader,
         tokenizer=tokenizer,
-        text=of_state(manifest["state"].get(TEXT_STATE), model.vocab_size, where),
+        text=of_state(state.text, model.vocab_size, where),
         notes=notes,
     )
 
 
 def write_checkpoint(output: Path, source: Source, *, tokenizer: Path | None, progress: bool) -> None:
     """A checkpoint in fp32: weights at step 0, or the step and Adam's moments that the source can give."""
-    state = {
-        "step": 0,
-        "tokens": 0,
-        "data": {"tokenizer": str(tokenizer.resolve()) if tokenizer else None},
-        "origin": dict(source.origin),
-        TEXT_STATE: source.text.state(),
-        **(source.optimizer.position if source.optimizer else {}),
-    }
+    position = source.optimizer.position if source.optimizer else RunState(step=0)
+    state = dataclasses.replace(
+        position,
+        tokens=position.tokens or 0,
+        origin=dict(source.origin),
+        text=source.text.state(),
+        tokenizer=str(tokenizer.resolve()) if tokenizer else None,
+    )
     moments = functools.partial(_moments, source)
-    write_single(output, _tensors(source, progress), source.model.model_dump(mode="json"), state, moments)
+    write_single(output, _tensors(source, progress), source.model.model_dump(mode="json"), state.to_json(), moments)
 
 
 def _tensors(source: Source, progress: bool) -> Iterator[tuple[str, torch.Tensor]]:

@@ -6,25 +6,27 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from minicpm_megatron.checkpoint.run_state import RunState
 from minicpm_megatron.convert.tokenizer_folder import FAST, SENTENCEPIECE
 from minicpm_megatron.data.tokenizers import has_tokenizer
 from minicpm_megatron.recipe.moved import moved_path
 from minicpm_megatron.storage.manifest import TOKENIZER_SHA256
 
 
-def recorded_tokenizer(manifest: dict[str, Any], folder: Path) -> tuple[Path | None, tuple[str, ...]]:
+def recorded_tokenizer(manifest: dict[str, Any], state: RunState, folder: Path) -> tuple[Path | None, tuple[str, ...]]:
     """The tokenizer folder that a checkpoint's recipe, or the conversion that made it, names, and notes.
 
     A path inside the run that saved the checkpoint is looked up inside the run that now holds it, too. Where the
     manifest has the tokenizer's checksum, a tokenizer of another one is passed over.
 
     Args:
+        state: the state in the manifest.
         folder: the checkpoint.
 
     Returns:
         None where no tokenizer is recorded, or only others were found. Where nothing is there the recorded path.
     """
-    recorded = _recorded(manifest)
+    recorded = _recorded(manifest, state)
     if recorded is None:
         return None, ()
     there = [path for path in _places(recorded, manifest, folder) if path.is_dir()]
@@ -37,14 +39,16 @@ def recorded_tokenizer(manifest: dict[str, Any], folder: Path) -> tuple[Path | N
     return None, (f"{there[0]} has another tokenizer than the run's",)
 
 
-def _recorded(manifest: dict[str, Any]) -> Path | None:
-    for section in (manifest.get("recipe"), manifest.get("state")):
-        data = section.get("data") if isinstance(section, dict) else None
-        if isinstance(data, dict) and isinstance(data.get("tokenizer"), str):
-            path = Path(data["tokenizer"])
-            # a recipe may name the file itself
-            return path.parent if path.is_file() or path.name in (SENTENCEPIECE, FAST) else path
-    return None
+def _recorded(manifest: dict[str, Any], state: RunState) -> Path | None:
+    recipe = manifest.get("recipe")
+    data = recipe.get("data") if isinstance(recipe, dict) else None
+    named = data.get("tokenizer") if isinstance(data, dict) else None
+    text = named if isinstance(named, str) else state.tokenizer
+    if text is None:
+        return None
+    path = Path(text)
+    # a recipe may name the file itself
+    return path.parent if path.is_file() or path.name in (SENTENCEPIECE, FAST) else path
 
 
 def _places(recorded: Path, manifest: dict[str, Any], folder: Path) -> Iterator[Path]:

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
+from minicpm_megatron.checkpoint.run_state import RunState
 from minicpm_megatron.convert.config_fields import read_json
 from minicpm_megatron.convert.format import CONFIG, Format
 from minicpm_megatron.convert.fused import Shape
@@ -46,12 +47,12 @@ class OptimizerState:
     Attributes:
         kinds: of state, for instance exp_avg.
         read: (name, kind) -> whole tensor in fp32.
-        position: "step", "updates", and "samples" and "tokens" where they are known.
+        position: step, updates, and samples and tokens where they are known.
     """
 
     kinds: tuple[str, ...]
     read: Callable[[str, str], torch.Tensor]
-    position: Mapping[str, int]
+    position: RunState
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """End tokens and settings for generation that a model's folder states.
 
 A tokenizer knows one end token at most and no settings; config.json and generation_config.json have the rest. Both
-travel with the model: through our checkpoints, and the runs that go on from them, under `TEXT_STATE` of the state.
+travel with the model: through our checkpoints, and the runs that go on from them, as `RunState.text`.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from typing import Any
 
 from minicpm_megatron.convert.config_fields import read_json
 from minicpm_megatron.errors import UserError
-from minicpm_megatron.storage.manifest import TEXT_STATE
 
 GENERATION = "generation_config.json"
+TEXT_STATE = "text"
+"""Key of these settings in a torch_dist checkpoint that a conversion of ours has written."""
 _KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _SETTINGS_KEY = "generation_config"
 _LARGEST_SETTINGS = 2**20

@@ -15,6 +15,7 @@ from typing import Any
 
 from minicpm_megatron.checkpoint.find import CHECKPOINTS
 from minicpm_megatron.checkpoint.names import step_folder
+from minicpm_megatron.checkpoint.run_state import RunState
 from minicpm_megatron.convert.output_folder import atomic_folder, check_space
 from minicpm_megatron.convert.rewriting import Rewrite, bytes_of, has_moments, write_rewritten
 from minicpm_megatron.convert.source import Source
@@ -25,7 +26,7 @@ from minicpm_megatron.recipe import BatchPlan, ModelRecipe, Recipe, build, build
 from minicpm_megatron.recipe.dump import RECIPE
 from minicpm_megatron.recipe.load import apply_override
 from minicpm_megatron.storage.atomic import write_bytes
-from minicpm_megatron.storage.manifest import TEXT_STATE, TOKENIZER_SHA256
+from minicpm_megatron.storage.manifest import MANIFEST, TOKENIZER_SHA256
 from minicpm_megatron.storage.sharded import CheckpointReader
 from minicpm_megatron.training.run_data import MIXTURE
 from minicpm_megatron.training.start import check_same_past
@@ -116,7 +117,7 @@ def derived_recipe(source: Source, model: ModelRecipe, run: Path, overrides: Seq
     recipe = build(fields)
     if recipe.run_directory != run:
         raise UserError(f"would make the run {recipe.run_directory}, not {run}", where="override", fix="give --output")
-    check_same_past(old.model_copy(update={"model": recipe.model}), recipe, _step(manifest))
+    check_same_past(old.model_copy(update={"model": recipe.model}), recipe, _state_of(source).step)
     return recipe
 
 
@@ -138,7 +139,7 @@ def write_run(
         model: what the new run trains; `recipe`'s where there is one.
         recipe: of `derived_recipe`.
         rewrite: makes the tensors of `model` from those of the source.
-        how: facts for `state.origin`, beside the source's run and step.
+        how: facts for `RunState.origin`, beside the source's run and step.
         new_roles: muP groups that the source has no saved rate of.
         progress: show bytes, rate and remaining time on standard error.
 
@@ -153,7 +154,7 @@ def write_run(
             fix="make a checkpoint of ours of it first: tools/convert_checkpoint.py --to megatron",
         )
     manifest = _manifest(source)
-    step = _step(manifest)
+    step = _state_of(source).step
     carried = {key: manifest[key] for key in ("data", MIXTURE, TOKENIZER_SHA256) if key in manifest}
     facts = carried | {"model": model.model_dump(mode="json")}
     if recipe:
@@ -165,7 +166,7 @@ def write_run(
             step_folder(partial / CHECKPOINTS, step),
             source,
             rewrite,
-            state=_state(source, recipe, new_roles) | {"origin": _origin(source, step) | how},
+            state=_state(source, recipe, new_roles, _origin(source, step) | how).to_json(),
             facts=facts,
             total_bytes=amount,
             progress=progress,
@@ -191,27 +192,31 @@ def _manifest(source: Source) -> dict[str, Any]:
     return manifest
 
 
-def _step(manifest: dict[str, Any]) -> int:
-    return int(manifest.get("state", {}).get("step", 0))
-
-
 def _origin(source: Source, step: int) -> dict[str, Any]:
     folder = source.folder.resolve()
     of_a_run = folder.parent.name == CHECKPOINTS
     return {"run": str(folder.parent.parent if of_a_run else folder), "step": step}
 
 
-def _state(source: Source, recipe: Recipe | None, new_roles: Collection[str]) -> dict[str, Any]:
+def _state(source: Source, recipe: Recipe | None, new_roles: Collection[str], origin: dict[str, Any]) -> RunState:
     """Where the new run stands: where the old one stood."""
-    before: dict[str, Any] = _manifest(source).get("state", {})
-    carried = {key: before[key] for key in ("samples", "updates", "faults") if key in before}
-    return carried | {
-        "step": int(before.get("step", 0)),
-        "tokens": int(before.get("tokens", 0)),
-        "rates": rates_with_roles(before.get("rates", {}), new_roles, source.model),
-        "fault": None,
+    before = _state_of(source)
+    return RunState(
+        step=before.step,
+        samples=before.samples,
+        tokens=before.tokens or 0,
+        updates=before.updates,
+        origin=origin,
+        text=source.text.state(),
+        rates=rates_with_roles(before.rates, new_roles, source.model),
         # the first thing a run says is then what the new model is worth before any step of its own
-        "evaluation_due": bool(recipe and recipe.evaluation.interval),
-        "data": {"tokenizer": str(source.tokenizer.resolve()) if source.tokenizer else None},
-        TEXT_STATE: source.text.state(),
-    }
+        evaluation_due=bool(recipe and recipe.evaluation.interval),
+        faults=before.faults,
+        tokenizer=str(source.tokenizer.resolve()) if source.tokenizer else None,
+    )
+
+
+def _state_of(source: Source) -> RunState:
+    """Where the run of a checkpoint of ours stood; other sources have done no step."""
+    manifest = _manifest(source)
+    return RunState.of(manifest, str(source.folder / MANIFEST)) if manifest else RunState(step=0)

@@ -13,6 +13,7 @@ import torch
 
 from minicpm_megatron.engine import experts, patches
 from minicpm_megatron.engine.config import deepspeed_config
+from minicpm_megatron.engine.objective import Objective, mean_token_loss, split_fields
 from minicpm_megatron.engine.zero.adapter import Adapter, Update
 from minicpm_megatron.engine.zero.choose import choose_adapter
 from minicpm_megatron.methods.mup import RateLedger, mup_param_groups
@@ -25,8 +26,9 @@ from minicpm_megatron.recipe import Layout, Recipe
 from minicpm_megatron.recipe.optimizer import Optimizer
 from minicpm_megatron.registry import OPTIMIZERS
 
-MicroBatch = tuple[torch.Tensor, ...]
-"""(tokens, labels), int64 [b, s] each, and where documents are kept apart, the `starts` of model.document_attention."""
+MicroBatch = tuple[Any, ...]
+"""(tokens, labels), int64 [b, s] each, where documents are kept apart the `starts` of model.document_attention, and
+where the samples carry more for the objective a mapping of its tensors by name, [b, s] each."""
 
 
 class Engine:
@@ -124,14 +126,17 @@ class Engine:
     def set_sequence_length(self, tokens: int) -> None:
         """Told before every step how long the rows of its micro-batches are."""
 
-    def accumulate(self, micro_batches: Iterable[MicroBatch], count: int) -> torch.Tensor:
+    def accumulate(
+        self, micro_batches: Iterable[MicroBatch], count: int, objective: Objective = mean_token_loss
+    ) -> torch.Tensor:
         """Forward and backward of one step's micro-batches.
 
         Args:
             micro_batches: `count` of them.
+            objective: what is minimised.
 
         Returns:
-            Mean of their losses in nats per token, fp32, over this rank's tokens or over those of all ranks.
+            Mean of the objective over them in nats, fp32, of this rank's tokens or of those of all ranks.
         """
         # DeepSpeed ends a step where its own count of micro-batches is a multiple of those of a step. After a batch
         # that grew, or a step that was discarded, that need not be where ours ends.
@@ -139,7 +144,8 @@ class Engine:
         self._scale_auxiliary_losses(count)
         total = torch.zeros((), device=device.device())
         for number, batch in enumerate(micro_batches, 1):
-            loss = self.losses(*batch).mean()
+            tensors, fields = split_fields(batch)
+            loss = objective(self.losses(*tensors), fields)
             total += loss.detach() / count
             self.backward(loss * self._share)
             if number < count:

@@ -21,6 +21,7 @@ from deepspeed.runtime.utils import partition_balanced
 
 from minicpm_megatron.engine import patches
 from minicpm_megatron.engine.engine import Engine, MicroBatch
+from minicpm_megatron.engine.objective import Objective, mean_token_loss
 from minicpm_megatron.model.config import MiniCPMConfig
 from minicpm_megatron.model.loss import token_losses
 from minicpm_megatron.model.pipeline import (
@@ -64,13 +65,14 @@ class MiniCPMPipeline(PipelineModule):
 
     def __init__(self, config: MiniCPMConfig, bounds: list[int], labels: Labels, **keywords: Any) -> None:
         self.config, self.bounds, self.labels = config, bounds, labels
+        self.objective: Objective = mean_token_loss
         self.counted_rows: int | None = None
-        """None: the loss is the mean over a micro-batch's tokens. Otherwise: the sum over those of so many rows."""
+        """None: the loss is `objective`. Otherwise: the sum over the tokens of so many rows of a micro-batch."""
         super().__init__(loss_fn=self._loss, **keywords)
 
     def _loss(self, outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         losses = self.losses(outputs, labels)
-        return losses.mean() if self.counted_rows is None else losses[: self.counted_rows].sum()
+        return self.objective(losses, {}) if self.counted_rows is None else losses[: self.counted_rows].sum()
 
     def losses(self, outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Of the last stage's outputs: fp32 [b, s] in nats."""
@@ -154,9 +156,13 @@ class PipelinedEngine(Engine):
             self._sequence_length = tokens
             self.deepspeed.reset_activation_shape()
 
-    def accumulate(self, micro_batches: Iterable[MicroBatch], count: int) -> torch.Tensor:
-        """As `Engine.accumulate`; the loss is the mean over all data-parallel ranks."""
+    def accumulate(
+        self, micro_batches: Iterable[MicroBatch], count: int, objective: Objective = mean_token_loss
+    ) -> torch.Tensor:
+        """As `Engine.accumulate`, for an objective without fields; the mean is over all data-parallel ranks."""
         engine = self.deepspeed
+        pipeline: Any = self.module
+        pipeline.objective = objective
         self._scale_auxiliary_losses(count)
         engine.set_dataiterator(iter(micro_batches))
         engine.total_loss = engine.total_additional_losses = None

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from minicpm_megatron.errors import UserError
-from minicpm_megatron.registry import ATTENTION_KERNELS, DECAY_SHAPES, OPTIMIZERS, SCHEDULES
+from minicpm_megatron.registry import ATTENTION_KERNELS, DECAY_SHAPES, OBJECTIVES, OBSERVERS, OPTIMIZERS, SCHEDULES
 
 if TYPE_CHECKING:
     from minicpm_megatron.recipe.schema import ModelRecipe, Recipe
@@ -101,6 +101,8 @@ def check_recipe(recipe: Recipe) -> None:
     check_schedule(recipe)
     OPTIMIZERS.check(recipe.optimizer.name, where="optimizer.name")
     _check_gradient_statistics(recipe)
+    _check_observers(recipe)
+    OBJECTIVES.check(recipe.training.objective, where="training.objective")
     for field, answer in (("non_finite", recipe.faults.non_finite), ("spike", recipe.faults.spike)):
         refuse_unless(
             answer != "rollback" or recipe.checkpoint.interval is not None,
@@ -108,6 +110,14 @@ def check_recipe(recipe: Recipe) -> None:
             "there are no checkpoints to go back to",
             "give checkpoint.interval, or choose skip",
         )
+
+
+def _check_observers(recipe: Recipe) -> None:
+    names = recipe.logging.observers
+    for name in names:
+        OBSERVERS.check(name, where="logging.observers")
+    twice = [name for name in names if names.count(name) > 1]
+    refuse_unless(not twice, "logging.observers", f"names {', '.join(sorted(set(twice)))} twice", "give each once")
 
 
 def _longest(model: ModelRecipe) -> str:

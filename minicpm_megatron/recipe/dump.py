@@ -18,7 +18,15 @@ RECIPE = "recipe.yaml"
 DEFINING: dict[str, tuple[str, ...] | None] = {
     "model": None,
     "data": ("train", "sequence_length", "reset_attention_mask", "curriculum"),
-    "training": ("global_batch_size", "batch_growth", "precision", "gradient_clipping", "seed", "z_loss_coeff"),
+    "training": (
+        "global_batch_size",
+        "batch_growth",
+        "precision",
+        "gradient_clipping",
+        "seed",
+        "z_loss_coeff",
+        "objective",
+    ),
     "optimizer": None,
     "schedule": None,
     "faults": None,
@@ -38,10 +46,16 @@ def recipe_hash(recipe: Recipe) -> str:
         section: fields[section] if keys is None else {key: fields[section][key] for key in keys}
         for section, keys in DEFINING.items()
     }
-    # keys younger than the hash: without them, where they are off, the hashes of earlier runs hold
-    for section, key in (("training", "z_loss_coeff"), ("model", "qk_layernorm"), ("schedule", "options")):
-        if not defining[section][key]:
+    # keys younger than the hash: without them, where they have their default, the hashes of earlier runs hold
+    for section, key in (
+        ("training", "z_loss_coeff"),
+        ("training", "objective"),
+        ("model", "qk_layernorm"),
+        ("optimizer", "name"),
+        ("schedule", "options"),
+    ):
+        if defining[section][key] == type(getattr(recipe, section)).model_fields[key].get_default(
+            call_default_factory=True
+        ):
             del defining[section][key]
-    if recipe.optimizer.name == "adamw":
-        del defining["optimizer"]["name"]
     return hashlib.sha256(json.dumps(defining, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

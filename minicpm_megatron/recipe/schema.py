@@ -272,6 +272,9 @@ class TrainingRecipe(Section):
     z_loss_coeff: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     """Factor of the squared log of the softmax's normaliser, which is added to the training loss and to its log, but to
     no validation loss (PaLM, arXiv 2204.02311, section 5, takes 1e-4; not used in the paper)."""
+    objective: str = "mean-token-loss"
+    """What a step minimises: mean-token-loss, or one that another package registered. The validation loss is always
+    the cross-entropy."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 1234
     """Decides initial weights and sample order."""
     recompute: Literal["none", "selective", "full"] = "none"
@@ -438,6 +441,15 @@ class LoggingRecipe(Section):
     """Write TensorBoard's event files into the run's folder."""
     gradient_statistics: GradientStatisticsRecipe = Field(default_factory=GradientStatisticsRecipe)
     """Which steps are measured."""
+    observers: Annotated[tuple[str, ...], Field(strict=False)] = (
+        "metrics-jsonl",
+        "tensorboard",
+        "console",
+        "expert-loads",
+        "gradient-statistics",
+    )
+    """What follows the run, called in this order; also wandb, mlflow, hf-copy (a Hugging Face copy at every save), or
+    one that another package registered. One that fails is left out with a line; metrics-jsonl alone ends the run."""
 
 
 class RunRecipe(Section):

@@ -20,8 +20,6 @@ from minicpm_megatron.storage.checksum import FileRecord, content_sha256, file_s
 MANIFEST = "manifest.json"
 TOKENIZER_SHA256 = "tokenizer_sha256"
 """Key of a manifest: SHA-256 of the tokenizer's file that a run was started with; absent where it named none."""
-TEXT_STATE = "text"
-"""Key of a manifest's state: end tokens and settings for generation, of a model that was imported with some."""
 CHECKSUM = "checksum"
 FORMAT = "minicpm_megatron checkpoint 1"
 LIBRARIES = ("minicpm_megatron", "torch", "deepspeed", "megatron-core", "numpy", "safetensors")

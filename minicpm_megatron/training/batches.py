@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import numpy as np
 import torch
@@ -23,7 +23,13 @@ class BatchReader:
         context_rank, context_size: of the context-parallel group, which shares each sequence in Megatron-Core's
             zigzag order.
         documents: tell where the documents of a sample begin, so that attention ends at their borders.
+
+    Attributes:
+        fields, sequences: what samples carry beside tokens and labels, and how many rows make one, for an objective.
     """
+
+    fields: Collection[str] = ()
+    sequences = 1
 
     def __init__(
         self,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -146,7 +147,7 @@ class FaultPolicy:
             "past": self._past.state(),
         }
 
-    def load(self, state: dict[str, Any]) -> None:
+    def load(self, state: Mapping[str, Any]) -> None:
         """Take a checkpoint's state over; {} is that of a run without faults."""
         self.offset = state.get("offset", 0)
         self.passed_over = [list(stretch) for stretch in state.get("passed_over", ())]

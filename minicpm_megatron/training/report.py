@@ -13,11 +13,12 @@ from typing import Any
 
 from minicpm_megatron.checkpoint.find import CHECKPOINTS
 from minicpm_megatron.checkpoint.names import published_steps, step_folder
+from minicpm_megatron.checkpoint.run_state import RunState
 from minicpm_megatron.data.statistics import blend_entropy
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.methods.schedules import build_schedule
 from minicpm_megatron.recipe import BatchPlan, Recipe
-from minicpm_megatron.storage.manifest import read_manifest
+from minicpm_megatron.storage.manifest import MANIFEST, read_manifest
 from minicpm_megatron.storage.picture import (
     COLOURS,
     CONTROL,
@@ -156,13 +157,14 @@ def trunk_of(folder: Path, first_step: int) -> Path | None:
     """The run that the run in `folder` branched from before `first_step`; None where there is none, or it is gone."""
     saves = folder / CHECKPOINTS
     for step in reversed(published_steps(saves)):
+        folder = step_folder(saves, step)
         try:
-            origin = read_manifest(step_folder(saves, step))["state"].get("origin") or {}
-        except (UserError, KeyError):
+            parent = RunState.of(read_manifest(folder), str(folder / MANIFEST)).parent
+        except UserError:
             continue
         # a new stage begins with another run's weights, too, but at step 0
-        branched = origin.get("step") == first_step - 1 > 0
-        return Path(origin["run"]) if branched and (Path(origin["run"]) / METRICS).is_file() else None
+        branched = parent is not None and parent.step == first_step - 1 > 0
+        return parent.run if parent and branched and (parent.run / METRICS).is_file() else None
     return None
 
 

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from minicpm_megatron.checkpoint.find import CHECKPOINTS, resolve_reference
 from minicpm_megatron.checkpoint.names import published_steps, step_folder, steps_set_aside
+from minicpm_megatron.checkpoint.run_state import Parent, RunState
 from minicpm_megatron.errors import UserError, require
 from minicpm_megatron.methods.schedules import build_schedule
 from minicpm_megatron.recipe import BatchPlan, ModelRecipe, Recipe, build, build_saved, build_section
-from minicpm_megatron.storage.manifest import read_manifest
+from minicpm_megatron.storage.manifest import MANIFEST, read_manifest
 
 if TYPE_CHECKING:
     from minicpm_megatron.engine.state import ShardReader
@@ -28,6 +29,7 @@ PAST = (
     "training.precision",
     "training.gradient_clipping",
     "training.z_loss_coeff",
+    "training.objective",
     "optimizer",
 )
 
@@ -52,7 +54,7 @@ class Published(NamedTuple):
 
     Attributes:
         weights: its tensors; there are no moments.
-        text: its end tokens and settings for generation, as a manifest's state has them under `TEXT_STATE`.
+        text: its end tokens and settings for generation, as `RunState.text` has them.
     """
 
     model: ModelRecipe
@@ -100,9 +102,8 @@ def initial_weights(recipe: Recipe, reference: str, open_folder: Callable[[Path]
         return Origin(given, 0, reference, False, published)
     started = _started(recipe, reference)
     if started is not None:
-        return Origin(
-            step_folder(Path(started["run"]) / CHECKPOINTS, started["step"]), started["step"], reference, False
-        )
+        run, step = started.parent
+        return Origin(step_folder(run / CHECKPOINTS, step), step, reference, False)
     folder = resolve_reference(reference, Path(recipe.run.directory))
     manifest = read_manifest(folder)
     # a checkpoint from before a key existed has its default
@@ -187,15 +188,22 @@ def _started_branch(recipe: Recipe, reference: str) -> tuple[Recipe, Path, int] 
     The trunk may have gone on since: its "latest" may be another, and retention may have removed the checkpoint that
     the branch began with.
     """
-    origin = _started(recipe, reference)
-    if origin is None:
+    started = _started(recipe, reference)
+    if started is None:
         return None
-    folder = step_folder(Path(origin["run"]) / CHECKPOINTS, origin["step"])
-    return _branch_of(recipe, build_saved(origin["recipe"]), origin["step"]), folder, origin["step"]
+    run, step = started.parent
+    return _branch_of(recipe, build_saved(started.recipe), step), step_folder(run / CHECKPOINTS, step), step
 
 
-def _started(recipe: Recipe, reference: str) -> dict[str, Any] | None:
-    """ "run" and "step" that the run itself says it began from, and its "recipe"; None where it has no checkpoint yet.
+class _Started(NamedTuple):
+    """What a run's newest readable checkpoint says of its beginning, and its recipe."""
+
+    parent: Parent
+    recipe: dict[str, Any]
+
+
+def _started(recipe: Recipe, reference: str) -> _Started | None:
+    """How the run itself says that it began; None where it has no checkpoint yet.
 
     Raises:
         UserError: it began from something else.
@@ -203,19 +211,20 @@ def _started(recipe: Recipe, reference: str) -> dict[str, Any] | None:
     directory = recipe.run_directory / CHECKPOINTS
     run, _, asked = reference.rpartition("@")
     for step in reversed(published_steps(directory)):
+        folder = step_folder(directory, step)
         try:
-            manifest = read_manifest(step_folder(directory, step))
+            manifest = read_manifest(folder)
+            parent = RunState.of(manifest, str(folder / MANIFEST)).parent
         except UserError:  # for the verification at the start to name and set aside
             continue
-        origin = manifest["state"].get("origin") or {}
-        if Path(origin.get("run", "")).name != Path(run).name or asked not in ("latest", str(origin.get("step"))):
-            kind = f"from {origin['run']}@{origin['step']}" if origin else "a run of its own"
+        if parent is None or parent.run.name != Path(run).name or asked not in ("latest", str(parent.step)):
+            kind = "a run of its own" if parent is None else f"from {parent.run}@{parent.step}"
             raise UserError(
                 f"has checkpoints already, and is {kind}",
                 where=str(recipe.run_directory),
                 fix="give the new run another name: name=NAME",
             )
-        return {**origin, "recipe": manifest["recipe"]}
+        return _Started(parent, manifest["recipe"])
     return None
 
 

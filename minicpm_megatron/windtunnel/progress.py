@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from minicpm_megatron.checkpoint.find import CHECKPOINTS
 from minicpm_megatron.checkpoint.names import published_steps, step_folder
+from minicpm_megatron.checkpoint.run_state import RunState
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.storage.atomic import write_json
 from minicpm_megatron.storage.manifest import MANIFEST, read_manifest
@@ -80,12 +81,13 @@ def judge_end(cell: Cell, status: int) -> Literal["done", "stopped", "failed"]:
         return "stopped"
     fault = None
     if steps:
+        newest = step_folder(checkpoints, steps[-1])
         try:
-            fault = read_manifest(step_folder(checkpoints, steps[-1]))["state"].get("fault")
+            fault = RunState.of(read_manifest(newest), str(newest / MANIFEST)).fault
         except UserError:
             fault = None
     if fault:
-        return _write_done(cell, steps[-1], f"{fault['what']} was {fault['value']} in step {fault['step']}")
+        return _write_done(cell, steps[-1], f"{fault.what} was {fault.value} in step {fault.step}")
     failure = {"id": uuid.uuid4().hex, "status": status, "reason": _last_words(folder / LOG, status)}
     write_json(folder / FAILED, failure)
     return "failed"

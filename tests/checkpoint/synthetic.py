@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from minicpm_megatron.checkpoint import Checkpointer
+from minicpm_megatron.checkpoint.run_state import RunState
 from minicpm_megatron.storage.sharded import CheckpointReader, Fragment, ShardSpec
 
 ROWS = 64
@@ -24,7 +25,7 @@ def save(checkpointer: Checkpointer, step: int, content: int | None = None, rows
         step,
         [Fragment(spec, "param", 0, tensor)],
         rank_tensors={"random": torch.full((3,), rank, dtype=torch.uint8)},
-        state={"step": step},
+        state=RunState(step=step),
         facts={},
     )
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from minicpm_megatron.checkpoint import Checkpointer
+from minicpm_megatron.checkpoint.run_state import RunState
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.storage.sharded import Fragment, ShardSpec
 from tests.checkpoint.test_kill import save
@@ -56,15 +57,19 @@ def worker(rank: int, case: dict[str, Any]) -> str:
         if case["fault"] == "defect":
             strange = torch.ones(1, dtype=torch.complex64 if rank else torch.float32)
             checkpointer.save(
-                2, [Fragment(ShardSpec("w", (1,)), "param", 0, strange)], rank_tensors={}, state={"step": 2}, facts={}
+                2,
+                [Fragment(ShardSpec("w", (1,)), "param", 0, strange)],
+                rank_tensors={},
+                state=RunState(step=2),
+                facts={},
             )
         elif case["fault"] == "too large":
             large = Fragment(ShardSpec("w", (2 * MIB,)), "param", 0, torch.zeros(2 * MIB))
-            checkpointer.save(2, [large], rank_tensors={}, state={"step": 2}, facts={})
+            checkpointer.save(2, [large], rank_tensors={}, state=RunState(step=2), facts={})
         elif case["fault"] == "fills up":
             size = MIB // 4
             half = Fragment(ShardSpec("w", (2 * size,), 0, ((rank * size, size),)), "param", 0, torch.zeros(size))
-            checkpointer.save(2, [half], rank_tensors={}, state={"step": 2}, facts={})
+            checkpointer.save(2, [half], rank_tensors={}, state=RunState(step=2), facts={})
         else:
             save(checkpointer, 2, seed=2, rank=rank, ranks=2)
     except (UserError, RuntimeError) as error:

@@ -197,7 +197,7 @@ def test_odd_names_are_no_checkpoints(run: Path) -> None:
 
 def test_a_checkpoint_that_is_asked_for_is_checked_in_full(run: Path) -> None:
     chosen = run / "checkpoints" / "step-1"
-    assert Checkpointer(run / "checkpoints").open(chosen, verified=False).state["step"] == 1
+    assert Checkpointer(run / "checkpoints").open(chosen, verified=False).state.step == 1
     _flip(chosen)
     with pytest.raises(UserError, match="step-1: the checkpoint is damaged: .*rank-00000.safetensors"):
         Checkpointer(run / "checkpoints").open(chosen, verified=False)

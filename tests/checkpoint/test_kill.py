@@ -12,6 +12,7 @@ import torch
 
 from minicpm_megatron.checkpoint import Checkpointer
 from minicpm_megatron.checkpoint.publish import PHASES
+from minicpm_megatron.checkpoint.run_state import RunState
 from tests.distributed.forked import run_forked
 from tests.storage import synthetic
 
@@ -27,8 +28,8 @@ def save(checkpointer: Checkpointer, step: int, seed: int, rank: int, ranks: int
         step,
         synthetic.fragments(synthetic.tensors(seed), 1, ranks, 0, rank),
         rank_tensors={"torch": torch.full((4,), rank, dtype=torch.uint8)},
-        state={"step": step, "seed": seed},
-        facts={},
+        state=RunState(step=step),
+        facts={"seed": seed},
     )
 
 
@@ -88,9 +89,9 @@ def test_a_kill_anywhere_leaves_one_whole_checkpoint(tmp_path: Path) -> None:
         found = checkpointer.find_latest()
         assert found is not None, case
         loaded = checkpointer.open(found)
-        seed = loaded.state["seed"]
+        seed = loaded.manifest["seed"]
         # a new save of the same step and one of the next step: either is what it was, or all new
-        assert (loaded.state["step"], seed) in ((OLD, 1), (case["step"], 2)), case
+        assert (loaded.state.step, seed) in ((OLD, 1), (case["step"], 2)), case
         for (name, kind), whole in synthetic.tensors(seed).items():
             assert torch.equal(loaded.reader.read(name, kind), whole), case
         ends.append((outcome[case["rank"]].status, seed))

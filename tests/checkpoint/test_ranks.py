@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from minicpm_megatron.checkpoint import Checkpointer
 from minicpm_megatron.checkpoint.publish import PHASES
+from minicpm_megatron.checkpoint.run_state import RunState
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.storage import manifest
 from tests.checkpoint.synthetic import ROWS, content, names, save, world
@@ -181,7 +182,9 @@ def fault_worker(folder: str, small: str | None, read_only: str | None) -> dict[
     said["damaged"] = _failure(root / "damaged", "find")
     said["gathered"] = world(root).ranks.gather({"rank": rank, "text": "é" * rank * 1000, "none": None})
     try:
-        world(root / "defect").save(1, [], rank_tensors={}, state={"step": 1, "x": {1} if rank == 0 else 1}, facts={})
+        world(root / "defect").save(
+            1, [], rank_tensors={}, state=RunState(step=1), facts={"x": {1} if rank == 0 else 1}
+        )
     except RuntimeError as error:
         said["defect"] = str(error)
     return said

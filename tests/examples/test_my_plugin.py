@@ -26,7 +26,13 @@ from minicpm_megatron.cli.entry import run
 from minicpm_megatron.recipe import load_recipe
 run(lambda: print(format_dry_run(load_recipe(sys.argv[1], sys.argv[2:]), 1)))
 """
-OVERRIDES = ["preset=my-wide-tiny", "schedule.decay_shape=square", "schedule.half_life="]
+OVERRIDES = [
+    "preset=my-wide-tiny",
+    "schedule.decay_shape=square",
+    "schedule.half_life=",
+    "logging.observers=[metrics-jsonl, best-loss]",
+    "training.objective=focal",
+]
 
 TOKENIZER = """
 import json, sys
@@ -120,6 +126,22 @@ def test_preset_and_decay_shape_are_found(site: Path) -> None:
     assert "square decay over 75" in done.stdout
     # half-way through the decay: 1 - 0.9 / 4
     assert "0.775" in done.stdout
+    assert "objective: focal" in done.stdout and "- best-loss" in done.stdout
+
+
+LOADED = """
+from minicpm_megatron.recipe import load_recipe
+from minicpm_megatron.registry import OBJECTIVES, OBSERVERS
+for found in (OBSERVERS.get("best-loss"), OBJECTIVES.get("focal")):
+    print(type(found(None)).__name__)
+"""
+
+
+def test_observer_and_objective_are_loaded_by_name(site: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (site, ROOT)))}
+    command = [sys.executable, "-c", LOADED]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert done.stdout.split() == ["BestLoss", "Focal"], done.stderr
 
 
 def test_without_the_plugin_both_names_are_unknown() -> None:

@@ -5,12 +5,14 @@ The workers run inside `tests.distributed.forked`; this module imports what is s
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
 import shutil
 import signal
 import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +26,14 @@ from minicpm_megatron.cli import entry
 from minicpm_megatron.cli.train import main
 from minicpm_megatron.data.indexed_format import bin_path, idx_path, token_dtype, write_index
 from minicpm_megatron.data.metadata import TokenMetadata, json_path
+from minicpm_megatron.recipe import Recipe
 from minicpm_megatron.storage.checksum import file_sha256
 from minicpm_megatron.training import report
-from minicpm_megatron.training.batches import BatchReader
+from minicpm_megatron.training.datasets import train_reader
 from minicpm_megatron.training.metrics import METRICS, read_metrics
+from minicpm_megatron.training.objectives.mean_token_loss import MeanTokenLoss
+from minicpm_megatron.training.run_data import RunData
+from minicpm_megatron.training.stepping import Reader, Stepper
 from minicpm_megatron.training.trainer import Trainer
 from tests.device import deterministic
 from tests.distributed.forked import Outcome
@@ -111,15 +117,79 @@ def check(outcome: list[Outcome], *statuses: int) -> None:
     assert found == (list(statuses) or [0] * len(outcome)), "\n".join(rank.log for rank in outcome)
 
 
-def train(rank: int, case: dict[str, Any]) -> dict[str, Any]:
+class Recorded:
+    """A reader of training data that notes what is read.
+
+    Args:
+        samples: gets [first sample, size, hash of this rank's tokens] of each batch.
+        shift: samples that every position is moved by.
+        on_read: called with the position of each batch.
+    """
+
+    def __init__(self, reader: Reader, samples: list[list[Any]], shift: int, on_read: Callable[[int], None]) -> None:
+        self.fields, self.sequences = reader.fields, reader.sequences
+        self._reader, self._samples, self._shift, self._on_read = reader, samples, shift, on_read
+
+    def micro_batches(self, first_sample: int, global_batch_size: int, row_length: int | None = None) -> Iterator[Any]:
+        self._on_read(first_sample)
+        tokens = []
+        for batch in self._reader.micro_batches(first_sample + self._shift, global_batch_size, row_length):
+            tokens.append(batch[0].cpu().numpy().tobytes())
+            yield batch
+        self._samples.append([first_sample, global_batch_size, hashlib.sha256(b"".join(tokens)).hexdigest()])
+
+
+def trainer_with(
+    before_step: Callable[[Stepper], bool | None],
+    disturbances: list[Callable[[torch.Tensor], torch.Tensor]],
+    read: Callable[..., Reader] = train_reader,
+    observers: Mapping[str, Any] | None = None,
+) -> Callable[..., Trainer]:
+    """What makes a trainer that is disturbed.
+
+    Args:
+        before_step: called before every step; true: the step does not happen, and is counted as done.
+        disturbances: what each does to the token losses of every micro-batch.
+        read: opens the training data.
+        observers: beside the recipe's.
+    """
+
+    class Steps(Stepper):
+        def step(self) -> bool:
+            if before_step(self):
+                self.run.step += 1
+                return False
+            return super().step()
+
+    class Disturbed(MeanTokenLoss):
+        def __call__(self, token_losses: torch.Tensor, fields: Mapping[str, torch.Tensor]) -> torch.Tensor:
+            for disturb in disturbances:
+                token_losses = disturb(token_losses)
+            return super().__call__(token_losses, fields)
+
+    return functools.partial(Trainer, make_stepper=Steps, objective=Disturbed, read=read, observers=observers)
+
+
+def train(
+    rank: int,
+    case: dict[str, Any],
+    *,
+    before_step: Callable[[Stepper], bool | None] = lambda stepper: None,
+    on_losses: Callable[[torch.Tensor], torch.Tensor] = lambda losses: losses,
+    on_read: Callable[[int], None] = lambda first: None,
+    observers: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     """Run the command's own `main`, killed before update case["kill_at"] if that is given.
 
     Args:
-        case: "arguments" of the command; "kill_at": the step that rank "kill_rank" does not survive, in the middle of
-            an asynchronous save only where "in_save" is set; "hang_at": the
-            step in which rank "hang_rank" does "hang", see `_hang`; "poison": what is done to the numbers of step
-            "poison_at" on rank "poison_rank", see `_poison` (the checkpoint of the step is copied to before/ first);
-            "begin_with": a checkpoint that the run finds as its own.
+        before_step, observers: see `trainer_with`.
+        on_losses: what is done to the token losses of every micro-batch.
+        on_read: called with the position of each batch.
+        case: "arguments" of the command; "shift": samples that every position is moved by; "kill_at": the step that
+            rank "kill_rank" does not survive, in the middle of an asynchronous save only where "in_save" is set;
+            "hang_at": the step in which rank "hang_rank" does "hang", see `_hang`; "poison": what is done to the
+            numbers of step "poison_at" on rank "poison_rank", see `POISONS` (the checkpoint of the step is copied to
+            before/ first); "begin_with": a checkpoint that the run finds as its own.
 
     Returns:
         "status", and "samples": [first sample, size, hash of this rank's tokens] of each batch.
@@ -132,36 +202,30 @@ def train(rank: int, case: dict[str, Any]) -> dict[str, Any]:
             shutil.copytree(checkpoint, checkpoint.parents[2] / case["run"] / "checkpoints" / checkpoint.name)
         dist.barrier()
     samples: list[list[Any]] = []
-    step, read = Trainer._one_step, BatchReader.micro_batches
+    disturbances = [on_losses]
 
-    def one_step(self: Trainer, *arguments: Any) -> bool:
-        if self.step in (case.get("kill_at"), case.get("poison_at")) and not case.get("in_save"):
-            self.checkpointer.wait()  # the test counts on the one before
-        if self.step == case.get("kill_at") and rank == case.get("kill_rank", 1):
+    def before(stepper: Stepper) -> bool | None:
+        run = stepper.run
+        if run.step in (case.get("kill_at"), case.get("poison_at")) and not case.get("in_save"):
+            run.checkpointer.wait()  # the test counts on the one before
+        if run.step == case.get("kill_at") and rank == case.get("kill_rank", 1):
             os.kill(os.getpid(), signal.SIGKILL)
-        if self.step == case.get("hang_at") and rank == case.get("hang_rank", 1):
+        if run.step == case.get("hang_at") and rank == case.get("hang_rank", 1):
             _hang(case["hang"])
-        if self.step == case.get("poison_at") and rank == case.get("poison_rank", 1):
-            shutil.copytree(
-                self.checkpointer.directory / f"step-{self.step}", self.folder / "before", dirs_exist_ok=True
-            )
-            _poison(self, case["poison"])
-        return step(self, *arguments)
+        if run.step == case.get("poison_at") and rank == case.get("poison_rank", 1):
+            shutil.copytree(run.checkpointer.directory / f"step-{run.step}", run.folder / "before", dirs_exist_ok=True)
+            disturbances.append(POISONS[case["poison"]])
+        return before_step(stepper)
 
-    def micro_batches(self: BatchReader, first: int, size: int, *more: Any) -> Any:
-        tokens = []
-        for batch in read(self, first, size, *more):
-            tokens.append(batch[0].cpu().numpy().tobytes())
-            yield batch
-        if torch.is_grad_enabled():  # not an evaluation
-            samples.append([first, size, hashlib.sha256(b"".join(tokens)).hexdigest()])
+    def read(recipe: Recipe, data: RunData) -> Reader:
+        return Recorded(train_reader(recipe, data), samples, case.get("shift", 0), on_read)
 
-    Trainer._one_step, BatchReader.micro_batches = one_step, micro_batches
+    make_trainer = trainer_with(before, disturbances, read, observers)
     entry.RANK_0_GRACE = 0.0
     report.finish = lambda folder, recipe: None  # a picture takes longer than the run
     status = None
     try:
-        entry.run(lambda: main(case["arguments"]))
+        entry.run(lambda: main(case["arguments"], make_trainer))
     except SystemExit as end:
         status = end.code
     return {"status": status, "samples": samples}
@@ -178,29 +242,23 @@ def _hang(how: str) -> None:
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
-def _poison(trainer: Trainer, how: str) -> None:
-    """Make the loss, or one gradient, of this rank not finite in the step that follows."""
-    engine = trainer.engine
-    if how == "loss":
-        losses = engine.losses
+class Infinite(torch.autograd.Function):
+    """A number of the same value whose gradient is not finite."""
 
-        def poisoned(*arguments: Any) -> torch.Tensor:
-            return losses(*arguments) * float("nan")
+    @staticmethod
+    def forward(context: Any, value: torch.Tensor) -> torch.Tensor:
+        return value.clone()
 
-        engine.losses = poisoned
-        return
-    backward = engine.backward
+    @staticmethod
+    def backward(context: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient * float("inf")
 
-    class Infinite(torch.autograd.Function):
-        @staticmethod
-        def forward(context: Any, value: torch.Tensor) -> torch.Tensor:
-            return value.clone()
 
-        @staticmethod
-        def backward(context: Any, gradient: torch.Tensor) -> torch.Tensor:
-            return gradient * float("inf")
-
-    engine.backward = lambda loss: backward(Infinite.apply(loss))
+# what makes the loss, or one gradient, of a rank not finite
+POISONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "loss": lambda losses: losses * float("nan"),
+    "gradient": Infinite.apply,
+}
 
 
 def tensors(folder: Path) -> dict[str, str]:

@@ -11,6 +11,7 @@ import pytest
 
 from minicpm_megatron.checkpoint import publish
 from minicpm_megatron.training.metrics import METRICS, read_metrics
+from minicpm_megatron.training.stepping import Stepper
 from tests.distributed.forked import Outcome, run_forked
 from tests.training import nano
 
@@ -26,24 +27,21 @@ def worker(rank: int, case: dict[str, Any]) -> dict[str, Any]:
     Returns:
         and "during": the steps that were done between the begin and the end of that file.
     """
-    write, during, trainers = publish.write_fragments, [], []
-    one_step = nano.Trainer._one_step
+    write, during, runs = publish.write_fragments, [], []
 
-    def remember(self: nano.Trainer, *arguments: Any) -> bool:
-        trainers[:] = [self]
-        return one_step(self, *arguments)
+    def remember(stepper: Stepper) -> None:
+        runs[:] = [stepper.run]
 
     def slow(path: Path, *arguments: Any) -> Any:
         if path.parent.name == f"step-{case['slow_at']}.tmp":
-            begun = trainers[0].step
+            begun = runs[0].step
             time.sleep(case["seconds"])
-            during.append([begun, trainers[0].step])
+            during.append([begun, runs[0].step])
         return write(path, *arguments)
 
-    nano.Trainer._one_step = remember
     if "slow_at" in case:
         publish.write_fragments = slow
-    return nano.train(rank, case) | {"during": during}
+    return nano.train(rank, case, before_step=remember) | {"during": during}
 
 
 @pytest.fixture(scope="module")

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from minicpm_megatron.recipe import FaultsRecipe
-from minicpm_megatron.training.batches import BatchReader
 from minicpm_megatron.training.faults import GRADIENT_NORM, LOSS, FaultPolicy, SpikeDetector
-from minicpm_megatron.training.metrics import METRICS, MetricsLog, read_metrics
+from minicpm_megatron.training.metrics import METRICS, read_metrics
+from minicpm_megatron.training.stepping import Stepper
 from tests.distributed.forked import Outcome, run_forked
 from tests.training import nano
 
@@ -64,42 +64,27 @@ def worker(rank: int, case: dict[str, Any]) -> dict[str, Any]:
             always; "left_out": numbers of the steps that do not happen; "shift": samples that every position is
             moved by; "kill_after_rollback": the step not survived once the run has gone back.
     """
-    from minicpm_megatron.engine.engine import Engine
-    from minicpm_megatron.engine.pipeline import MiniCPMPipeline
-
-    step, losses, read = nano.Trainer._one_step, Engine.losses, BatchReader.micro_batches
-    pipeline_losses = MiniCPMPipeline.losses
     broken = case.get("broken", {})
     now: dict[str, Any] = {"first": None, "step": None}
 
-    def one_step(self: Any, reader: Any, log: MetricsLog, signals: Any) -> bool:
-        now["step"] = self.step + 1
-        if self.faults.offset and self.step == case.get("kill_after_rollback") and rank == 1:
+    def before_step(stepper: Stepper) -> bool:
+        run = stepper.run
+        now["step"] = run.step + 1
+        if run.faults.offset and run.step == case.get("kill_after_rollback") and rank == 1:
             os.kill(os.getpid(), signal.SIGKILL)
-        if self.step + 1 in case.get("left_out", ()):
-            self.step += 1
-            return False
-        return step(self, reader, log, signals)
+        return run.step + 1 in case.get("left_out", ())
 
-    def micro_batches(self: BatchReader, first: int, size: int, *more: Any) -> Any:
+    def on_read(first: int) -> None:
         now["first"] = first
-        training = torch.is_grad_enabled()  # and no evaluation
-        return read(self, first + training * case.get("shift", 0), size, *more)
 
     def fault() -> str | None:
         return broken.get(str(now["first"])) or ("nan loss" if now["step"] == case.get("broken_step") else None)
 
-    def disturbed(self: Engine, *batch: torch.Tensor) -> torch.Tensor:
-        found, how = losses(self, *batch), fault()
-        return found if how is None or rank == 0 or not torch.is_grad_enabled() else _disturb(found, how)
+    def disturbed(losses: torch.Tensor) -> torch.Tensor:
+        how = fault()
+        return losses if how is None or rank == 0 else _disturb(losses, how)
 
-    def losses_of_a_pipeline(self: MiniCPMPipeline, *batch: torch.Tensor) -> torch.Tensor:
-        found, how = pipeline_losses(self, *batch), fault()
-        return found if how is None or not torch.is_grad_enabled() else _disturb(found, how)
-
-    nano.Trainer._one_step, Engine.losses, BatchReader.micro_batches = one_step, disturbed, micro_batches
-    MiniCPMPipeline.losses = losses_of_a_pipeline
-    return nano.train(rank, case)
+    return nano.train(rank, case, before_step=before_step, on_losses=disturbed, on_read=on_read)
 
 
 def _position(step: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import subprocess
 from collections.abc import Iterator
@@ -11,7 +12,8 @@ from typing import Any
 import pytest
 
 from minicpm_megatron.checkpoint import checkpointer
-from minicpm_megatron.training.metrics import METRICS, MetricsLog
+from minicpm_megatron.training.metrics import METRICS
+from minicpm_megatron.training.stepping import Stepper
 from tests.distributed.forked import Outcome, run_forked
 from tests.training import nano
 
@@ -22,7 +24,7 @@ DISK = "size=6m"  # two checkpoints of 1.2 MB and what goes with them, not three
 
 def worker(rank: int, case: dict[str, Any]) -> dict[str, Any]:
     """`nano.train` on a disk that fails this rank's checkpoint, or rank 0's metrics, after a while."""
-    publish, step = checkpointer.publish, MetricsLog.step
+    publish = checkpointer.publish
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def limited_publish(directory: Path, saved: int, *arguments: Any, **keywords: Any) -> Path:
@@ -33,17 +35,16 @@ def worker(rank: int, case: dict[str, Any]) -> dict[str, Any]:
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
-    def full_metrics(self: MetricsLog, record: Any, memory_bytes: int) -> None:
-        if self._file is not None and record.step == case["metrics_full_at"]:
-            self._file.close()
-            self._file = open("/dev/full", "a")
-        step(self, record, memory_bytes)
+    def fill(stepper: Stepper) -> None:
+        if rank == 0 and stepper.run.step + 1 == case.get("metrics_full_at"):
+            open_files = ((int(each.name), os.path.realpath(each)) for each in Path("/proc/self/fd").iterdir())
+            (metrics,) = (number for number, path in open_files if path == str(stepper.run.folder / METRICS))
+            with open("/dev/full", "a") as full:
+                os.dup2(full.fileno(), metrics)
 
     if "limit_at" in case:
         checkpointer.publish = limited_publish
-    if "metrics_full_at" in case:
-        MetricsLog.step = full_metrics
-    return nano.train(rank, case)
+    return nano.train(rank, case, before_step=fill)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from minicpm_megatron.training.stepping import Stepper
 from tests.distributed.forked import Outcome, run_forked
 from tests.training import nano
 from tests.training.launched import Job
@@ -24,31 +26,27 @@ KILLED = {"step": 10, "save": 10, "grace": 10}
 def worker(rank: int, case: dict[str, Any]) -> dict[str, Any]:
     """`nano.train` on which SIGKILL falls in the middle of step 13, of the save after step 15, or of the one that
     SIGTERM in step 13 asked for."""
-    from minicpm_megatron.engine.engine import Engine
-
-    step, backward = nano.Trainer._one_step, Engine.backward
-    where, now = case.get("where"), {"step": 0, "backward": 0}
+    where, now = case.get("where"), {"step": 0, "micro_batch": 0}
 
     def die(dies: bool) -> None:
         if dies:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    def one_step(self: Any, *arguments: Any) -> bool:
-        now["step"], now["backward"] = self.step + 1, 0
-        if where == "save" and self.step + 1 == 15:
-            self.checkpointer.on_phase = lambda phase: die(rank == 1 and phase == "write")
-        if where == "grace" and self.step + 1 == 13:
+    def before_step(stepper: Stepper) -> None:
+        run = stepper.run
+        now["step"], now["micro_batch"] = run.step + 1, 0
+        if where == "save" and run.step + 1 == 15:
+            run.checkpointer.on_phase = lambda phase: die(rank == 1 and phase == "write")
+        if where == "grace" and run.step + 1 == 13:
             os.kill(os.getpid(), signal.SIGTERM)
-            self.checkpointer.on_phase = lambda phase: die(phase == "written")  # a scheduler kills all
-        return step(self, *arguments)
+            run.checkpointer.on_phase = lambda phase: die(phase == "written")  # a scheduler kills all
 
-    def backward_of_the_second(self: Engine, loss: Any) -> None:
-        now["backward"] += 1
-        die(where == "step" and rank == 0 and (now["step"], now["backward"]) == (13, 2))
-        backward(self, loss)
+    def before_the_second_backward(losses: torch.Tensor) -> torch.Tensor:
+        now["micro_batch"] += 1
+        die(where == "step" and rank == 0 and (now["step"], now["micro_batch"]) == (13, 2))
+        return losses
 
-    nano.Trainer._one_step, Engine.backward = one_step, backward_of_the_second
-    return nano.train(rank, case)
+    return nano.train(rank, case, before_step=before_step, on_losses=before_the_second_backward)
 
 
 def _restarted(arguments: list[str], run: Path) -> str:

@@ -1,7 +1,8 @@
-"""What a run tells: metrics.jsonl read back, TensorBoard read back by TensorBoard, and the console line."""
+"""metrics.jsonl read back, TensorBoard read back by TensorBoard, and the console line: observers without a run."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Iterator
@@ -12,21 +13,16 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from minicpm_megatron.checkpoint.ranks import Ranks
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.recipe import BatchPlan, Recipe, load_recipe
 from minicpm_megatron.recipe.dump import RECIPE, dump_recipe
 from minicpm_megatron.recipe.schema import BatchGrowth
 from minicpm_megatron.training import report
 from minicpm_megatron.training.compare import read_curve
-from minicpm_megatron.training.metrics import (
-    METRICS,
-    MetricsLog,
-    StepRecord,
-    duration,
-    human,
-    read_metrics,
-    truncate_after,
-)
+from minicpm_megatron.training.metrics import METRICS, duration, human, read_metrics, truncate_after
+from minicpm_megatron.training.observation import Observers, observer_factories
+from minicpm_megatron.training.observer import Evaluation, RunInfo, StepRecord
 from minicpm_megatron.training.report import PICTURE, decay_effect, draw_loss, finish
 from tests.training import nano
 
@@ -48,18 +44,45 @@ def record(step: int, loss: float = 3.0) -> StepRecord:
         seconds=0.5,
         step_tokens=1000,
         sequence_length=100,
+        memory_bytes=2**30,
     )
+
+
+@contextlib.contextmanager
+def watching(
+    folder: Path, recipe: Recipe, *, start: int = 0, evaluate_again: bool = False, rank: int = 0
+) -> Iterator[Observers]:
+    """The recipe's observers, over a run of 10 steps of which `start` are done."""
+    ranks = Ranks(None)
+    ranks.rank = rank
+    observers = Observers(observer_factories(recipe), recipe, ranks)
+    observers.start(
+        RunInfo(
+            recipe=recipe,
+            folder=folder,
+            rank=rank,
+            start=start,
+            total=10,
+            evaluation_due=evaluate_again,
+            flops_per_token=lambda length: FLOPS,
+            peak_flops=PEAK,
+            tell=observers.tell,
+        )
+    )
+    try:
+        yield observers
+    finally:
+        observers.end()
 
 
 def write(folder: Path, recipe: Recipe, steps: range, loss: float = 3.0, **keywords: bool) -> None:
     """Steps after `steps.start`, each with an evaluation."""
-    with MetricsLog(
-        folder, recipe, start=steps.start, total=10, flops_per_token=lambda length: FLOPS, peak_flops=PEAK, **keywords
-    ) as log:
+    with watching(folder, recipe, start=steps.start, **keywords) as observers:
         for step in range(steps.start + 1, steps.stop + 1):
-            log.step(record(step, loss), memory_bytes=2**30)
-            log.evaluation(step, step * 1000, {"en": {"loss_per_token": loss, "loss_per_byte": loss / 4}})
-        log.check()
+            observers.step(record(step, loss))
+            losses = {"en": {"loss_per_token": loss, "loss_per_byte": loss / 4}}
+            observers.evaluation(Evaluation(step, step * 1000, losses))
+        observers.check()
 
 
 def scalars(folder: Path, tag: str) -> dict[int, float]:
@@ -124,25 +147,25 @@ def test_the_console_line_averages_over_the_steps_since_the_last(
     )
 
 
-def test_a_rank_that_does_not_write_leaves_no_trace(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
-    with MetricsLog(None, recipe, start=0, total=10, flops_per_token=lambda length: FLOPS, peak_flops=PEAK) as log:
-        log.step(record(1), 0)
-        log.evaluation(1, 1000, {"en": {"loss_per_token": 1.0, "loss_per_byte": 1.0}})
-    assert capsys.readouterr().out == ""
+def test_a_rank_that_does_not_write_leaves_no_trace(
+    recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with watching(tmp_path / "run", recipe, rank=1) as observers:
+        observers.step(record(1))
+        observers.evaluation(Evaluation(1, 1000, {"en": {"loss_per_token": 1.0, "loss_per_byte": 1.0}}))
+    assert capsys.readouterr().out == "" and not (tmp_path / "run").exists()
 
 
 def test_a_skipped_step_and_what_undid_steps_are_told(
     recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write(tmp_path, recipe, range(0, 2))
-    with MetricsLog(tmp_path, recipe, start=2, total=10, flops_per_token=lambda length: FLOPS, peak_flops=PEAK) as log:
-        skipped = replace(record(3, math.nan), gradient_norm=None, skipped="the loss is nan")
-        log.step(skipped, memory_bytes=0)
-        log.step(record(4), memory_bytes=0)
-        log.rewind(3)
-        log.event(3, "rolled back")
-        log.step(record(4, loss=2.5), memory_bytes=0)
-        log.check()
+    with watching(tmp_path, recipe, start=2) as observers:
+        observers.step(replace(record(3, math.nan), gradient_norm=None, skipped="the loss is nan"))
+        observers.step(record(4))
+        observers.rewind(3, "rolled back")
+        observers.step(record(4, loss=2.5))
+        observers.check()
     lines = [json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / METRICS).read_text().splitlines()]
     told = [(line["kind"], line["step"], line.get("loss")) for line in lines if line["kind"] != "evaluation"]
     assert told == [("train", 1, 3.0), ("train", 2, 3.0), ("train", 3, None), ("event", 3, None), ("train", 4, 2.5)]
@@ -162,9 +185,9 @@ def test_the_picture_marks_where_the_batch_grows(
     plan = BatchPlan(recipe)
     growth = BatchGrowth(after_tokens=plan.tokens(4), global_batch_size=2 * first)
     grows = recipe.model_copy(update={"training": recipe.training.model_copy(update={"batch_growth": (growth,)})})
-    with MetricsLog(tmp_path, recipe, start=0, total=10, flops_per_token=lambda length: FLOPS, peak_flops=PEAK) as log:
+    with watching(tmp_path, recipe) as observers:
         for step in range(1, 9):
-            log.step(record(step), memory_bytes=0)
+            observers.step(record(step))
     seen = {}
 
     def look(figure: Any, path: Path) -> Path:
@@ -182,10 +205,10 @@ def test_the_picture_marks_where_the_batch_grows(
 
 def test_a_place_that_cannot_be_written_is_told_when_asked(recipe: Recipe, tmp_path: Path) -> None:
     (tmp_path / METRICS).mkdir()
-    with MetricsLog(tmp_path, recipe, start=0, total=10, flops_per_token=lambda length: FLOPS, peak_flops=PEAK) as log:
-        log.step(record(1), 0)
+    with watching(tmp_path, recipe) as observers:
+        observers.step(record(1))
         with pytest.raises(UserError, match="cannot write metrics"):
-            log.check()
+            observers.check()
 
 
 def test_numbers_are_told_with_their_units() -> None:

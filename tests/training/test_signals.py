@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from minicpm_megatron.training.metrics import METRICS, read_metrics
 from tests.distributed.forked import Outcome, run_forked
@@ -39,19 +40,16 @@ while True:
 
 def signalled(rank: int, case: dict[str, Any]) -> dict[str, Any]:
     """A run of which rank 1 gets a signal in the middle of a step, as from a scheduler that knows one process."""
-    from minicpm_megatron.engine.engine import Engine
+    count = 0
 
-    backward, count = Engine.backward, 0
-
-    def with_signal(self: Engine, loss: Any) -> None:
+    def with_signal(losses: torch.Tensor) -> torch.Tensor:
         nonlocal count
         count += 1
         if rank == 1 and count == case.get("backward"):
             os.kill(os.getpid(), signal.Signals[case["signal"]])
-        backward(self, loss)
+        return losses
 
-    Engine.backward = with_signal
-    return nano.train(rank, case)
+    return nano.train(rank, case, on_losses=with_signal)
 
 
 def _last_step(run: Path) -> int:

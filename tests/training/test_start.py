@@ -13,7 +13,7 @@ from minicpm_megatron.errors import UserError
 from minicpm_megatron.recipe import Recipe, load_recipe
 from minicpm_megatron.storage.manifest import write_manifest
 from minicpm_megatron.training.run_data import check_unchanged, keep_order, open_data
-from minicpm_megatron.training.start import Published, check_same_past, initial_weights
+from minicpm_megatron.training.start import Published, branch_recipe, check_same_past, initial_weights
 from tests.training import nano
 
 DONE = 12  # steps: two of them in the decay
@@ -163,3 +163,13 @@ def test_a_published_folder_is_opened_when_its_weights_are_needed(tmp_path: Path
             f"{given}: no such folder, and not of the form RUN@STEP;"
             " give a Hugging Face folder, or for instance quickstart@300"
         )
+
+
+def test_a_run_whose_checkpoint_came_from_megatron_lm_is_one_of_its_own(tmp_path: Path) -> None:
+    recipe = load_recipe(nano.write_recipe(tmp_path), ["name=x"])
+    checkpoint = recipe.run_directory / "checkpoints" / "step-3"
+    checkpoint.mkdir(parents=True)
+    state = {"step": 3, "origin": {"format": "torch_dist", "folder": "elsewhere", "iteration": 3}}
+    write_manifest(checkpoint, [], state=state, facts={"recipe": recipe.model_dump(mode="json")})
+    with pytest.raises(UserError, match="has checkpoints already, and is a run of its own"):
+        branch_recipe(recipe, "trunk@3")

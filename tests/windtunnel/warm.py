@@ -48,28 +48,27 @@ def train(arguments: list[str]) -> None:
     from minicpm_megatron.cli import entry
     from minicpm_megatron.cli.train import main
     from minicpm_megatron.training import report
-    from minicpm_megatron.training.trainer import Trainer
-    from tests.training.nano import _poison
+    from minicpm_megatron.training.stepping import Stepper
+    from tests.training.nano import POISONS, trainer_with
 
     report.finish = lambda folder, recipe: None  # a picture takes longer than the run
-    step = Trainer._one_step
+    disturbances: list[Any] = []
 
-    def one_step(self: Trainer, *more: Any) -> bool:
+    def before_step(stepper: Stepper) -> None:
+        run = stepper.run
         for order in ("kill", "fail", "poison", "sleep"):
-            path = self.folder / f"{order}-at-{self.step}"
+            path = run.folder / f"{order}-at-{run.step}"
             if path.exists():
-                self.checkpointer.wait()  # the test counts on the one before
+                run.checkpointer.wait()  # the test counts on the one before
                 path.unlink()
                 if order == "kill":
                     os.kill(os.getpid(), signal.SIGKILL)
                 if order == "fail":
                     raise RuntimeError("told to fail")
                 if order == "poison":
-                    _poison(self, "loss")
+                    disturbances.append(POISONS["loss"])
                 if order == "sleep":
-                    (self.folder / "asleep").touch()
+                    (run.folder / "asleep").touch()
                     time.sleep(3)
-        return step(self, *more)
 
-    Trainer._one_step = one_step  # type: ignore[method-assign]
-    entry.run(lambda: main(arguments))
+    entry.run(lambda: main(arguments, trainer_with(before_step, disturbances)))

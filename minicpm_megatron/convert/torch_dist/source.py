@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minicpm_megatron.checkpoint.run_state import RunState
 from minicpm_megatron.convert.mapping import EMBEDDING, HEAD
 from minicpm_megatron.convert.source import OptimizerState, Source
-from minicpm_megatron.convert.text_settings import of_state
+from minicpm_megatron.convert.text_settings import TEXT_STATE, of_state
 from minicpm_megatron.convert.torch_dist import TORCH_DIST
 from minicpm_megatron.convert.torch_dist.architecture import check_args, model_of_args
 from minicpm_megatron.convert.torch_dist.chunks import ChunkReader
@@ -28,7 +29,6 @@ from minicpm_megatron.convert.torch_dist.placement import (
 )
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.recipe import ModelRecipe, build_section, count_parameters
-from minicpm_megatron.storage.manifest import TEXT_STATE
 
 _NO_MODEL = "give tools/convert_checkpoint.py the --preset or --recipe of the model that was trained"
 
@@ -126,13 +126,14 @@ def _optimizer(
     if common.updates is None or common.iteration is None:
         return None, ("optimizer state is left behind: the checkpoint does not contain its count of updates",)
     tensors = {kind: PlacedTensors(reader, found, model.vocab_size) for kind, found in places.items()}
-    position = {"step": common.iteration, "updates": common.updates} | _consumed(common.args)
+    samples, tokens = _consumed(common.args)
+    position = RunState(step=common.iteration, updates=common.updates, samples=samples, tokens=tokens)
     return OptimizerState(MOMENTS, lambda name, kind: tensors[kind].read(name), position), ()
 
 
-def _consumed(args: Mapping[str, Any]) -> dict[str, int]:
-    """Samples and tokens that the run had read, where the arguments say so."""
+def _consumed(args: Mapping[str, Any]) -> tuple[int | None, int | None]:
+    """Samples and tokens that the run had read, None each where the arguments do not say so."""
     samples, length = args.get("consumed_train_samples"), args.get("seq_length")
     if type(samples) is not int or samples < 0:
-        return {}
-    return {"samples": samples} | ({"tokens": samples * length} if type(length) is int else {})
+        return None, None
+    return samples, samples * length if type(length) is int else None

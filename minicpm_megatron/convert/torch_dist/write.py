@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from minicpm_megatron.convert.fused import Shape
 from minicpm_megatron.convert.source import Source, check_complete, read_tensor
+from minicpm_megatron.convert.text_settings import TEXT_STATE
 from minicpm_megatron.convert.torch_dist.architecture import args_of_model
 from minicpm_megatron.convert.torch_dist.chunks import Region
 from minicpm_megatron.convert.torch_dist.common_state import COMMON_OBJECT, NOTE_KEY
@@ -26,7 +27,6 @@ from minicpm_megatron.convert.torch_dist.names import stacked
 from minicpm_megatron.convert.torch_dist.placement import canonical_shapes
 from minicpm_megatron.convert.weight_files import DTYPES, cast_weight
 from minicpm_megatron.storage.atomic import write_bytes, write_json
-from minicpm_megatron.storage.manifest import TEXT_STATE
 
 # where a value goes, and what makes it
 _Value = tuple[WriteItem, Callable[[], Any]]

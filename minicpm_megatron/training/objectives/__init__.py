@@ -1,0 +1,1 @@
+"""Objectives: one file each, called as recipes name it, with "_" for "-"."""

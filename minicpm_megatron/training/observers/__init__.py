@@ -1,0 +1,1 @@
+"""Observers of a run: one file each, called as recipes name it, with "_" for "-"."""
