@@ -176,7 +176,8 @@ class Checkpointer:
             found = self.on_all(lambda: self._verify_part(folder))
             if found:
                 raise UserError(f"the checkpoint is damaged: {found[0]}", where=str(folder), fix="choose another one")
-        return self.on_all(lambda: _load(folder))
+        loaded: LoadedCheckpoint = self.on_all(lambda: _load(folder))
+        return loaded
 
     def save(
         self,

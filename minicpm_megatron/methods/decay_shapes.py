@@ -113,7 +113,7 @@ def above_floor(curve: float, settings: DecaySettings) -> float:
 def exponential(progress: float, settings: DecaySettings) -> float:
     """0.5^((s - T) / H), cut off at the floor: section 4.2's f with the half-life reading of section 6.2."""
     assert settings.half_life is not None  # `decay_settings` sees to it
-    return max(settings.min_lr_ratio, 0.5 ** float(progress * settings.length / settings.half_life))
+    return max(settings.min_lr_ratio, math.pow(0.5, progress * settings.length / settings.half_life))
 
 
 @decay_shape("linear")

@@ -62,7 +62,7 @@ class Whole(Adapter):
         """As `Adapter.gradient`."""
         if parameter.grad is None:
             return torch.zeros_like(piece.master)
-        return parameter.grad.detach().reshape(-1)  # type: ignore[no-any-return]
+        return parameter.grad.detach().reshape(-1)
 
     def _master(self, parameter: Parameter) -> Tensor:
         return parameter

@@ -25,4 +25,4 @@ class Stage1Bf16(FlatPartitions):
         return experts.norm_of(self.optimizer.get_grads_for_norm(), self.optimizer.mpu)
 
     def _gradients(self) -> list[Tensor]:
-        return self.optimizer.fp32_groups_gradients_flat  # type: ignore[no-any-return]
+        return self.optimizer.fp32_groups_gradients_flat
