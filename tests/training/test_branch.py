@@ -74,10 +74,8 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list
         "tokens branch": _branch(in_tokens, "a", "trunk@8", f"schedule.decay={4 * TOKENS}"),
         "power": nano.case(in_tokens, "power", *POWER, "training.stop_after=10"),
         "power branch": _branch(in_tokens, "p", "power@10", *POWER, f"schedule.decay={2 * TOKENS}"),
-        "power to wsd": _branch(in_tokens, "c", "power@10", f"schedule.decay={2 * TOKENS}"),
         "wsd-s": nano.case(recipe, "s", *WSD_S, "schedule.total=8"),
         "wsd-s goes on": nano.case(recipe, "s", *WSD_S, "schedule.total=12", "schedule.options.budgets=[8]"),
-        "from wsd-s": _branch(recipe, "c", "s@8"),
     }
     for name, case in cases.items():
         base = in_tokens.parent if "tokens" in name else folder
@@ -154,8 +152,6 @@ def test_a_killed_branch_goes_on_though_its_trunk_has_moved(jobs: tuple[Path, di
         ("into another", "has checkpoints already, and is from"),
         ("another past", "optimizer.lr: was 0.005 in the 8 steps already done, and is 0.004 now"),
         ("other unit", "schedule.unit: the trunk counts steps; use steps"),
-        ("power to wsd", "schedule: would have given step"),
-        ("from wsd-s", "step 8 is not in the stable stage"),
     ],
 )
 def test_a_branch_that_cannot_be_is_refused_in_one_line(

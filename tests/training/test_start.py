@@ -36,6 +36,7 @@ ALLOWED = [
     "training.batch_growth=[{after_tokens: 3072, global_batch_size: 16}]",
     "training.micro_batch_size=4",
     "training.stop_after=15",
+    "training.attention_kernel=reference",
     "deepspeed.zero_stage=3",
     "parallel.tensor_model_parallel_size=2",
     "checkpoint.interval=1",
