@@ -22,6 +22,7 @@ from tests.training.launched import Job
 pytestmark = pytest.mark.timeout(900)  # one fixture runs every job of the file
 
 TOTAL = 60
+WORKER = "tests.training.test_signals:signalled"
 STAGES = {"first": ["deepspeed.zero_stage=1"], "third": ["deepspeed.zero_stage=3", "training.precision=bf16"]}
 
 GUARDED = """
@@ -61,7 +62,7 @@ def _steps(run: Path) -> list[int]:
 
 
 def _first(arguments: list[str], run: Path) -> list[str]:
-    """Ctrl-C, the command's death, a rank's death, a damaged checkpoint, and to the end. Returns what was said."""
+    """Ctrl-C, the command's death, a rank's death, and a checkpoint that is damaged then. Returns what was said."""
     said = []
     job = Job(run, arguments)
     job.reach(4)
@@ -87,29 +88,12 @@ def _first(arguments: list[str], run: Path) -> list[str]:
     content = bytearray(newest.read_bytes())
     content[len(content) // 2] ^= 1
     newest.write_bytes(content)
-    job = Job(run, arguments)
-    assert job.end() == 2, job.log()
-    said.append(job.log())
-
-    job = Job(run, [*arguments, "checkpoint.on_corrupt=previous"])
-    assert job.end() == 0, job.log()
-    said.append(job.log())
     return said
 
 
-def _third(arguments: list[str], run: Path) -> list[str]:
-    job = Job(run, arguments)
-    job.reach(14)
-    os.kill(job.rank(1), signal.SIGKILL)
-    assert job.end() not in (0, 2)
-    again = Job(run, arguments)
-    assert again.end() == 0, again.log()
-    return [job.log(), again.log()]
-
-
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[str]], dict[str, list[Outcome]]]:
-    """(folder of the runs, what launched jobs said, outcomes of forked ones)."""
+def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str], dict[str, list[Outcome]]]:
+    """(folder of the runs, what launched jobs on the first of them said, outcomes of forked ones)."""
     folder = tmp_path_factory.mktemp("signals")
     schedule = {"total": TOTAL, "decay": TOTAL // 2}
     recipe = nano.write_recipe(folder, schedule=schedule, evaluation={"interval": 10}, checkpoint={"interval": 10})
@@ -119,30 +103,45 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list
         cases[name] = stop
         cases[f"{name} again"] = stop | {"backward": None}
     cases["short"] = nano.case(recipe, "short", "schedule.total=24", "schedule.decay=10", backward=None)
+    third = nano.case(recipe, "third", *STAGES["third"])
+    cases |= {"killed": third | {"kill_at": 14, "kill_rank": 1}, "third": third}
+    first = nano.case(recipe, "first", *STAGES["first"])
+    on_first = {
+        "damaged": first,
+        "first": nano.case(recipe, "first", *STAGES["first"], "checkpoint.on_corrupt=previous"),
+    }
     with ThreadPoolExecutor() as pool:
-        forked = pool.submit(run_forked, "tests.training.test_signals:signalled", list(cases.values()))
-        launched = {
-            name: pool.submit(act, ["--recipe", str(recipe), f"name={name}", *STAGES[name]], folder / "runs" / name)
-            for name, act in (("first", _first), ("third", _third))
-        }
-        said = {name: future.result() for name, future in launched.items()}
-        return folder / "runs", said, dict(zip(cases, forked.result(), strict=True))
+        forked = pool.submit(run_forked, WORKER, list(cases.values()))
+        said = _first(["--recipe", str(recipe), "name=first", *STAGES["first"]], folder / "runs" / "first")
+        outcomes = dict(zip(cases, forked.result(), strict=True))
+    # the last starts on what the launched jobs have left
+    outcomes |= zip(on_first, run_forked(WORKER, list(on_first.values())), strict=True)
+    return folder / "runs", said, outcomes
 
 
 @pytest.mark.parametrize("name", STAGES)
 def test_what_was_done_to_a_run_does_not_show(name: str, runs: Any) -> None:
-    folder, said, outcomes = runs
+    folder, _, outcomes = runs
     nano.check(outcomes[f"whole-{name}"])
+    nano.check(outcomes[name])
     undisturbed, disturbed = folder / f"whole-{name}", folder / name
     first, second = (run / "checkpoints" / f"step-{TOTAL}" for run in (undisturbed, disturbed))
     assert nano.tensors(first) == nano.tensors(second)
     assert nano.losses(undisturbed) == nano.losses(disturbed)
-    assert "Traceback" not in said[name][-1]
+    assert not any("Traceback" in rank.log for rank in outcomes[name])
+
+
+def test_the_third_was_killed_on_the_way(runs: Any) -> None:
+    _, _, outcomes = runs
+    statuses = [rank.status for rank in outcomes["killed"]]
+    assert statuses[1] == -signal.SIGKILL and statuses[0] not in (0, 2)
+    assert outcomes["third"][0].log.count("resuming from") == 1
 
 
 def test_every_start_says_what_happened_to_it(runs: Any) -> None:
-    folder, said, _ = runs
-    interrupted, orphaned, killed, damaged, mended = said["first"]
+    folder, (interrupted, orphaned, killed), outcomes = runs
+    nano.check(outcomes["damaged"], 2, 2)
+    damaged, mended = (outcomes[name][0].log for name in ("damaged", "first"))
     for text, cause in ((interrupted, "SIGINT"), (orphaned, "the launcher's death")):
         assert text.count("stopped after step") == 1 and f"by {cause}; checkpoint saved" in text
     for text in (orphaned, killed, mended):
