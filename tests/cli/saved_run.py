@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
-import subprocess
+import runpy
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,8 @@ from minicpm_megatron.convert import rewriting
 from minicpm_megatron.recipe import build
 from minicpm_megatron.storage.manifest import write_manifest
 from minicpm_megatron.storage.sharded import Fragment, ShardSpec, write_fragments
-from tests.cli.commands import ROOT
 from tests.convert.conftest import random_tensors, small_model
+from tests.processes.client import run_call
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -89,29 +90,29 @@ def watch_memory(patch: pytest.MonkeyPatch) -> list[int]:
         return write_fragments(path, pieces, rank_tensors)
 
     gc.collect()
+    gc.freeze()  # what is there now is looked through no more, which are all objects of the libraries
     before = live_bytes()
     patch.setattr(rewriting, "write_fragments", watched)
     return peaks
 
 
-_KILLED = """
-import os, runpy, signal, sys
-from minicpm_megatron.convert import rewriting
-write, count = rewriting.write_fragments, 0
-def killed(path, fragments, rank_tensors):
-    global count
-    count += 1
-    if count == 5:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return write(path, fragments, rank_tensors)
-rewriting.write_fragments = killed
-sys.argv = sys.argv[1:]
-runpy.run_path(f"tools/{sys.argv[0]}", run_name="__main__")
-"""
-
-
 def killed_in_the_middle(script: str, *arguments: object) -> int:
     """Exit status of tools/SCRIPT that is killed before it writes the fifth file."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", _KILLED, script, *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, env=environment, timeout=120).returncode
+    words = [str(argument) for argument in arguments]
+    return run_call("tests.cli.saved_run:run_and_be_killed", script=script, arguments=words).returncode
+
+
+def run_and_be_killed(script: str, arguments: list[str]) -> None:
+    """What its process does."""
+    write, count = rewriting.write_fragments, 0
+
+    def killed(path: Path, fragments: Any, rank_tensors: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return write(path, fragments, rank_tensors)
+
+    rewriting.write_fragments = killed
+    sys.argv = [script, *arguments]
+    runpy.run_path(f"tools/{script}", run_name="__main__")
