@@ -55,6 +55,7 @@ setup(
         "minicpm_megatron.presets": [],
         "minicpm_megatron.decay_shapes": [],
         "minicpm_megatron.schedules": [],
+        "minicpm_megatron.optimizers": [],
         "minicpm_megatron.attention_kernels": [],
         "minicpm_megatron.formats": [],
         "minicpm_megatron.tokenizers": [],
