@@ -15,7 +15,7 @@ import pytest
 
 from tests.processes.client import importing, libraries, run_call, run_script, with_nothing_imported
 
-SAYS = "import os, sys; print(__name__, sys.argv[1:], os.getcwd(), os.environ.get('X'), sys.stdin.read())\n"
+SAYS = "import os, sys; print(__name__, sys.argv[1:], os.getcwd(), os.environ.get('X'), sys.stdin.read(), flush=True)\n"
 ENDS = {
     "the end": "import helper; print(helper.NAME)",
     "a status": "sys.exit(3)",
