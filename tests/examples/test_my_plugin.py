@@ -126,7 +126,7 @@ def test_preset_and_decay_shape_are_found(site: Path) -> None:
     assert "square decay over 75" in done.stdout
     # half-way through the decay: 1 - 0.9 / 4
     assert "0.775" in done.stdout
-    assert "objective: focal" in done.stdout and "- best-loss" in done.stdout
+    assert "objective: focal" in done.stdout and "observers: [metrics-jsonl, best-loss]" in done.stdout
 
 
 LOADED = """
