@@ -11,10 +11,12 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 
 from minicpm_megatron import registry
 from minicpm_megatron.methods.schedule import build_schedule
-from minicpm_megatron.registry import ATTENTION_KERNELS, DECAY_SHAPES, SCHEDULES
+from minicpm_megatron.recipe import OptimizerRecipe
+from minicpm_megatron.registry import ATTENTION_KERNELS, DECAY_SHAPES, OPTIMIZERS, SCHEDULES
 from tests.methods.contracts import check_decay_shape, check_schedule, recipe_of
 from tests.model.attention_contract import check_attention_kernel
 
@@ -94,7 +96,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def installed(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The plugin as this process finds it, for one test."""
     monkeypatch.syspath_prepend(str(site))
-    for kind in (DECAY_SHAPES, SCHEDULES, ATTENTION_KERNELS):
+    for kind in (DECAY_SHAPES, SCHEDULES, OPTIMIZERS, ATTENTION_KERNELS):
         monkeypatch.setattr(kind, "_entries", dict(kind._entries))
 
 
@@ -131,6 +133,7 @@ def test_preset_and_decay_shape_are_found(site: Path) -> None:
 
 LOADED = """
 from minicpm_megatron.recipe import load_recipe
+from minicpm_megatron.recipe import OptimizerRecipe
 from minicpm_megatron.registry import OBJECTIVES, OBSERVERS
 for found in (OBSERVERS.get("best-loss"), OBJECTIVES.get("focal")):
     print(type(found(None)).__name__)
@@ -175,6 +178,23 @@ def test_the_schedule_keeps_the_contract_and_its_formula() -> None:
     for step in range(1, 1001):
         expected = min(step / 100, 1.0) if step <= 500 else 0.5 if step <= 750 else 0.25
         assert schedule.factor(schedule.total * step / 1000) == pytest.approx(expected, rel=1e-12), step
+
+
+@pytest.mark.usefixtures("installed")
+def test_the_optimizer_keeps_the_contract_and_its_formula() -> None:
+    from tests.engine.test_optimizers import test_the_state_is_as_declared
+
+    assert "lion" in OPTIMIZERS.names()
+    test_the_state_is_as_declared("lion")
+    recipe = OptimizerRecipe(lr=0.25, betas=(0.5, 0.75))
+    parameter = torch.nn.Parameter(torch.tensor([1.0, 1.0]))
+    optimizer = OPTIMIZERS.get("lion").build([{"params": [parameter], "lr": 0.25, "weight_decay": 0.5}], recipe, False)
+    # by hand: the momentum is (1, -1), then (1.75, 0.25) of which a quarter is new
+    for gradient, expected in (((4.0, -4.0), (0.625, 1.125)), ((4.0, 4.0), (0.296875, 0.734375))):
+        parameter.grad = torch.tensor(gradient)
+        optimizer.step()
+        assert parameter.tolist() == list(expected)
+    assert optimizer.state[parameter]["momentum"].tolist() == [1.75, 0.25]
 
 
 @pytest.mark.usefixtures("installed")
