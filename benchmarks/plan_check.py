@@ -59,7 +59,7 @@ REDUCTIONS = ("allreduce_", "reduce_", "reduce_scatter_", "_reduce_scatter_base_
 
 def case(ranks: int, **changes: Any) -> dict[str, Any]:
     """A row: recipe fields of a layout with sizes tp, pp, cp, ep and settings zero, sp, kind, precision, recompute,
-    length, micro_batch, micro_batches and model."""
+    length, micro_batch, micro_batches, optimizer and model."""
     tp, pp, cp = (changes.get(size, 1) for size in ("tp", "pp", "cp"))
     micro_batch = changes.get("micro_batch", MICRO_BATCH)
     micro_batches = changes.get("micro_batches", 4 if pp > 1 else 2)
@@ -84,6 +84,7 @@ def case(ranks: int, **changes: Any) -> dict[str, Any]:
                 "precision": changes.get("precision", "fp32"),
                 "recompute": changes.get("recompute", "none"),
             },
+            "optimizer": {"name": changes.get("optimizer", "adamw")},
             "schedule": {"shape": "constant", "total": 10},
             "deepspeed": {"zero_stage": changes.get("zero", 0)},
         },
@@ -93,6 +94,7 @@ def case(ranks: int, **changes: Any) -> dict[str, Any]:
 BF16: dict[str, Any] = {"precision": "bf16"}
 SP: dict[str, Any] = {"tp": 2, "sp": True}
 EXPERTS: dict[str, Any] = {"model": {"num_moe_experts": 4}}
+MUON: dict[str, Any] = {"optimizer": "muon"}
 # one sample of 32,768 tokens over the whole vocabulary of MiniCPM-2.4B: logits in fp32 alone would be 16 GB
 WHOLE: dict[str, Any] = {
     "length": 32_768,
@@ -152,6 +154,9 @@ ROWS = {
     "experts, DP 4 EP 2, ZeRO 1": case(4, ep=2, zero=1, **EXPERTS),
     "experts, CP 2 EP 2, ZeRO 1": case(2, cp=2, ep=2, zero=1, **EXPERTS),
     "experts, PP 2 EP 2, ZeRO 1": case(4, pp=2, ep=2, zero=1, **EXPERTS),
+    **{f"Muon, DP 2, ZeRO {zero}, short": case(2, zero=zero, length=SHORT, **MUON) for zero in range(4)},
+    "Muon, TP 2 SP, ZeRO 1, bf16": case(2, zero=1, **SP, **BF16, **MUON),
+    "Muon, experts, EP 2, ZeRO 1": case(2, ep=2, zero=1, **EXPERTS, **MUON),
     "32K tokens, 122,753 words, CP 2 Ulysses TP 2 SP, ZeRO 1": case(4, cp=2, kind="a2a", zero=1, **SP, **WHOLE),
 }
 

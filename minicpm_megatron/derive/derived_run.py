@@ -25,6 +25,7 @@ from minicpm_megatron.methods.mup import rates_with_roles
 from minicpm_megatron.recipe import BatchPlan, ModelRecipe, Recipe, build, build_saved, dump_recipe, recipe_hash
 from minicpm_megatron.recipe.dump import RECIPE
 from minicpm_megatron.recipe.load import apply_override
+from minicpm_megatron.registry import OPTIMIZERS
 from minicpm_megatron.storage.atomic import write_bytes
 from minicpm_megatron.storage.manifest import MANIFEST, TOKENIZER_SHA256
 from minicpm_megatron.storage.sharded import CheckpointReader
@@ -201,6 +202,7 @@ def _origin(source: Source, step: int) -> dict[str, Any]:
 def _state(source: Source, recipe: Recipe | None, new_roles: Collection[str], origin: dict[str, Any]) -> RunState:
     """Where the new run stands: where the old one stood."""
     before = _state_of(source)
+    lr_rules = OPTIMIZERS.get(recipe.optimizer.name).lr_rules if recipe else {}
     return RunState(
         step=before.step,
         samples=before.samples,
@@ -208,7 +210,7 @@ def _state(source: Source, recipe: Recipe | None, new_roles: Collection[str], or
         updates=before.updates,
         origin=origin,
         text=source.text.state(),
-        rates=rates_with_roles(before.rates, new_roles, source.model),
+        rates=rates_with_roles(before.rates, new_roles, source.model, lr_rules),
         # the first thing a run says is then what the new model is worth before any step of its own
         evaluation_due=bool(recipe and recipe.evaluation.interval),
         faults=before.faults,

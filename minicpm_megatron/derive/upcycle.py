@@ -18,7 +18,8 @@ from minicpm_megatron.methods.upcycling import (
     upcycle_tensor,
     upcycled_model,
 )
-from minicpm_megatron.recipe import ModelRecipe
+from minicpm_megatron.recipe import ModelRecipe, Recipe
+from minicpm_megatron.registry import OPTIMIZERS
 from minicpm_megatron.training.start import changed_key
 
 # of the mixture; what else a model has is the dense one's or follows from the options
@@ -62,6 +63,7 @@ def upcycle(
     recipe = derived_recipe(source, model, run, overrides)
     if recipe:
         _check_shape(model, recipe.model)
+        _check_optimizer(recipe)
         model = recipe.model
     rewrite = Rewrite(
         weight=functools.partial(upcycle_tensor, plan=plan),
@@ -69,6 +71,17 @@ def upcycle(
     )
     how = {"upcycling": {**plan.facts(), "moments": moments}}
     return write_run(source, run, model, recipe, rewrite, how=how, new_roles=NEW_ROLES, progress=progress)
+
+
+def _check_optimizer(recipe: Recipe) -> None:
+    """Refuse an optimizer that keeps other moments of routers than of the MLPs that they are made from."""
+    spec = OPTIMIZERS.get(recipe.optimizer.name)
+    if not spec.moments_for("hidden") == spec.moments_for("expert") == spec.moments_for("router"):
+        raise UserError(
+            f"{recipe.optimizer.name} keeps other moments of routers than of dense MLPs",
+            where="optimizer.name",
+            fix="export the weights, and upcycle the exported folder",
+        )
 
 
 def _check_shape(upcycled: ModelRecipe, overridden: ModelRecipe) -> None:

@@ -14,6 +14,7 @@ import torch
 from minicpm_megatron.engine import experts, patches
 from minicpm_megatron.engine.config import deepspeed_config
 from minicpm_megatron.engine.objective import Objective, mean_token_loss, split_fields
+from minicpm_megatron.engine.whole_matrices import WholeMatrices
 from minicpm_megatron.engine.zero.adapter import Adapter, Update
 from minicpm_megatron.engine.zero.choose import choose_adapter
 from minicpm_megatron.methods.mup import RateLedger, mup_param_groups
@@ -62,18 +63,20 @@ class Engine:
         self.deepspeed_config = deepspeed_config(recipe, layout)
         # names are taken before ZeRO-3 replaces the parameters' storage
         self.names = {parameter: name for name, parameter, _ in named_shards(model, config)}
-        self.ledger = RateLedger(config, recipe.optimizer.lr)
+        self.optimizer_spec: Optimizer = OPTIMIZERS.get(recipe.optimizer.name)
+        lr_rules = self.optimizer_spec.lr_rules
+        self.ledger = RateLedger(config, recipe.optimizer.lr, lr_rules)
         groups = mup_param_groups(
             model,
             config,
             lr=recipe.optimizer.lr,
             weight_decay=recipe.optimizer.weight_decay,
             weight_decay_mode=recipe.optimizer.weight_decay_mode,
+            lr_rules=lr_rules,
         )
         experts.mark(groups, layout)
         # roles are taken before ZeRO replaces a group's parameters by a flat tensor
         self.roles = {parameter: group["name"] for group in groups for parameter in group["params"]}
-        self.optimizer_spec: Optimizer = OPTIMIZERS.get(recipe.optimizer.name)
         on_host = recipe.deepspeed.offload_optimizer != "none" and not device.on_cpu()
         optimizer = self.optimizer_spec.build(groups, recipe.optimizer, on_host)
         self.zero = adapter(recipe, layout, self.deepspeed_config)
@@ -87,6 +90,8 @@ class Engine:
                 dist_init_required=False,
             )
         self.zero.attach(self.deepspeed, optimizer, self._update)
+        if wanted := self.optimizer_spec.whole_matrices:
+            optimizer.matrices = WholeMatrices(config, self.names, self.roles, wanted, self.zero)
         self._share = 1.0 if self.zero.averages_over_context else 1.0 / layout.context_parallel_size
         self.check_rates(1.0)
 

@@ -16,6 +16,18 @@ The paper says "each two-dimensional tensor" and does not say whether embedding 
 default, also the reading of Tensor Programs V) the logits keep their size over width; the literal reading,
 `embedding_role="matrix"`, lets them fall with width. Forward multipliers complete the table: embeddings times
 scale_emb, block outputs times scale_depth / sqrt(num_layers), the hidden state before the head times 1 / m.
+
+The learning rates above are Adam's. An optimizer may give a role another rule (`LR_RULES`); both keep the change of a
+layer's output the same at every width, which asks for a change of the weight whose spectral norm is a constant times
+sqrt(fan_out / fan_in) (Yang, Simon and Bernstein, arXiv 2310.17813):
+
+    rule        an update at learning rate 1           its spectral norm                      learning rate
+    entries     entries of size 1 (Adam, signs)        about m: rows agree (Tensor Programs)  1 / m
+    spectral    c sqrt(fan_out / fan_in) U V^T (Muon)  c sqrt(fan_out / fan_in)               1
+
+c = sqrt(d_base) gives the entries of a square matrix of width d_base the root mean square 1, so that one base learning
+rate serves both rules there (Moonlight, arXiv 2502.16982, matches the root mean square to AdamW's at every width, which
+standard parametrization wants: there c is sqrt(hidden_size)).
 """
 
 from __future__ import annotations
@@ -23,12 +35,15 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any, Literal, Protocol
 
 from minicpm_megatron.errors import UserError, require
 
 ROLES = ("embedding", "hidden", "expert", "vector", "router", "head")
+LR_RULES = ("entries", "spectral")
+NO_RULES: Mapping[str, str] = MappingProxyType({})
 RATE_TOLERANCE = 1e-9  # relative; rates are products of three doubles
 
 
@@ -63,11 +78,14 @@ class RoleRule:
         init_std: standard deviation of the initial weights; None: all ones.
         lr_multiplier: the group's rate relative to the base rate.
         decays: whether weight decay applies.
+        update_norm: c of the spectral rule, the spectral norm of a square matrix's update at learning rate 1; None: the
+            learning rate follows the rule of entries.
     """
 
     init_std: float | None
     lr_multiplier: float
     decays: bool
+    update_norm: float | None = None
 
 
 def width_multiplier(shape: Width) -> float:
@@ -80,12 +98,16 @@ def residual_multiplier(scale_depth: float, num_layers: int) -> float:
     return scale_depth / math.sqrt(num_layers)
 
 
-def mup_table(shape: Shape) -> dict[str, RoleRule]:
-    """Role -> init, rate multiplier and weight decay for a model of this shape (Table 7; see the module)."""
+def mup_table(shape: Shape, lr_rules: Mapping[str, str] = NO_RULES) -> dict[str, RoleRule]:
+    """Role -> init, rate multiplier and weight decay for a model of this shape (Table 7; see the module).
+
+    Args:
+        lr_rules: role -> one of `LR_RULES`, where the optimizer's is not that of entries.
+    """
     m = width_multiplier(shape)
     matrix = RoleRule(shape.init_method_std / math.sqrt(m), 1.0 / m, decays=True)
     ends = matrix if shape.embedding_role == "matrix" else RoleRule(shape.init_method_std, 1.0, decays=True)
-    return {
+    table = {
         "embedding": RoleRule(ends.init_std, ends.lr_multiplier, decays=False),
         "hidden": matrix,
         "expert": matrix,
@@ -93,6 +115,11 @@ def mup_table(shape: Shape) -> dict[str, RoleRule]:
         "router": matrix,
         "head": ends,
     }
+    norm = math.sqrt(shape.hidden_size / m)  # sqrt(d_base) in muP
+    for role, rule in lr_rules.items():
+        if rule == "spectral":
+            table[role] = replace(table[role], lr_multiplier=1.0, update_norm=norm)
+    return table
 
 
 # Names of the modules that own a matrix. Megatron-Core's come first, then those of transformers' decoders (Llama,
@@ -145,6 +172,7 @@ def mup_param_groups(
     weight_decay: float = 0.0,
     weight_decay_mode: Literal["tied", "independent"] = "tied",
     role: Callable[[str, int], str] = role_of,
+    lr_rules: Mapping[str, str] = NO_RULES,
 ) -> list[dict[str, Any]]:
     """Optimizer groups of `model`, one a role, for torch.optim, DeepSpeed's optimizers and apex's alike.
 
@@ -158,14 +186,16 @@ def mup_param_groups(
             weight_decay is divided by its learning rate at f = 1.
         role: parameter name and number of dimensions -> role, for models with other names than `role_of` knows
             (Megatron-Core's, and those of transformers, GPT-2, Llama and nanoGPT).
+        lr_rules: as in `mup_table`.
 
     Returns:
-        Groups with `name` (the role), `params`, `lr`, `lr_multiplier` and `weight_decay`; empty roles are left out.
+        Groups with `name` (the role), `params`, `lr`, `lr_multiplier` and `weight_decay`, by the spectral rule also
+        `update_norm`; empty roles are left out.
 
     Raises:
         UserError: a matrix whose name `role_of` does not know, or a role that is none.
     """
-    table = mup_table(shape)
+    table = mup_table(shape, lr_rules)
     members: dict[str, list[Any]] = {name: [] for name in ROLES}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -175,7 +205,7 @@ def mup_param_groups(
                 found in members, "role=", f"{name!r} is given the role {found!r}", f"return one of {', '.join(ROLES)}"
             )
             members[found].append(parameter)
-    groups = []
+    groups: list[dict[str, Any]] = []
     for name, parameters in members.items():
         if parameters:
             rule = table[name]
@@ -190,17 +220,21 @@ def mup_param_groups(
                     "weight_decay": decay / rate if weight_decay_mode == "independent" else decay,
                 }
             )
+            if rule.update_norm is not None:
+                groups[-1]["update_norm"] = rule.update_norm
     return groups
 
 
-def rates_with_roles(rates: Mapping[str, float], roles: Iterable[str], shape: Shape) -> dict[str, float]:
+def rates_with_roles(
+    rates: Mapping[str, float], roles: Iterable[str], shape: Shape, lr_rules: Mapping[str, str] = NO_RULES
+) -> dict[str, float]:
     """A run's rates at its last update, group name -> rate, with those of `roles` where the table puts them.
 
     Nothing is added where the rate of the hidden matrices, from which theirs follow, is not known.
     """
     if "hidden" not in rates:
         return dict(rates)
-    table = mup_table(shape)
+    table = mup_table(shape, lr_rules)
     base = rates["hidden"] / table["hidden"].lr_multiplier
     return {**rates, **{role: base * table[role].lr_multiplier for role in roles}}
 
@@ -212,9 +246,11 @@ class RateLedger:
     any start, load, branch or conversion what the optimizer holds is compared with the table.
     """
 
-    def __init__(self, shape: Shape, base_lr: float) -> None:
+    def __init__(self, shape: Shape, base_lr: float, lr_rules: Mapping[str, str] = NO_RULES) -> None:
         self.base_lr = base_lr
-        self.multipliers = {name: rule.lr_multiplier for name, rule in mup_table(shape).items()}
+        table = mup_table(shape, lr_rules)
+        self.multipliers = {name: rule.lr_multiplier for name, rule in table.items()}
+        self.update_norms = {name: rule.update_norm for name, rule in table.items()}
 
     def rate(self, group: str, factor: float) -> float:
         """Rate of the group `group` where the schedule stands at `factor`."""
@@ -257,6 +293,13 @@ class RateLedger:
                     f"optimizer group {index} is called {name!r}, which no role of muP is",
                     where="learning rates",
                     fix=f"build the groups with mup_param_groups (roles: {', '.join(ROLES)})",
+                )
+            if group.get("update_norm") != self.update_norms[name]:
+                raise UserError(
+                    f"updates of group {name!r} are scaled by {group.get('update_norm')}, the muP table gives "
+                    f"{self.update_norms[name]}",
+                    where="learning rates",
+                    fix="build the groups with mup_param_groups and the optimizer's lr_rules",
                 )
             expected = self.rate(name, factor)
             wrong_multiplier = group.get("lr_multiplier") != self.multipliers[name]

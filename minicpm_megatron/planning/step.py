@@ -14,6 +14,7 @@ from minicpm_megatron.recipe.memory import (
     estimate_memory,
     layer_elements,
     logits_bytes,
+    parameters_by_role,
     parameters_on_rank,
     pipeline_stages,
     vocabulary_rows,
@@ -146,10 +147,10 @@ def _gradient_sum_bytes(recipe: Recipe, replicas: int) -> float:
 def optimizer_seconds(work: Work) -> float:
     """An update reads and writes the moments (Adam's two) and the fp32 weights, reads an fp32 gradient and writes the
     new weight: Adam 28 + e bytes for each parameter the rank updates."""
-    moments = OPTIMIZERS.get(work.recipe.optimizer.name).state_bytes
+    spec = OPTIMIZERS.get(work.recipe.optimizer.name)
     divided = work.recipe.deepspeed.zero_stage >= 1
-    updated = sum(
-        count / (replicas if divided else 1)
-        for count, replicas in parameters_on_rank(work.recipe.model, work.layout, work.stage)
+    moved = sum(
+        count / (replicas if divided else 1) * (2 * (spec.state_bytes(role) + FP32) + FP32 + work.element)
+        for role, count, replicas in parameters_by_role(work.recipe.model, work.layout, work.stage)
     )
-    return work.cluster.memory_seconds(updated * (2 * (moments + FP32) + FP32 + work.element))
+    return work.cluster.memory_seconds(moved)

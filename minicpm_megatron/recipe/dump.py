@@ -52,6 +52,7 @@ def recipe_hash(recipe: Recipe) -> str:
         ("training", "objective"),
         ("model", "qk_layernorm"),
         ("optimizer", "name"),
+        ("optimizer", "options"),
         ("schedule", "options"),
     ):
         if defining[section][key] == type(getattr(recipe, section)).model_fields[key].get_default(

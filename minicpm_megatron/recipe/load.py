@@ -18,9 +18,9 @@ from pydantic_core import ErrorDetails
 from minicpm_megatron.errors import UserError, shorten
 from minicpm_megatron.recipe import yaml_text
 from minicpm_megatron.recipe.presets import get_preset
-from minicpm_megatron.recipe.schema import HANG_TIMEOUTS, ModelRecipe, Recipe, ScheduleRecipe, Section
+from minicpm_megatron.recipe.schema import HANG_TIMEOUTS, ModelRecipe, Recipe, Section
 from minicpm_megatron.recipe.sizes import model_of_size, parse_size
-from minicpm_megatron.registry import SCHEDULES
+from minicpm_megatron.registry import OPTIMIZERS, SCHEDULES, Registry
 
 S = TypeVar("S", bound=Section)
 
@@ -72,8 +72,9 @@ def build(fields: Any, *, origins: Mapping[str, str] | None = None) -> Recipe:
             model = {key: value for key, value in model.items() if key != "size"}
             merged["model"], size = model, fields["model"]["size"]
         _refuse_unknown_keys(Recipe, merged, "")
-        if "schedule" in merged:
-            merged["schedule"] = _with_options(merged["schedule"])
+        for key, naming, registry in (("schedule", "shape", SCHEDULES), ("optimizer", "name", OPTIMIZERS)):
+            if key in merged:
+                merged[key] = _with_options(key, merged[key], naming, registry)
         preset = merged.get("preset")
         if isinstance(preset, str) and isinstance(model, dict):
             merged["model"] = _over_preset(_scaled(get_preset(preset), model, size), model)
@@ -132,17 +133,21 @@ def build_options[S: Section](section: type[S], fields: Mapping[str, Any], *, ke
         raise UserError(error.what, where=f"{key}.{error.where}", fix=error.fix) from error
 
 
-def _with_options(schedule: Any) -> Any:
-    """The schedule section with the options of its shape, defaults written out; what is malformed is left as it is."""
-    if not isinstance(schedule, dict):
-        return schedule
-    shape = schedule.get("shape", ScheduleRecipe.model_fields["shape"].default)
-    options = {} if schedule.get("options") is None else schedule["options"]
-    if not isinstance(shape, str) or not isinstance(options, Mapping):
-        return schedule
-    SCHEDULES.check(shape, where="schedule.shape")
-    typed = build_options(SCHEDULES.get(shape).options, options, key="schedule.options")
-    return schedule | {"options": typed.model_dump(mode="json")}
+def _with_options(key: str, section: Any, naming: str, registry: Registry[Any]) -> Any:
+    """The section `key` with the options of the entry that its field `naming` names, defaults written out.
+
+    What is malformed is left as it is.
+    """
+    if not isinstance(section, dict):
+        return section
+    kind = _section_of(Recipe, key)
+    name = section.get(naming, kind.model_fields[naming].default if kind is not None else None)
+    options = {} if section.get("options") is None else section["options"]
+    if not isinstance(name, str) or not isinstance(options, Mapping):
+        return section
+    registry.check(name, where=f"{key}.{naming}")
+    typed = build_options(registry.get(name).options, options, key=f"{key}.options")
+    return section | {"options": typed.model_dump(mode="json")}
 
 
 def _refuse_no_mapping(fields: Any, where: str) -> None:

@@ -10,6 +10,7 @@ no dropout, and an attention that never stores its S x S scores. State follows Z
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, fields
 
 from minicpm_megatron.recipe.checks import Layout
@@ -104,17 +105,18 @@ def stage_memory(recipe: Recipe, layout: Layout, stage: Stage, *, fused_norm: bo
     """
     element = ELEMENT_BYTES[recipe.training.precision]
     zero, half = recipe.deepspeed.zero_stage, recipe.training.precision != "fp32"
-    moments = OPTIMIZERS.get(recipe.optimizer.name).state_bytes
+    spec = OPTIMIZERS.get(recipe.optimizer.name)
     weights = gradients = optimizer = 0.0
     parameters = parameters_on_rank(recipe.model, layout, stage)
     for count, replicas in parameters:
         weights += element * count / (replicas if zero >= 3 else 1)
         gradients += FP32 * count / replicas if zero >= 2 else (FP32 if zero == 0 else element) * count
         gradients += FP32 * count if zero == 1 and half else 0
-        masters = FP32 if half or zero >= 1 else 0
-        optimizer += (masters + moments) * count / (replicas if zero >= 1 else 1)
         if recipe.deepspeed.offload_optimizer == "none":
             gradients += _statistics_bytes(recipe) * count / (replicas if zero >= 1 else 1)
+    masters = FP32 if half or zero >= 1 else 0
+    for role, count, replicas in parameters_by_role(recipe.model, layout, stage):
+        optimizer += (masters + spec.state_bytes(role)) * count / (replicas if zero >= 1 else 1)
     if recipe.deepspeed.offload_optimizer != "none":
         optimizer = 0.0
     if recipe.deepspeed.offload_param != "none":
@@ -126,6 +128,7 @@ def stage_memory(recipe: Recipe, layout: Layout, stage: Stage, *, fused_norm: bo
     total = sum(count for count, _ in parameters)
     during, after = _buffers(recipe, layout, stage, total)
     fetch = during + _unpacked_bytes(recipe, layout, stage, total) - working
+    after = max(after, spec.matrix_copies * FP32 * _largest_matrix(recipe.model, spec.whole_matrices))
     return MemoryEstimate(
         weights=round(weights),
         gradients=round(gradients),
@@ -139,11 +142,14 @@ def stage_memory(recipe: Recipe, layout: Layout, stage: Stage, *, fused_norm: bo
 def offloaded_bytes(recipe: Recipe, layout: Layout) -> int:
     """Host memory that offload takes for each rank: masters, moments and their fp32 gradients, what
     logging.gradient_statistics keeps beside them, and weights."""
-    moments = OPTIMIZERS.get(recipe.optimizer.name).state_bytes
-    size = 2 * FP32 + moments + _statistics_bytes(recipe) if recipe.deepspeed.offload_optimizer != "none" else 0
-    size += ELEMENT_BYTES[recipe.training.precision] if recipe.deepspeed.offload_param != "none" else 0
-    stages = (parameters_on_rank(recipe.model, layout, stage) for stage in pipeline_stages(recipe, layout))
-    return round(size * max(sum(count / replicas for count, replicas in stage) for stage in stages))
+    spec, offloaded = OPTIMIZERS.get(recipe.optimizer.name), recipe.deepspeed.offload_optimizer != "none"
+    weight = ELEMENT_BYTES[recipe.training.precision] if recipe.deepspeed.offload_param != "none" else 0
+
+    def size(role: str) -> int:
+        return weight + (2 * FP32 + spec.state_bytes(role) + _statistics_bytes(recipe) if offloaded else 0)
+
+    stages = (parameters_by_role(recipe.model, layout, stage) for stage in pipeline_stages(recipe, layout))
+    return round(max(sum(size(role) * count / replicas for role, count, replicas in stage) for stage in stages))
 
 
 def _statistics_bytes(recipe: Recipe) -> int:
@@ -153,20 +159,43 @@ def _statistics_bytes(recipe: Recipe) -> int:
 
 
 def parameters_on_rank(model: ModelRecipe, layout: Layout, stage: Stage) -> list[tuple[float, int]]:
-    """(parameters, ranks that hold the same) for dense and for expert parameters.
+    """(parameters, ranks that hold the same) for dense and for expert parameters; see `parameters_by_role`."""
+    roles = parameters_by_role(model, layout, stage)
+    dense = [(count, replicas) for role, count, replicas in roles if role != "expert"]
+    experts = [(count, replicas) for role, count, replicas in roles if role == "expert"]
+    return [(sum(count for count, _ in dense), dense[0][1]), *experts]
+
+
+def parameters_by_role(model: ModelRecipe, layout: Layout, stage: Stage) -> list[tuple[str, float, int]]:
+    """(muP role, parameters on a rank, ranks that hold the same).
 
     Matrices are divided by tensor parallelism, norms and routers are not. Where the embedding is the head, the first
-    and the last stage each hold it.
+    and the last stage each hold it; an untied head counts as an embedding.
     """
     tp, dp = layout.tensor_model_parallel_size, layout.data_parallel_size * layout.context_parallel_size
     vocabulary = count_parameters(model).embedding * _vocabulary_matrices(model, stage)
-    replicated = stage.layers * norm_parameters(model) + (model.hidden_size if stage.last else 0)
-    dense = (vocabulary + stage.layers * attention_parameters(model)) / tp
+    norms = stage.layers * norm_parameters(model) + (model.hidden_size if stage.last else 0)
+    hidden = stage.layers * attention_parameters(model) / tp
     if model.num_moe_experts is None:
-        return [(dense + stage.layers * mlp_parameters(model) / tp + replicated, dp)]
-    replicated += stage.layers * model.num_moe_experts * model.hidden_size
+        hidden += stage.layers * mlp_parameters(model) / tp
+        return [("embedding", vocabulary / tp, dp), ("hidden", hidden, dp), ("vector", norms, dp)]
+    routers = stage.layers * model.num_moe_experts * model.hidden_size
     experts = stage.layers * model.num_moe_experts * mlp_parameters(model) / tp / layout.expert_model_parallel_size
-    return [(dense + replicated, dp), (experts, max(1, dp // layout.expert_model_parallel_size))]
+    return [
+        ("embedding", vocabulary / tp, dp),
+        ("hidden", hidden, dp),
+        ("vector", norms, dp),
+        ("router", routers, dp),
+        ("expert", experts, max(1, dp // layout.expert_model_parallel_size)),
+    ]
+
+
+def _largest_matrix(model: ModelRecipe, roles: Collection[str]) -> int:
+    """Elements of the largest weight of the hidden or expert role, whole: linear_qkv or linear_fc1."""
+    queries_keys_values = (model.num_attention_heads + 2 * model.num_query_groups) * model.kv_channels
+    rows = {"hidden": queries_keys_values, "expert" if model.num_moe_experts else "hidden": 2 * model.mlp_width}
+    rows["hidden"] = max(rows["hidden"], queries_keys_values)
+    return model.hidden_size * max((rows.get(role, 0) for role in roles), default=0)
 
 
 def _vocabulary_matrices(model: ModelRecipe, stage: Stage) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from minicpm_megatron.recipe.schema import OptimizerRecipe
+from minicpm_megatron.recipe.schema import OptimizerOptions, OptimizerRecipe
 
 FP32 = 4
 
@@ -22,20 +22,31 @@ class Optimizer:
             replaced, after it was built, by one flat tensor that holds a part of them.
         moments: names of the fp32 tensors in a parameter's state, each as large as the parameter.
         moments_of: muP role -> names in the place of `moments` for parameters of that role.
+        options: keys of its own, below `optimizer.options`.
+        lr_rules: muP role -> the rule by which its learning rate follows the width, where that is not Adam's
+            (`methods.mup`).
+        whole_matrices: muP roles whose updates need whole matrices. What `build` returns then has an attribute
+            `matrices`, which the engine sets to an `engine.whole_matrices.WholeMatrices` before the first step: it
+            brings the parts that ranks hold together, has a function map each whole matrix, and takes the parts back.
+        matrix_copies: fp32 tensors, each as large as the largest weight of those roles, that a step holds at once
+            beside the state.
     """
 
     build: Callable[[list[dict[str, Any]], OptimizerRecipe, bool], Any]
     moments: tuple[str, ...]
     moments_of: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    options: type[OptimizerOptions] = OptimizerOptions
+    lr_rules: Mapping[str, str] = field(default_factory=dict)
+    whole_matrices: tuple[str, ...] = ()
+    matrix_copies: float = 0.0
 
     def moments_for(self, role: str) -> tuple[str, ...]:
         """Names of the state tensors of a parameter of this muP role."""
         return self.moments_of.get(role, self.moments)
 
-    @property
-    def state_bytes(self) -> int:
-        """Bytes that the moments take for each parameter of the role that has most of them."""
-        return FP32 * max(map(len, (self.moments, *self.moments_of.values())))
+    def state_bytes(self, role: str) -> int:
+        """Bytes that the moments take for each parameter of this muP role."""
+        return FP32 * len(self.moments_for(role))
 
 
 def as_optimizer(entry: Any) -> Optimizer:
@@ -49,4 +60,6 @@ def as_optimizer(entry: Any) -> Optimizer:
     for names in (entry.moments, *entry.moments_of.values()):
         if not isinstance(names, tuple) or not all(isinstance(name, str) for name in names):
             raise TypeError(f"moments are a tuple of names, not {names!r}")
+    if not (isinstance(entry.options, type) and issubclass(entry.options, OptimizerOptions)):
+        raise TypeError(f"options are a subclass of OptimizerOptions, not {entry.options!r}")
     return entry

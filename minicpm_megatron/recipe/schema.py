@@ -294,11 +294,15 @@ class TrainingRecipe(Section):
     """Seconds without progress after which the run ends and names the ranks that the others wait for."""
 
 
+class OptimizerOptions(Section):
+    """Base of the keys that one optimizer has for itself: fields as in any section, described by a text below each."""
+
+
 class OptimizerRecipe(Section):
     """The optimizer. The learning rates of the muP groups are multiples of `lr`."""
 
     name: str = "adamw"
-    """adamw, or one that another package registered."""
+    """adamw, muon (hidden matrices by Muon, all else by AdamW), or one that another package registered."""
     lr: Positive = 0.01
     """Base learning rate (section 3.3, appendix A.1: best on every size tried)."""
     betas: Annotated[tuple[Fraction, Fraction], Field(strict=False)] = (0.9, 0.95)
@@ -310,6 +314,8 @@ class OptimizerRecipe(Section):
     weight_decay_mode: Literal["tied", "independent"] = "tied"
     """tied: a step shrinks weights by rate x weight_decay (AdamW); independent: by weight_decay times the
     schedule's factor, whatever the rate (tried in appendix A.1 and not adopted)."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Keys that only the optimizer named by name has."""
 
 
 SHARED_SCHEDULE_KEYS = frozenset({"decay", "decay_shape", "half_life", "period", "min_lr_ratio"})

@@ -5,6 +5,7 @@
     python -m tests.distributed.matrix --checkpoints    # from -> to: digits after loading under another layout
     python -m tests.distributed.matrix --experts ...    # the same of a mixture of experts, with expert parallelism
     python -m tests.distributed.matrix --untied         # layouts of a model whose head is a tensor of its own
+    python -m tests.distributed.matrix --muon ...       # any of these with Muon
 
 Exit status 1 where a row agrees in fewer than 5 digits (bf16: losses differ by more
 than 3e-3 or gradient norms by more than 8e-3).
@@ -108,16 +109,17 @@ def _name(case: Case, data: int) -> str:
     return " ".join(part for part in parts if part)
 
 
-def layout_matrix(model: dict[str, Any], names: tuple[str, ...]) -> bool:
+def layout_matrix(model: dict[str, Any], names: tuple[str, ...], optimizer: dict[str, Any]) -> bool:
     """Print the table of the layouts whose name begins with one of `names`; whether every row agrees."""
-    whole = run_layouts(1, {"one": {}}, num_layers=4, model=model)["one"].lines
+    keywords = {"num_layers": 4, "model": model, "optimizer": optimizer}
+    whole = run_layouts(1, {"one": {}}, **keywords)["one"].lines
     print(f"| layout | first loss | last loss | gradient norm | agreement | seconds |\n| {'--- | ' * 6}".rstrip())
     sound = True
     for world in WORLDS:
         wanted = [row for row in layouts(world, model) if row[0].startswith(names)]
         for start in range(0, len(wanted), AT_ONCE):
             some = dict(wanted[start : start + AT_ONCE])
-            for name, run in run_layouts(world, some, num_layers=4, model=model).items():
+            for name, run in run_layouts(world, some, **keywords).items():
                 if some[name]["precision"] == "bf16":
                     apart = furthest(whole, run.lines)
                     agrees, told = apart.as_bf16_may_be, f"losses within {apart.loss:.0e}, norms {apart.norm:.0e}"
@@ -160,14 +162,16 @@ PAIRED_EXPERTS: dict[str, Case] = {
 }
 
 
-def checkpoint_matrix(experts: bool) -> bool:
+def checkpoint_matrix(experts: bool, optimizer: dict[str, Any]) -> bool:
     """Print the table of checkpoint pairs; whether every one agrees."""
     from tests.training import nano
 
     paired, model = (PAIRED_EXPERTS, EXPERTS) if experts else (PAIRED, {})
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        recipe = nano.write_recipe(folder, evaluation={"interval": None}, model=nano.MODEL | model)
+        recipe = nano.write_recipe(
+            folder, evaluation={"interval": None}, model=nano.MODEL | model, optimizer={"lr": 0.005} | optimizer
+        )
         wholes = [
             nano.case(recipe, f"from-{number}", *overrides(case), ranks=case.get("world", 2))
             for number, case in enumerate(paired.values())
@@ -202,11 +206,13 @@ def main() -> int:
     model = parser.add_mutually_exclusive_group()
     model.add_argument("--experts", action="store_true", help="of a mixture of experts")
     model.add_argument("--untied", action="store_true", help="of an untied model; layouts only")
+    parser.add_argument("--muon", action="store_true", help="with Muon instead of AdamW")
     options = parser.parse_args()
+    optimizer = {"name": "muon"} if options.muon else {}
     if options.checkpoints:
-        return 0 if checkpoint_matrix(options.experts) else 1
+        return 0 if checkpoint_matrix(options.experts, optimizer) else 1
     shape = EXPERTS if options.experts else UNTIED if options.untied else {}
-    return 0 if layout_matrix(shape, tuple(options.names) or ("",)) else 1
+    return 0 if layout_matrix(shape, tuple(options.names) or ("",), optimizer) else 1
 
 
 if __name__ == "__main__":

@@ -57,8 +57,8 @@ def run_layouts(world: int, layouts: dict[str, dict[str, Any]], **keywords: Any)
             part of the batch), recompute (none), precision (fp32), layers (by parameters), offload ({}: what of
             DeepSpeed's to where), json ({}: zero_optimization of a DeepSpeed JSON), training ({}: other keys of it).
         keywords: untied, num_layers, model (other fields of the model), documents (samples are packed with several),
-            steps, and watch: "module:class" of an object made of the engine that is called before every update and
-            returns what it sees.
+            steps, optimizer (keys of its section), and watch: "module:class" of an object made of the engine that is
+            called before every update and returns what it sees.
     """
     results = run_on_ranks("tests.distributed.parity:train", world, timeout=280, layouts=layouts, **keywords)[0]
     return {name: Run(**run) for name, run in results.items()}
@@ -72,6 +72,7 @@ def train(
     documents: bool = False,
     steps: int = STEPS,
     watch: str = "",
+    optimizer: dict[str, Any] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """What one rank does for `run_layouts`."""
     import torch
@@ -135,7 +136,7 @@ def train(
                     "recompute": case.get("recompute", "none"),
                     **case.get("training", {}),
                 },
-                "optimizer": {"lr": 0.002},
+                "optimizer": {"lr": 0.002, **(optimizer or {})},
                 "schedule": {"warmup": 10, "total": STEPS, "decay": 5, "decay_shape": "linear"},
                 "deepspeed": {"zero_stage": case.get("zero", 0), "config": _json(case), **case.get("offload", {})},
             }

@@ -45,6 +45,7 @@ def _engine(case: dict[str, Any], **keywords: Any) -> Engine:
             "preset": "minicpm-nano",
             "model": {"vocab_size": 64, "dim_model_base": BASE},
             "data": {"train": [{"prefix": "unused"}], "sequence_length": 8},
+            "parallel": {"tensor_model_parallel_size": case.get("tp", 1)},
             "training": {
                 "global_batch_size": 2 * dist.get_world_size(),
                 "micro_batch_size": 2,

@@ -105,16 +105,18 @@ class Gathered:
 
     def __init__(self, engine: Any) -> None:
         mine = [
-            (fragment.spec.name, fragment.kind, fragment.start, fragment.spec.shape, fragment.tensor.clone())
+            (fragment.spec, fragment.kind, fragment.start, fragment.valid.clone())
             for fragment in EngineState(engine).fragments()
         ]
         everyone: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, mine)
+        shards: dict[tuple[str, ShardSpec], torch.Tensor] = {}
+        for spec, kind, start, tensor in sum(everyone, []):
+            shard = shards.setdefault((kind, spec), torch.full(spec.shape, torch.nan))
+            shard.view(-1)[start : start + tensor.numel()] = tensor
         self.tensors: dict[tuple[str, str], torch.Tensor] = {}
-        for name, kind, start, shape, tensor in sum(everyone, []):
-            whole = self.tensors.setdefault((name, kind), torch.full(shape, torch.nan))
-            valid = min(tensor.numel(), whole.numel() - start)
-            whole.view(-1)[start : start + valid] = tensor[:valid]
+        for (kind, spec), shard in shards.items():
+            spec.put(self.tensors.setdefault((spec.name, kind), torch.full(spec.global_shape, torch.nan)), shard)
 
     def read_shard(self, spec: ShardSpec, kind: str, padded_shape: tuple[int, ...] | None) -> torch.Tensor:
         """One shard."""

@@ -65,6 +65,41 @@ def test_standard_parametrisation_has_no_width_in_it():
     assert {rule.init_std for rule in table.values()} == {0.1, None}
 
 
+def test_the_spectral_rule_gives_updates_one_spectral_norm_at_every_width():
+    rules = {"hidden": "spectral", "expert": "spectral"}
+    changes = {}
+    for width in (256, 512, 2304):
+        shape = SHAPE.model_copy(update={"hidden_size": width})
+        rule = mup_table(shape, rules)["hidden"]
+        orthogonal = torch.linalg.qr(torch.randn(width, width, generator=torch.Generator().manual_seed(0))).Q
+        update = rule.lr_multiplier * rule.update_norm * orthogonal
+        changes[width] = float(torch.linalg.matrix_norm(update, 2)) if width < 2304 else rule.update_norm
+        # by the rule of entries those of one sign have that norm, up to a factor that is the same everywhere
+        assert mup_table(shape)["hidden"].lr_multiplier * width == pytest.approx(SHAPE.dim_model_base)
+        if width == SHAPE.dim_model_base:
+            assert float(update.square().mean().sqrt()) == pytest.approx(1)  # Adam's signs have it, too
+    assert list(changes.values()) == pytest.approx([math.sqrt(SHAPE.dim_model_base)] * 3, rel=1e-4)
+    others = mup_table(SHAPE, rules)
+    assert {role: rule for role, rule in others.items() if role not in rules} == {
+        role: rule for role, rule in mup_table(SHAPE).items() if role not in rules
+    }
+    standard = SHAPE.model_copy(update={"parametrization": "standard"})
+    assert mup_table(standard, rules)["expert"].update_norm == pytest.approx(math.sqrt(standard.hidden_size))
+
+
+def test_the_ledger_knows_the_rule_of_each_role():
+    rules = {"hidden": "spectral"}
+    found, ledger = groups(lr_rules=rules), RateLedger(SHAPE, 0.01, rules)
+    assert found["hidden"]["lr"] == 0.01 and found["hidden"]["update_norm"] == pytest.approx(16)
+    assert found["router"]["lr"] == pytest.approx(0.01 / M) and "update_norm" not in found["router"]
+    ledger.check(found.values(), 1.0)
+    for wrong in (groups(), {"hidden": found["hidden"] | {"update_norm": 15.0}}):
+        with pytest.raises(UserError, match="updates of group 'hidden' are scaled by"):
+            ledger.check(wrong.values(), 1.0)
+    with pytest.raises(UserError, match="updates of group 'hidden' are scaled by 16"):
+        RateLedger(SHAPE, 0.01).check(found.values(), 1.0)
+
+
 @pytest.mark.parametrize(
     ("name", "dimensions", "role"),
     [

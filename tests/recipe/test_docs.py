@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from minicpm_megatron.recipe import PRESETS, Recipe
 from minicpm_megatron.recipe.load import known_keys
 from minicpm_megatron.recipe.schema import Section
-from minicpm_megatron.registry import SCHEDULES
+from minicpm_megatron.registry import OPTIMIZERS, SCHEDULES, Registry
 
 PAGE = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text(encoding="utf-8")
 
@@ -26,14 +29,13 @@ def test_every_key_is_described_in_the_words_of_the_schema() -> None:
                 assert " ".join(field.description.split()) in PAGE, f"{section.__name__}.{name}"
 
 
-def test_every_option_of_our_schedules_is_described_in_its_words() -> None:
-    for name in SCHEDULES.names():
-        for key, field in SCHEDULES.get(name).options.model_fields.items():
+@pytest.mark.parametrize(("section", "registry"), [("schedule", SCHEDULES), ("optimizer", OPTIMIZERS)])
+def test_every_option_of_our_own_entries_is_described_in_its_words(section: str, registry: Registry[Any]) -> None:
+    for name in registry.names():
+        for key, field in registry.get(name).options.model_fields.items():
             default = json.dumps(field.get_default(call_default_factory=True))
-            row = (
-                f"| `schedule.options.{key}` | `{default}` | `{name}`. {' '.join((field.description or '').split())} |"
-            )
-            assert row in PAGE
+            text = " ".join((field.description or "").split())
+            assert f"| `{section}.options.{key}` | `{default}` | `{name}`. {text} |" in PAGE
 
 
 def test_every_preset_of_ours_is_listed() -> None:

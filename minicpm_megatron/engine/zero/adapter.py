@@ -130,6 +130,15 @@ class Adapter(ABC):
     def pieces(self, parameter: Any) -> list[Piece]:
         """Return where this rank keeps master weights and moments of its shard of a parameter; [] if it keeps none."""
 
+    def owner(self, parameter: Any, group: str) -> Tensor:
+        """Return the tensor by which the inner optimizer steps a parameter of the group called `group`.
+
+        It is the `owner` of the parameter's pieces, also where this rank keeps none.
+        """
+        # ZeRO 1 and 2 have one flat tensor a group
+        found: Tensor = next(each["params"][0] for each in self.inner.param_groups if each["name"] == group)
+        return found
+
     @abstractmethod
     def gradient(self, parameter: Any, piece: Piece) -> Tensor:
         """Return the gradient of a piece, 1-D, between a step's last backward and its update."""

@@ -58,6 +58,10 @@ class Whole(Adapter):
         master = self._master(parameter)
         return [Piece(0, master.data.view(-1), master, 0)]
 
+    def owner(self, parameter: Any, group: str) -> Tensor:
+        """As `Adapter.owner`."""
+        return self._master(parameter)
+
     def gradient(self, parameter: Any, piece: Piece) -> Tensor:
         """As `Adapter.gradient`."""
         if parameter.grad is None:

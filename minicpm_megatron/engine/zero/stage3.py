@@ -44,13 +44,20 @@ class Stage3(Partitioned):
 
     def pieces(self, parameter: Any) -> list[Piece]:
         """As `Adapter.pieces`."""
-        group, address, _ = self.optimizer.grad_position[self.optimizer.get_param_id(parameter)]
-        owner = self.optimizer.fp32_partitioned_groups_flat[group]
+        owner, address = self._place(parameter)
         size = parameter.ds_tensor.ds_numel
         start = size * parallel_state.get_data_parallel_rank(with_context_parallel=True)
         # the last partitions may be padding in part or whole
         valid = max(0, min(size, parameter.ds_numel - start))
         return [Piece(start, owner.data.narrow(0, address, valid), owner, address)] if valid else []
+
+    def owner(self, parameter: Any, group: str) -> Tensor:
+        """As `Adapter.owner`: the flat tensor of the parameter's sub-group, which DeepSpeed steps by itself."""
+        return self._place(parameter)[0]
+
+    def _place(self, parameter: Any) -> tuple[Tensor, int]:
+        sub_group, address, _ = self.optimizer.grad_position[self.optimizer.get_param_id(parameter)]
+        return self.optimizer.fp32_partitioned_groups_flat[sub_group], address
 
     def gradient(self, parameter: Any, piece: Piece) -> Tensor:
         """As `Adapter.gradient`."""
