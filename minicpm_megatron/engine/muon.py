@@ -110,7 +110,7 @@ class Muon(torch.optim.Optimizer):
         self._adamw.state = self.state  # one state for both, under the tensors that both step
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> Any:  # torch's overloads return a float with a closure, which is ignored
         """Step every group that has parameters."""
         # DeepSpeed hides groups and replaces parameters between steps, so that both halves are found anew
         self._adamw.param_groups = [group for group in self.param_groups if group["name"] not in self.roles]
