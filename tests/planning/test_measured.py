@@ -18,7 +18,7 @@ CHOSEN = (
     "experts, EP 2, ZeRO 1",
 )
 # the plan's communication does not count the exchange of whole matrices
-MUON = ("Muon, DP 2, ZeRO 2, short", "Muon, TP 2 SP, ZeRO 1, bf16")
+MUON = ("Muon, TP 2 SP, ZeRO 1, bf16",)
 
 
 @pytest.fixture(scope="module")
