@@ -132,7 +132,7 @@ def tokenizer_kind(path: str | Path) -> type[Tokenizer]:
     path, broken = Path(path), list[str]()
     kind: type[Tokenizer]
     for kind in registry.TOKENIZERS.loadable(broken):
-        if kind.is_in(path) if path.is_dir() else path.name == kind.file:
+        if kind.is_in(path) if path.is_dir() else path.is_file() and path.name == kind.file:
             return kind
     default: type[Tokenizer] = registry.TOKENIZERS.get("sentencepiece")
     if path.is_file():
@@ -157,7 +157,8 @@ def tokenizer_sha256(path: str | Path) -> str:
         UserError: there is none.
     """
     path = Path(path)
-    return file_sha256(path / tokenizer_kind(path).file if path.is_dir() else path)
+    kind = tokenizer_kind(path)
+    return file_sha256(path / kind.file if path.is_dir() else path)
 
 
 def has_tokenizer(folder: Path, sha256: str | None = None) -> bool:
