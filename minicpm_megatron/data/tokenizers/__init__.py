@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -103,6 +103,32 @@ class Tokenizer(ABC):
         An export of a model has it beside the files of this kind.
         """
         return None
+
+
+def encode_in_parts(
+    texts: Sequence[str],
+    size: int,
+    parts: Callable[[str], Iterable[str] | None],
+    encode: Callable[[list[str]], list[NDArray[np.int32]]],
+) -> list[NDArray[np.int32]]:
+    """Ids of each text: texts of up to `size` characters are encoded together, each longer one part by part.
+
+    Args:
+        parts: cuts a long text into parts whose ids, one after another, are those of the whole; None: it cannot be cut.
+        encode: ids of each of some texts. It gets one part at a time, because a library needs memory in proportion to
+            what it is given at once.
+    """
+    results: list[NDArray[np.int32] | None] = []
+    whole: list[str] = []
+    for text in texts:
+        cut = parts(text) if len(text) > size else None
+        if cut is None:
+            results.append(None)
+            whole.append(text)
+        else:
+            results.append(np.concatenate([encode([part])[0] for part in cut]))
+    encoded = iter(encode(whole))
+    return [next(encoded) if ids is None else ids for ids in results]
 
 
 def as_tokenizer(entry: Any) -> type[Tokenizer]:
