@@ -39,13 +39,14 @@ test-gpu: $(STAMP)
 	@echo "== running the tests that compute on the device"
 	@PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest --device cuda -rs
 
-# Types and tests at the same time, each on a core.
+# Types and tests at the same time.
 check: $(STAMP)
 	@$(MAKE) --no-print-directory --jobs 2 --output-sync=target lint test-fast
 
 # tests/fast.txt lists the fast tests; tests that start no jobs of several processes, for the most part.
 test-fast: $(STAMP)
-	@PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest @tests/fast.txt
+	@PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m pytest \
+	  --numprocesses logical --maxprocesses 4 --dist loadfile @tests/fast.txt
 
 # mypy is strict by pyproject.toml
 lint: $(STAMP)

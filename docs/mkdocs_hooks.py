@@ -33,7 +33,7 @@ def _in_repository(place: str) -> str:
 
 
 def _target(page: str, link: str) -> str:
-    """What a link on a page of the repository leads to; of a folder its README."""
+    """Return the path that a link on a page of the repository leads to; for a folder, the path of its README."""
     path = posixpath.normpath(posixpath.join(posixpath.dirname(page), link))
     return f"{path}/README.md" if (ROOT / path / "README.md").is_file() else path
 

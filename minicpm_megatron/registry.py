@@ -15,12 +15,11 @@ import importlib
 import importlib.util
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any, TypeVar
+from typing import Any
 
 from minicpm_megatron.errors import UserError
-
-T = TypeVar("T")
 
 
 class Registry[T]:
@@ -78,10 +77,11 @@ class Registry[T]:
         Raises:
             UserError: nobody declares the name, two packages do, or the plugin that does is broken.
         """
-        own = self._own_names()
-        if name not in own:
-            if name not in self._of_plugins:
-                self._of_plugins[name] = self._load_plugin(name)
+        for loaded in (self._entries, self._of_plugins):
+            if name in loaded:  # the usual case, met at every step of a run by schedules
+                return loaded[name]
+        if name not in self._own_names():
+            self._of_plugins[name] = self._load_plugin(name)
             return self._of_plugins[name]
         if name not in self._entries:
             self.add(name, self._load_own(name))
@@ -117,14 +117,18 @@ class Registry[T]:
         raise UserError(f"unknown {self.kind} {name!r}", where=where, fix=fix)
 
     def _own_names(self) -> list[str]:
-        found: list[str] = []
         if self._home is not None and self._attribute is None:
             importlib.import_module(self._home)
-        elif self._home is not None:
-            spec = importlib.util.find_spec(self._home)
-            places = spec.submodule_search_locations if spec is not None else None
-            found = sorted(module.name.replace("_", "-") for module in pkgutil.iter_modules(places))
-        return list(dict.fromkeys((*found, *self._entries)))
+        return list(dict.fromkeys((*self._files, *self._entries)))
+
+    @cached_property
+    def _files(self) -> list[str]:
+        """Names of the entries in a home folder."""
+        if self._home is None or self._attribute is None:
+            return []
+        spec = importlib.util.find_spec(self._home)
+        places = spec.submodule_search_locations if spec is not None else None
+        return sorted(module.name.replace("_", "-") for module in pkgutil.iter_modules(places))
 
     def _load_own(self, name: str) -> Any:
         module = importlib.import_module(f"{self._home}.{name.replace('-', '_')}")

@@ -1,4 +1,4 @@
-"""What survives: publish, verify, find, retain; and the state of a run, which needs no torch to be read."""
+"""Checkpoints: publish, verify, find and retain them, and read the state of a run from one, which needs no torch."""
 
 from __future__ import annotations
 

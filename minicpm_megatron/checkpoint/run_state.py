@@ -46,7 +46,7 @@ class FaultEvent:
 
 @dataclass(frozen=True)
 class RunState:
-    """Where a run stands after a step.
+    """The state of a run after a step, as its checkpoint keeps it.
 
     Attributes:
         step: steps done.

@@ -1,4 +1,4 @@
-"""How much models gain from their context, as their loss by position in long documents:
+"""Measure how much models gain from their context: their loss by position in long documents.
 
     minicpm evaluate-positions --checkpoint RUN... --data PREFIX --length 4096 --output DIR
 

@@ -1,4 +1,4 @@
-"""What libraries print when they start, which says nothing to a user of a command."""
+"""Silence lines that libraries print when they start and that tell a user of a command nothing."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import warnings
 
 
 def only_our_lines() -> None:
-    """Silence start-up chatter of the libraries that tells a user nothing (missing optional accelerators)."""
+    """Silence what the libraries say at start-up about optional accelerators that are missing."""
     warnings.filterwarnings("ignore", module=r"(megatron|torch|deepspeed)\..*")
     for name in (
         # "No CUDA runtime is found", on a machine with a CUDA compiler and no GPU

@@ -65,6 +65,9 @@ def main(arguments: Sequence[str] | None = None) -> int | None:
         UserError: no command has that name, or the command refuses its input.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
+    # `deepspeed --module minicpm_megatron train` puts it before the command; the environment says the same
+    if words and words[0].startswith("--local_rank="):
+        del words[0]
     if not words or words[0].startswith("-"):
         parser().parse_args(words or ["--help"])
         return 0

@@ -18,7 +18,7 @@ from minicpm_megatron.errors import UserError
 
 
 class Prompts(Protocol):
-    """How a prompt becomes ids, and ids a text.
+    """Turns prompts into ids, and ids into text.
 
     Attributes:
         pieces: one more than the largest id.

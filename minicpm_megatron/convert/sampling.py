@@ -1,4 +1,4 @@
-"""How a continuation is drawn; loads no torch."""
+"""Settings of generation; this module loads no torch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen.
+    """Settings by which `Generator` chooses the next token.
 
     Attributes:
         max_new_tokens: tokens after the prompt.

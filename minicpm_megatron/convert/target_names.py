@@ -8,7 +8,7 @@ from minicpm_megatron.convert.torch_dist import TORCH_DIST
 MEGATRON = "megatron"
 """A checkpoint of ours."""
 CHECKPOINTS = (MEGATRON, TORCH_DIST)
-"""What is written with Megatron-Core's tensors, and so is no published format."""
+"""Targets that keep Megatron-Core's tensors; all others are published formats."""
 
 
 def targets() -> tuple[str, ...]:

@@ -188,6 +188,8 @@ def _plan(files: list[Path], unread: list[tuple[Path, Rejected]], model: Tokeniz
     decisive = {**asdict(options), "fail": None}  # whether to stop changes no byte of what is finished
     if not options.validation_share:  # what was made before there was such a share is of the same plan
         del decisive["validation_share"], decisive["validation"]
+    else:
+        decisive["validation_hash"] = "blake2b"  # it was SHA-256 before, which put other documents aside
     content = json.dumps([UNIT_FORMAT, described, missing, model.sha256, decisive])
     return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()
 

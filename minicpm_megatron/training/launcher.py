@@ -51,6 +51,8 @@ class Launcher:
         while not self.is_dead():
             if self._taken_over.wait(_POLL):
                 return
+        if self._taken_over.is_set():  # before this thread had its first look
+            return
         try:
             if os.environ.get("RANK") == "0":
                 with contextlib.suppress(OSError):  # the launcher may have been the reader of this rank's output

@@ -216,6 +216,25 @@ class ScalarObserver(Observer):
         self.write(step, {f"{prefix}{name}": value for name, value in values.items() if value is not None})
 
 
+class ServiceObserver(ScalarObserver):
+    """An observer that draws curves in a service, whose id for the run the checkpoints keep.
+
+    Attributes:
+        id: of the run in the service; None: it has none yet.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.id: str | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The run's id."""
+        return {} if self.id is None else {"id": self.id}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with that run."""
+        self.id = str(state["id"])
+
+
 def optional_package(name: str) -> Any:
     """The module of a package that not everybody has.
 

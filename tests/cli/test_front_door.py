@@ -83,6 +83,12 @@ def test_a_mistake_is_one_line(words: tuple[str, ...], line: str, capsys: pytest
     assert said.out == "" and said.err.startswith(f"error: {line}") and said.err.count("\n") == 1
 
 
+def test_the_deepspeed_launcher_may_start_the_module(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """DeepSpeed 0.19 runs `python -m minicpm_megatron --local_rank=0 train ...`."""
+    assert minicpm("--local_rank=0", "train", "--recipe", str(tmp_path / "none.yaml")) == 2
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path}/none.yaml: cannot read the recipe")
+
+
 def test_a_command_and_its_script_print_the_same(capsys: pytest.CaptureFixture[str]) -> None:
     words = ("--recipe", str(ROOT / "examples/recipes/minicpm-1.2b.yaml"), "--gpu", "h100", "--gpus", "1")
     assert command("plan.py", *words) == 0

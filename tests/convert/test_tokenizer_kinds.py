@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
+from minicpm_megatron.checkpoint.run_state import RunState
 from minicpm_megatron.convert import convert, open_source
 from minicpm_megatron.convert.generation import Generator
 from minicpm_megatron.convert.prompts import open_prompts
@@ -83,10 +84,16 @@ def test_the_recorded_tokenizer_is_known_by_its_file(folders: dict[str, Path], t
     folder, other = folders["llama-3"], folders["qwen-2"]
     due = {TOKENIZER_SHA256: tokenizer_sha256(folder)}
     for named in (folder, folder / "tokenizer.json"):
-        manifest = due | {"state": {"data": {"tokenizer": str(named)}}}
-        assert recorded_tokenizer(manifest, tmp_path) == (folder, ())
-    found, notes = recorded_tokenizer(due | {"state": {"data": {"tokenizer": str(other)}}}, tmp_path)
+        assert recorded_tokenizer(due, RunState(0, tokenizer=str(named)), tmp_path) == (folder, ())
+    found, notes = recorded_tokenizer(due, RunState(0, tokenizer=str(other)), tmp_path)
     assert found is None and "has another tokenizer" in notes[0]
+
+
+@pytest.mark.parametrize("name", ["", "tokenizer.json", "tokenizer.model", "mine.model"])
+def test_what_is_not_there_is_one_line(tmp_path: Path, name: str) -> None:
+    for ask in (tokenizer_sha256, load_tokenizer):
+        with pytest.raises(UserError, match="no such tokenizer"):
+            ask(tmp_path / "nowhere" / name)
 
 
 def test_a_folder_without_any_is_refused(tmp_path: Path) -> None:

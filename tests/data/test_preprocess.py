@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import pytest
 from minicpm_megatron.data.join_units import rejected_path
 from minicpm_megatron.data.megatron_dataset import open_indexed_dataset
 from minicpm_megatron.data.metadata import verify
+from minicpm_megatron.data.tokenize_units import in_validation
 from minicpm_megatron.data.tokenizers.sentencepiece import SentencePieceTokenizer
 from minicpm_megatron.errors import UserError
 from tests.data.conftest import texts, write_jsonl
@@ -71,6 +73,13 @@ def test_a_validation_share_divides_the_documents_by_their_text(
     assert verify(tmp_path / "p.valid").text_bytes + verify(tmp_path / "p").text_bytes == 2 * sum(
         len(text.encode()) for text in texts()
     )
+
+
+def test_a_validation_share_is_that_of_a_corpus_chosen_by_sha256() -> None:
+    """As the sample corpus and many deduplicated ones are: the tenth of the texts with the smallest hashes."""
+    chosen = sorted(map(str, range(20_000)), key=lambda text: hashlib.sha256(text.encode()).digest())[:2_000]
+    kept = sum(in_validation(text, 0.05) for text in chosen)
+    assert abs(kept - 100) < 4 * (2_000 * 0.05 * 0.95) ** 0.5
 
 
 @pytest.mark.parametrize(

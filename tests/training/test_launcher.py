@@ -89,6 +89,15 @@ def test_a_script_may_stand_between_launcher_and_rank(tmp_path: Path) -> None:
     assert after(job, psutil.Process(job.pid)) == "True"
 
 
+def test_a_late_look_leaves_a_death_to_who_has_taken_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    mine = launcher.Launcher()
+    monkeypatch.setattr(mine, "is_dead", lambda: True)
+    monkeypatch.setattr("os._exit", lambda status: pytest.fail(f"the process ends with {status}"))
+    mine.take_over()
+    mine._watch()
+
+
 FRONT, NODE = "python /bin/deepspeed x.py", "python -m deepspeed.launcher.launch x.py"
 
 

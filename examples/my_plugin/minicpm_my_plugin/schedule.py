@@ -23,7 +23,7 @@ class StepDecayOptions(ScheduleOptions):
     shares: Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], Field(strict=False)] = (0.8, 0.9)
     """Shares of the run after which the learning rate falls."""
     ratio: Annotated[float, Field(gt=0, lt=1)] = 0.316
-    """What it is multiplied with each time."""
+    """Factor on the learning rate after each share."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -105,6 +105,32 @@ class Tokenizer(ABC):
         return None
 
 
+def encode_in_parts(
+    texts: Sequence[str],
+    size: int,
+    parts: Callable[[str], Iterable[str] | None],
+    encode: Callable[[list[str]], list[NDArray[np.int32]]],
+) -> list[NDArray[np.int32]]:
+    """Ids of each text: texts of up to `size` characters are encoded together, each longer one part by part.
+
+    Args:
+        parts: cuts a long text into parts whose ids, one after another, are those of the whole; None: it cannot be cut.
+        encode: ids of each of some texts. It gets one part at a time, because a library needs memory in proportion to
+            what it is given at once.
+    """
+    results: list[NDArray[np.int32] | None] = []
+    whole: list[str] = []
+    for text in texts:
+        cut = parts(text) if len(text) > size else None
+        if cut is None:
+            results.append(None)
+            whole.append(text)
+        else:
+            results.append(np.concatenate([encode([part])[0] for part in cut]))
+    encoded = iter(encode(whole))
+    return [next(encoded) if ids is None else ids for ids in results]
+
+
 def as_tokenizer(entry: Any) -> type[Tokenizer]:
     """The kind that a file here or another package has registered.
 
@@ -132,7 +158,7 @@ def tokenizer_kind(path: str | Path) -> type[Tokenizer]:
     path, broken = Path(path), list[str]()
     kind: type[Tokenizer]
     for kind in registry.TOKENIZERS.loadable(broken):
-        if kind.is_in(path) if path.is_dir() else path.name == kind.file:
+        if kind.is_in(path) if path.is_dir() else path.is_file() and path.name == kind.file:
             return kind
     default: type[Tokenizer] = registry.TOKENIZERS.get("sentencepiece")
     if path.is_file():
@@ -157,7 +183,8 @@ def tokenizer_sha256(path: str | Path) -> str:
         UserError: there is none.
     """
     path = Path(path)
-    return file_sha256(path / tokenizer_kind(path).file if path.is_dir() else path)
+    kind = tokenizer_kind(path)
+    return file_sha256(path / kind.file if path.is_dir() else path)
 
 
 def has_tokenizer(folder: Path, sha256: str | None = None) -> bool:

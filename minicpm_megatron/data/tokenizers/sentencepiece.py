@@ -16,7 +16,7 @@ import numpy as np
 import sentencepiece
 from numpy.typing import NDArray
 
-from minicpm_megatron.data.tokenizers import Tokenizer
+from minicpm_megatron.data.tokenizers import Tokenizer, encode_in_parts
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.storage.sentencepiece_model import Piece, PieceType, parse_model
 
@@ -82,18 +82,9 @@ class SentencePieceTokenizer(Tokenizer):
 
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
         """Ids of each text as int32, the same as sentencepiece gives for the whole of it."""
-        results: list[NDArray[np.int32] | None] = []
-        short: list[str] = []
-        for text in texts:
-            if len(text) > _PART_CHARACTERS and self.can_cut:
-                # lists of ids take ten times an array's memory, so each part is turned into one at once
-                parts = (self.processor.encode(part) for part in self._cut(text))
-                results.append(np.concatenate([np.array(part, dtype=np.int32) for part in parts]))
-            else:
-                results.append(None)
-                short.append(text)
-        encoded = iter(self.processor.encode(short, num_threads=1))
-        return [np.array(next(encoded), dtype=np.int32) if ids is None else ids for ids in results]
+        return encode_in_parts(
+            texts, _PART_CHARACTERS, lambda text: self._cut(text) if self.can_cut else None, self._encode
+        )
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`; <s> and </s> give nothing."""
@@ -114,6 +105,10 @@ class SentencePieceTokenizer(Tokenizer):
         added = self.description.add_dummy_prefix
         less = np.array([added and p.text.startswith(_MARK) for p in self.description.pieces], dtype=np.int64)
         return self.token_bytes - less
+
+    def _encode(self, texts: list[str]) -> list[NDArray[np.int32]]:
+        # lists of ids take ten times an array's memory, so each is turned into one at once
+        return [np.array(ids, dtype=np.int32) for ids in self.processor.encode(texts, num_threads=1)]
 
     @staticmethod
     def _cut(text: str) -> Iterator[str]:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from minicpm_megatron.data import tokenizer_cuts
 from minicpm_megatron.data.tokenizer_cuts import MARK, steps
-from minicpm_megatron.data.tokenizers import Tokenizer
+from minicpm_megatron.data.tokenizers import Tokenizer, encode_in_parts
 from minicpm_megatron.errors import UserError, shorten
 
 _ROLES = ("tokenizer_config.json", "special_tokens_map.json")
@@ -85,17 +85,10 @@ class JsonTokenizer(Tokenizer):
 
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
         """Ids of each text as int32, the same as the library gives for the whole of it."""
-        results: list[NDArray[np.int32] | None] = []
-        short: list[str] = []
-        for text in texts:
-            if len(text) > tokenizer_cuts.PART_CHARACTERS and self.cuts:
-                parts = self.cuts.parts(text, tokenizer_cuts.PART_CHARACTERS)
-                results.append(np.concatenate([self._encode([part])[0] for part in parts]))
-            else:
-                results.append(None)
-                short.append(text)
-        encoded = iter(self._encode(short))
-        return [next(encoded) if ids is None else ids for ids in results]
+        size = tokenizer_cuts.PART_CHARACTERS
+        return encode_in_parts(
+            texts, size, lambda text: self.cuts.parts(text, size) if self.cuts else None, self._encode
+        )
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`; special tokens give nothing."""

@@ -11,16 +11,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from minicpm_megatron.recipe import Recipe, recipe_hash
-from minicpm_megatron.training.observer import RunInfo, ScalarObserver, optional_package
+from minicpm_megatron.training.observer import RunInfo, ServiceObserver, optional_package
 
 _EXPERIMENT = "minicpm_megatron"
 
 
-class MLflow(ScalarObserver):
+class MLflow(ServiceObserver):
     """Needs the package mlflow, or mlflow-skinny."""
 
     def __init__(self, recipe: Recipe) -> None:
-        self._id: str | None = None
+        super().__init__(recipe)
         self._client: Any = None
 
     def on_start(self, run: RunInfo) -> None:
@@ -31,32 +31,24 @@ class MLflow(ScalarObserver):
         self._mlflow = optional_package("mlflow")
         place = os.environ.get("MLFLOW_TRACKING_URI") or (run.folder / "mlflow").resolve().as_uri()
         client = self._mlflow.MlflowClient(tracking_uri=place)
-        if self._id is None:
+        if self.id is None:
             experiment = client.get_experiment_by_name(_EXPERIMENT)
             number = client.create_experiment(_EXPERIMENT) if experiment is None else experiment.experiment_id
-            self._id = client.create_run(number, run_name=run.recipe.name).info.run_id
-            client.set_tag(self._id, "recipe_hash", recipe_hash(run.recipe))
+            self.id = client.create_run(number, run_name=run.recipe.name).info.run_id
+            client.set_tag(self.id, "recipe_hash", recipe_hash(run.recipe))
         else:
-            client.update_run(self._id, status="RUNNING")
+            client.update_run(self.id, status="RUNNING")
         self._client = client
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Log the numbers of a step in one call."""
         now, metric = int(time.time() * 1000), self._mlflow.entities.Metric
-        self._client.log_batch(self._id, metrics=[metric(tag, value, now, step) for tag, value in values.items()])
+        self._client.log_batch(self.id, metrics=[metric(tag, value, now, step) for tag, value in values.items()])
 
     def on_end(self) -> None:
         """Bring the run of MLflow to its end."""
         if self._client is not None:
-            self._client.set_terminated(self._id)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The run's id."""
-        return {} if self._id is None else {"id": self._id}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on with that run."""
-        self._id = str(state["id"])
+            self._client.set_terminated(self.id)
 
 
 OBSERVER = MLflow

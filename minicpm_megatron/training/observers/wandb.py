@@ -11,14 +11,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from minicpm_megatron.recipe import Recipe
-from minicpm_megatron.training.observer import RunInfo, ScalarObserver, optional_package
+from minicpm_megatron.training.observer import RunInfo, ServiceObserver, optional_package
 
 
-class WandB(ScalarObserver):
+class WandB(ServiceObserver):
     """Needs the package wandb."""
 
     def __init__(self, recipe: Recipe) -> None:
-        self._id: str | None = None
+        super().__init__(recipe)
         self._curves: Any = None
 
     def on_start(self, run: RunInfo) -> None:
@@ -28,15 +28,15 @@ class WandB(ScalarObserver):
         self._curves = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "minicpm_megatron"),
             name=run.recipe.name,
-            id=self._id,
-            resume=None if self._id is None else "allow",
+            id=self.id,
+            resume=None if self.id is None else "allow",
             dir=str(run.folder),
             config=run.recipe.model_dump(mode="json"),
             # a run opens no connection that nobody asked for
             mode=os.environ.get("WANDB_MODE", "offline"),
             settings=wandb.Settings(console="off", silent=True),
         )
-        self._id = self._curves.id
+        self.id = self._curves.id
         self._curves.define_metric("*", step_metric="step")
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
@@ -47,14 +47,6 @@ class WandB(ScalarObserver):
         """Bring the run of W&B to its end."""
         if self._curves is not None:
             self._curves.finish()
-
-    def state_dict(self) -> dict[str, Any]:
-        """The run's id."""
-        return {} if self._id is None else {"id": self._id}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on with that run."""
-        self._id = str(state["id"])
 
 
 OBSERVER = WandB
