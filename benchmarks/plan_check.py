@@ -154,6 +154,7 @@ ROWS = {
     "experts, DP 4 EP 2, ZeRO 1": case(4, ep=2, zero=1, **EXPERTS),
     "experts, CP 2 EP 2, ZeRO 1": case(2, cp=2, ep=2, zero=1, **EXPERTS),
     "experts, PP 2 EP 2, ZeRO 1": case(4, pp=2, ep=2, zero=1, **EXPERTS),
+    "DP 2, ZeRO 2, short": case(2, zero=2, length=SHORT),
     **{f"Muon, DP 2, ZeRO {zero}, short": case(2, zero=zero, length=SHORT, **MUON) for zero in range(4)},
     "Muon, TP 2 SP, ZeRO 1, bf16": case(2, zero=1, **SP, **BF16, **MUON),
     "Muon, experts, EP 2, ZeRO 1": case(2, ep=2, zero=1, **EXPERTS, **MUON),
@@ -223,6 +224,9 @@ def _tensors(argument: Any) -> Iterator[torch.Tensor]:
 
 
 def _kind(operator: str, group: dist.ProcessGroup) -> str:
+    stage = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
+    if operator == "alltoall_base_" and group.group_name == stage.group_name:
+        return "matrices"
     if operator == "alltoall_base_" and parallel_state.get_expert_model_parallel_world_size() > 1:
         return "expert"
     if operator == "alltoall_base_" or (operator == "send" and parallel_state.get_context_parallel_world_size() > 1):

@@ -59,9 +59,8 @@ def newton_schulz(matrix: Tensor, steps: int) -> Tensor:
     """
     a, b, c = COEFFICIENTS
     wide = matrix.mT if matrix.size(0) > matrix.size(1) else matrix  # the smaller of the two Gram matrices
-    x = wide / wide.norm(dtype=torch.float32).clamp_min(SMALLEST).to(
-        wide.dtype
-    )  # Frobenius norm bounds the spectral one
+    # the Frobenius norm bounds the spectral one
+    x = wide / wide.norm(dtype=torch.float32).clamp_min(SMALLEST).to(wide.dtype)
     for _ in range(steps):
         gram = x @ x.mT
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)

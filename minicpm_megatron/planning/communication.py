@@ -16,17 +16,20 @@ from dataclasses import dataclass
 from minicpm_megatron.planning.cluster import Cluster
 from minicpm_megatron.recipe.checks import Layout
 from minicpm_megatron.recipe.flops import attention_flops_per_token
+from minicpm_megatron.recipe.matrices import Weight, weights_of_roles
 from minicpm_megatron.recipe.memory import (
     ELEMENT_BYTES,
     FP32,
     Stage,
     exchanged_groups,
     live_parameters,
+    parameters_by_role,
     parameters_on_rank,
     persistent_parameters,
     tokens_on_rank,
 )
 from minicpm_megatron.recipe.schema import Recipe
+from minicpm_megatron.registry import OPTIMIZERS
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,11 @@ class Work:
         return self.tokens * self.recipe.model.hidden_size * self.element
 
     @property
+    def ranks_of_stage(self) -> int:
+        """Ranks that together hold a pipeline stage."""
+        return self.layout.world_size // self.layout.pipeline_model_parallel_size
+
+    @property
     def experts_per_token(self) -> int:
         return 1 if self.recipe.model.num_moe_experts is None else self.recipe.model.moe_router_topk
 
@@ -94,6 +102,7 @@ def all_traffic(work: Work) -> list[Traffic]:
         context_parallel(work),
         expert_parallel(work),
         *data_parallel(work),
+        whole_matrices(work),
     ]
 
 
@@ -145,7 +154,7 @@ def pipeline_parallel(work: Work) -> Traffic:
     tp, stages = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
     if stages == 1:
         return Traffic("pipeline")
-    stride = layout.world_size // stages
+    stride = work.ranks_of_stage
     one_way = work.hidden_bytes / tp
     tied = 0.0
     if (stage.first or stage.last) and not model.untie_embeddings_and_output_weights:
@@ -222,6 +231,32 @@ def data_parallel(work: Work) -> tuple[Traffic, Traffic]:
     kept = persistent / total
     often = 1 - kept + (total - persistent - live_parameters(recipe, total - persistent)) / total
     return gradients, Traffic("weights", often * sent, kept * sent, often * seconds, kept * seconds)
+
+
+def whole_matrices(work: Work) -> Traffic:
+    """Once a step, for an optimizer of whole matrices: the n = tp cp dp ranks of a stage send fp32 parts of each
+    such weight to the rank that computes its update, and that rank sends the parts of the update back.
+
+    With w elements of the weights dealt to the busiest rank, and p elements that a rank holds: 4 (w + p) (n - 1) / n.
+    """
+    recipe, layout, spec = work.recipe, work.layout, OPTIMIZERS.get(work.recipe.optimizer.name)
+    ranks, zero = work.ranks_of_stage, recipe.deepspeed.zero_stage
+    held = sum(
+        count / (replicas if zero >= 1 else 1)
+        for role, count, replicas in parameters_by_role(recipe.model, layout, work.stage)
+        if role in spec.whole_matrices
+    )
+    dealt = sum(weight.elements for weight in dealt_weights(work))
+    sent = FP32 * (dealt + held) * (ranks - 1) / ranks
+    return Traffic("matrices", step_bytes=sent, step_seconds=work.cluster.all_to_all_seconds(sent, ranks, 1))
+
+
+def dealt_weights(work: Work) -> list[Weight]:
+    """Weights of which the busiest rank of a stage computes the updates; dealt out as `engine.whole_matrices` does."""
+    roles = OPTIMIZERS.get(work.recipe.optimizer.name).whole_matrices
+    weights = weights_of_roles(work.recipe.model, work.stage.layers, roles)
+    weights.sort(key=lambda each: each.elements * min(sum(each.rows), each.columns), reverse=True)
+    return weights[:: work.ranks_of_stage]
 
 
 def _each(kind: str, sent: float, seconds: float, *, micro_batch: bool) -> Traffic:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from minicpm_megatron.planning.cluster import Cluster
-from minicpm_megatron.planning.communication import Traffic, Work, busiest_traffic
+from minicpm_megatron.planning.communication import Traffic, Work, busiest_traffic, dealt_weights
 from minicpm_megatron.recipe.checks import Layout, refuse_unless
 from minicpm_megatron.recipe.flops import attention_flops_per_token, flops_per_token, head_flops_per_token
 from minicpm_megatron.recipe.memory import (
@@ -146,11 +146,18 @@ def _gradient_sum_bytes(recipe: Recipe, replicas: int) -> float:
 
 def optimizer_seconds(work: Work) -> float:
     """An update reads and writes the moments (Adam's two) and the fp32 weights, reads an fp32 gradient and writes the
-    new weight: Adam 28 + e bytes for each parameter the rank updates."""
-    spec = OPTIMIZERS.get(work.recipe.optimizer.name)
+    new weight: Adam 28 + e bytes for each parameter the rank updates. What it computes of whole matrices is added, on
+    the busiest rank."""
+    optimizer = work.recipe.optimizer
+    spec = OPTIMIZERS.get(optimizer.name)
     divided = work.recipe.deepspeed.zero_stage >= 1
     moved = sum(
         count / (replicas if divided else 1) * (2 * (spec.state_bytes(role) + FP32) + FP32 + work.element)
         for role, count, replicas in parameters_by_role(work.recipe.model, work.layout, work.stage)
     )
-    return work.cluster.memory_seconds(moved)
+    flops = 0.0
+    if spec.matrix_flops is not None:
+        flops = sum(
+            spec.matrix_flops(rows, weight.columns, optimizer) for weight in dealt_weights(work) for rows in weight.rows
+        )
+    return work.cluster.memory_seconds(moved) + work.cluster.product_seconds(flops)

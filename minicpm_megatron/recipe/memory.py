@@ -10,12 +10,12 @@ no dropout, and an attention that never stores its S x S scores. State follows Z
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
 from dataclasses import dataclass, fields
 
 from minicpm_megatron.recipe.checks import Layout
 from minicpm_megatron.recipe.deepspeed_json import zero_sizes
 from minicpm_megatron.recipe.loss_chunks import loss_bytes
+from minicpm_megatron.recipe.matrices import weights_of_roles
 from minicpm_megatron.recipe.parameters import attention_parameters, count_parameters, mlp_parameters, norm_parameters
 from minicpm_megatron.recipe.schema import ModelRecipe, Recipe
 from minicpm_megatron.registry import OPTIMIZERS
@@ -94,10 +94,10 @@ def stage_memory(recipe: Recipe, layout: Layout, stage: Stage, *, fused_norm: bo
     """Bytes on a rank of one stage, in a step of several micro-batches.
 
     With P parameters on the rank, e bytes an element and D data-parallel ranks:
-    weights e P (ZeRO 3: / D); gradients e P, ZeRO 2 and 3 4 P / D, and bf16 with ZeRO 1 an fp32 sum of 4 P besides,
-    which DeepSpeed keeps whole; optimizer, with m bytes of moments a parameter (AdamW 8): (4 + m) P / D with ZeRO 1 or
-    more, because DeepSpeed keeps fp32 master weights beside the moments even in fp32; without ZeRO (4 + m) P in bf16
-    and m P in fp32. What is offloaded is `offloaded_bytes`.
+    weights e P (ZeRO 3: / D); gradients e P, ZeRO 2 and 3 4 P / D, fp32 with ZeRO 2 twice that where micro-batches are
+    added up, and bf16 with ZeRO 1 an fp32 sum of 4 P besides, which DeepSpeed keeps whole; optimizer, with m bytes of
+    moments a parameter (AdamW 8): (4 + m) P / D with ZeRO 1 or more, because DeepSpeed keeps fp32 master weights beside
+    the moments even in fp32; without ZeRO (4 + m) P in bf16 and m P in fp32. What is offloaded is `offloaded_bytes`.
 
     Args:
         fused_norm: RMSNorm is one kernel, which keeps its input and its output (CUDA). Torch composes it on CPU, where
@@ -106,12 +106,15 @@ def stage_memory(recipe: Recipe, layout: Layout, stage: Stage, *, fused_norm: bo
     element = ELEMENT_BYTES[recipe.training.precision]
     zero, half = recipe.deepspeed.zero_stage, recipe.training.precision != "fp32"
     spec = OPTIMIZERS.get(recipe.optimizer.name)
+    # DeepSpeed reduces the next micro-batch's gradients into a tensor of their own and then adds it
+    twice = zero == 2 and not half and max(layout.gradient_accumulation_steps) > 1
     weights = gradients = optimizer = 0.0
     parameters = parameters_on_rank(recipe.model, layout, stage)
     for count, replicas in parameters:
         weights += element * count / (replicas if zero >= 3 else 1)
         gradients += FP32 * count / replicas if zero >= 2 else (FP32 if zero == 0 else element) * count
         gradients += FP32 * count if zero == 1 and half else 0
+        gradients += FP32 * count / replicas if twice else 0
         if recipe.deepspeed.offload_optimizer == "none":
             gradients += _statistics_bytes(recipe) * count / (replicas if zero >= 1 else 1)
     masters = FP32 if half or zero >= 1 else 0
@@ -128,7 +131,8 @@ def stage_memory(recipe: Recipe, layout: Layout, stage: Stage, *, fused_norm: bo
     total = sum(count for count, _ in parameters)
     during, after = _buffers(recipe, layout, stage, total)
     fetch = during + _unpacked_bytes(recipe, layout, stage, total) - working
-    after = max(after, spec.matrix_copies * FP32 * _largest_matrix(recipe.model, spec.whole_matrices))
+    matrices = weights_of_roles(recipe.model, 1, spec.whole_matrices)
+    after = max(after, spec.matrix_copies * FP32 * max((weight.elements for weight in matrices), default=0))
     return MemoryEstimate(
         weights=round(weights),
         gradients=round(gradients),
@@ -188,14 +192,6 @@ def parameters_by_role(model: ModelRecipe, layout: Layout, stage: Stage) -> list
         ("router", routers, dp),
         ("expert", experts, max(1, dp // layout.expert_model_parallel_size)),
     ]
-
-
-def _largest_matrix(model: ModelRecipe, roles: Collection[str]) -> int:
-    """Elements of the largest weight of the hidden or expert role, whole: linear_qkv or linear_fc1."""
-    queries_keys_values = (model.num_attention_heads + 2 * model.num_query_groups) * model.kv_channels
-    rows = {"hidden": queries_keys_values, "expert" if model.num_moe_experts else "hidden": 2 * model.mlp_width}
-    rows["hidden"] = max(rows["hidden"], queries_keys_values)
-    return model.hidden_size * max((rows.get(role, 0) for role in roles), default=0)
 
 
 def _vocabulary_matrices(model: ModelRecipe, stage: Stage) -> int:

@@ -30,6 +30,8 @@ class Optimizer:
             brings the parts that ranks hold together, has a function map each whole matrix, and takes the parts back.
         matrix_copies: fp32 tensors, each as large as the largest weight of those roles, that a step holds at once
             beside the state.
+        matrix_flops: (rows, columns, optimizer section) -> FLOPs of that function for one whole matrix; None: counted
+            as none.
     """
 
     build: Callable[[list[dict[str, Any]], OptimizerRecipe, bool], Any]
@@ -39,6 +41,7 @@ class Optimizer:
     lr_rules: Mapping[str, str] = field(default_factory=dict)
     whole_matrices: tuple[str, ...] = ()
     matrix_copies: float = 0.0
+    matrix_flops: Callable[[int, int, OptimizerRecipe], float] | None = None
 
     def moments_for(self, role: str) -> tuple[str, ...]:
         """Names of the state tensors of a parameter of this muP role."""

@@ -9,11 +9,13 @@ import deepspeed  # noqa: F401  (forks should find it imported)
 import pytest
 import torch
 from megatron.core import parallel_state
+from torch.utils.flop_counter import FlopCounterMode
 
 from minicpm_megatron.engine.muon import Muon, newton_schulz
+from minicpm_megatron.engine.optimizers.muon import newton_schulz_flops
 from minicpm_megatron.engine.state import EngineState
 from minicpm_megatron.errors import UserError
-from minicpm_megatron.recipe import build, load_recipe, recipe_hash
+from minicpm_megatron.recipe import OptimizerRecipe, build, load_recipe, recipe_hash
 from minicpm_megatron.recipe.dump import dump_recipe
 from minicpm_megatron.recipe.memory import estimate_memory
 from minicpm_megatron.storage.sharded import WEIGHT
@@ -50,6 +52,14 @@ def test_newton_schulz_maps_singular_values_by_the_polynomial(shape: tuple[int, 
     if shape != (48, 48):  # a square random matrix has singular values near 0, which five steps do not bring to 1
         assert float((torch.linalg.svdvals(found) - 0.9).abs().max()) < 0.25  # the band of Jordan et al.
         assert float((found - left @ right).norm() / (left @ right).norm()) < 0.33  # 1 - 0.68
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(48, 80), (80, 48), (64, 64)])
+def test_its_products_are_those_that_the_plan_counts(rows: int, columns: int) -> None:
+    with FlopCounterMode(display=False) as counted:
+        newton_schulz(torch.ones(rows, columns), 3)
+    section = OptimizerRecipe(name="muon", options={"ns_steps": 3})
+    assert newton_schulz_flops(rows, columns, section) == counted.get_total_flops()
 
 
 def test_newton_schulz_of_nothing_is_nothing() -> None:
@@ -187,6 +197,30 @@ def test_a_resumed_run_is_the_same_run() -> None:
             for weight, kinds in rank.result["kinds"].items():
                 muon = "linear_" in weight and "layernorm" not in weight
                 assert kinds == (["momentum_buffer", "param"] if muon else ["exp_avg", "exp_avg_sq", "param"]), weight
+
+
+def skip(rank: int, case: dict[str, Any]) -> bool:
+    """Whether a step whose gradients are dropped leaves weights, moments and what follows as they were."""
+    deterministic()
+    first, dropped, second = batches(3)
+    ends = []
+    for steps in ((first, second), (first, dropped, second)):
+        engine = _engine(case)
+        for step in steps:
+            if step is dropped:
+                mine = step[parallel_state.get_data_parallel_rank() :: parallel_state.get_data_parallel_world_size()]
+                engine.accumulate(mine, len(mine))
+                engine.discard()
+            else:
+                go(engine, [step])
+        ends.append(Gathered(engine).tensors)
+    return ends[0].keys() == ends[1].keys() and all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
+
+
+def test_a_step_that_is_dropped_leaves_no_trace() -> None:
+    cases = [layout(0), layout(1, "bf16"), layout(2), layout(3)]
+    for case, outcome in zip(cases, run_forked("tests.engine.test_muon:skip", cases), strict=True):
+        assert [(rank.status, rank.result) for rank in outcome] == [(0, True)] * 2, (case, outcome[0].log)
 
 
 def test_options_are_typed_written_out_and_part_of_the_run() -> None:

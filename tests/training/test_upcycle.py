@@ -13,6 +13,7 @@ import torch.distributed as dist
 from minicpm_megatron.convert import convert
 from minicpm_megatron.derive.derived_run import DerivedRun
 from minicpm_megatron.derive.upcycle import upcycle
+from minicpm_megatron.errors import UserError
 from minicpm_megatron.methods.upcycling import Upcycling
 from minicpm_megatron.recipe import build, load_recipe
 from tests.distributed.forked import Outcome, run_forked
@@ -48,6 +49,7 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list
     ep2 = "parallel.expert_model_parallel_size=2"
     cases = {
         "dense": nano.case(recipe, "dense"),
+        "muon": nano.case(recipe, "muon", "optimizer.name=muon", "training.stop_after=1"),
         "ep1": mixture("ep1"),
         "ep2": mixture("ep2", ep2),
         "zero2": mixture("zero2", ep2, "deepspeed.zero_stage=2"),
@@ -68,6 +70,16 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list
     }
     outcomes = run_forked("tests.training.test_upcycle:worker", list(cases.values()))
     return runs, dict(zip(cases, outcomes, strict=True))
+
+
+def test_a_run_whose_routers_would_have_other_moments_is_refused(jobs: tuple[Path, dict[str, list[Outcome]]]) -> None:
+    runs, outcomes = jobs
+    nano.check(outcomes["muon"])
+    message = "optimizer.name: muon keeps other moments of routers than of dense MLPs; export the weights"
+    for moments in ("clone", "drop"):
+        with pytest.raises(UserError, match=message):
+            upcycle(runs / "muon" / "checkpoints" / "step-1", runs / "sparse", Upcycling(copies=4), moments=moments)
+        assert not (runs / "sparse").exists()
 
 
 def test_a_decayed_run_goes_on_as_a_stage_and_in_no_other_way(jobs: tuple[Path, dict[str, list[Outcome]]]) -> None:

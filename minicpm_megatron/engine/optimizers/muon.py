@@ -52,6 +52,13 @@ def build(groups: list[dict[str, Any]], recipe: OptimizerRecipe, on_host: bool) 
     )
 
 
+def newton_schulz_flops(rows: int, columns: int, recipe: OptimizerRecipe) -> float:
+    """FLOPs: an iteration has two products of the matrix and its smaller Gram matrix, and one of that with itself."""
+    short, long = sorted((rows, columns))
+    options = build_options(MuonOptions, recipe.options, key="optimizer.options")
+    return options.ns_steps * 2 * short * short * (2 * long + short)
+
+
 OPTIMIZER = Optimizer(
     build=build,
     moments=("exp_avg", "exp_avg_sq"),
@@ -60,4 +67,5 @@ OPTIMIZER = Optimizer(
     lr_rules=dict.fromkeys(MATRICES, "spectral"),
     whole_matrices=MATRICES,
     matrix_copies=3.0,
+    matrix_flops=newton_schulz_flops,
 )
