@@ -34,7 +34,7 @@ class EngineCase:
     """Two steps of two micro-batches, of four samples each, under DeepSpeed.
 
     Attributes:
-        deepspeed, parallel: sections of the recipe.
+        deepspeed, parallel, optimizer: sections of the recipe.
     """
 
     world_size: int
@@ -42,6 +42,7 @@ class EngineCase:
     precision: str = "bf16"
     preset: str = "minicpm-2.4b"
     parallel: dict[str, Any] = field(default_factory=dict)
+    optimizer: dict[str, Any] = field(default_factory=dict)
 
     @property
     def replicas(self) -> int:
@@ -82,6 +83,10 @@ def _engines() -> dict[str, EngineCase]:
         cases[f"ZeRO {stage} world 8 bf16 offload"] = EngineCase(8, offload)
     experts = {"expert_model_parallel_size": 2}
     cases["ZeRO 1 world 8 bf16 MoE EP 2"] = EngineCase(8, {"zero_stage": 1}, "bf16", "minicpm-moe-8x2b", experts)
+    # which parts other ranks hold is known where all hold the same: alone, and without ZeRO
+    for world, stage in ((1, 1), (1, 2), (1, 3), (8, 0)):
+        name = f"ZeRO {stage} world {world} bf16 Muon"
+        cases[name] = EngineCase(world, {"zero_stage": stage}, optimizer={"name": "muon"})
     pipeline = {"pipeline_model_parallel_size": 2}
     cases["ZeRO 1 world 8 bf16 PP 2"] = EngineCase(8, {"zero_stage": 1}, parallel=pipeline)
     return cases

@@ -48,6 +48,7 @@ def run(case: EngineCase) -> dict[str, Any]:
         "parallel": case.parallel,
         "training": {"global_batch_size": batch, "micro_batch_size": SAMPLES, "precision": case.precision},
         "deepspeed": case.deepspeed,
+        "optimizer": case.optimizer,
     }
     # with one rank as users of the library build a model, with more as the trainer does
     with job.started(fields, case.world_size, perform_initialization=case.world_size == 1) as (recipe, layout, config):

@@ -7,6 +7,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -39,6 +40,12 @@ def install() -> None:
     # ZeRO 3 of DeepSpeed 0.19 compares numbers with those of ranks that are not there
     for module in (stage3, partition_parameters, partitioned_param_coordinator):
         module.assert_ints_same_as_other_ranks = lambda numbers: None
+    # objects of ranks that are not there: cases say where they would be this rank's
+    dist.all_gather_object = _everyone_alike
+
+
+def _everyone_alike(objects: list[Any], mine: Any, group: Any = None) -> None:
+    objects[:] = [mine] * len(objects)
 
 
 def _ignore(*_: Any) -> None:

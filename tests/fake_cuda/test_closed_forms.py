@@ -62,3 +62,21 @@ def test_gradients_are_sent_in_fp32(stage: int, precision: str) -> None:
         sent = found["2 micro-batches: allreduce_ bytes"]
         wanted = (2 if stage == 2 else 1) * 4 * parameters
     assert sent == pytest.approx(wanted, rel=1e-4)  # partitions are padded
+
+
+def test_flops_of_newton_schulz() -> None:
+    """Five iterations of seven matrices in each of two layers; of eight ranks the busiest has gate and up of one layer."""
+    width, ffn = MODEL.hidden_size, MODEL.ffn_hidden_size
+    square, long = (5 * 2 * width**2 * (2 * columns + width) for columns in (width, ffn))
+    for stage in (1, 2, 3):
+        assert COUNTS[f"ZeRO {stage} world 1 bf16 Muon"]["update: flops"] == 2 * (4 * square + 3 * long)
+    assert COUNTS["ZeRO 0 world 8 bf16 Muon"]["update: flops"] == 2 * long
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_the_host_waits_no_more_for_muon_than_for_adamw(stage: int) -> None:
+    muon, adamw = (
+        {key: count for key, count in COUNTS[f"ZeRO {stage} world 1 bf16{name}"].items() if "host waits" in key}
+        for name in (" Muon", "")
+    )
+    assert muon == adamw
