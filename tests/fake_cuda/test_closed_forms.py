@@ -65,7 +65,7 @@ def test_gradients_are_sent_in_fp32(stage: int, precision: str) -> None:
 
 
 def test_flops_of_newton_schulz() -> None:
-    """Five iterations of seven matrices in each of two layers; of eight ranks the busiest has gate and up of one layer."""
+    """Five iterations of seven matrices in each of two layers; the busiest of eight ranks has gate and up of one."""
     width, ffn = MODEL.hidden_size, MODEL.ffn_hidden_size
     square, long = (5 * 2 * width**2 * (2 * columns + width) for columns in (width, ffn))
     for stage in (1, 2, 3):
