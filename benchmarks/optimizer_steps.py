@@ -1,0 +1,169 @@
+"""In how many steps one optimizer reaches the tuned loss of another, from learning-rate sweeps of the wind tunnel.
+
+    bash examples/windtunnel.sh muon
+    python -m benchmarks.optimizer_steps runs/windtunnel/muon --picture docs/images/muon.png
+
+FOLDER holds one learning-rate sweep a subfolder (`minicpm windtunnel lr`), called OPTIMIZER-STEPS, each with a schedule
+of its own length. Every sweep is tuned: its loss is that of the rate whose mean over seeds is least. Between two
+lengths of the challenger its loss is read straight in log steps, a seed at a time. Sizes, seeds, data and batch are the
+same throughout.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from minicpm_megatron.errors import UserError, require
+from minicpm_megatron.methods.rate_law import optimal_rate
+from minicpm_megatron.storage.picture import VALIDATION_LOSS, legend_beside, offscreen_pyplot, save_picture, shades
+
+Size = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Losses of one optimizer and one length.
+
+    Attributes:
+        rates: rising.
+        losses: size -> [seeds, rates], nan where a run diverged.
+    """
+
+    optimizer: str
+    steps: int
+    rates: tuple[float, ...]
+    losses: dict[Size, np.ndarray]
+
+    def tuned(self, size: Size) -> np.ndarray:
+        """[seeds]: the loss at the rate of the grid whose mean over seeds is least."""
+        table = self.losses[size]
+        return table[:, int(np.nanargmin(table.mean(axis=0)))]
+
+    def best_rate(self, size: Size) -> float:
+        """Minimum of a parabola of the loss over log2 of the rate; nan where it lies at an end of the grid."""
+        try:
+            return optimal_rate(self.rates, self.losses[size]).rate
+        except UserError:
+            return float("nan")
+
+
+def read_sweep(folder: Path) -> Sweep:
+    """One sweep.
+
+    Raises:
+        UserError: its name is not OPTIMIZER-STEPS, or it has no results of a learning-rate sweep.
+    """
+    named = re.fullmatch(r"(.+)-(\d+)", folder.name)
+    require(named is not None, str(folder), "not called OPTIMIZER-STEPS")
+    assert named is not None
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    require(results.get("kind") == "lr", str(folder), "not a learning-rate sweep")
+    cells = {
+        (cell["labels"]["width"], cell["labels"]["layers"], cell["labels"]["seed"], cell["labels"]["rate"]): cell
+        for cell in results["cells"]
+    }
+    rates, seeds = sorted({key[3] for key in cells}), sorted({key[2] for key in cells})
+    losses = {
+        size: np.array([[_held_out(cells[*size, seed, rate]) for rate in rates] for seed in seeds])
+        for size in sorted({key[:2] for key in cells})
+    }
+    return Sweep(named[1], int(named[2]), tuple(rates), losses)
+
+
+def _held_out(cell: dict[str, Any]) -> float:
+    return float("nan") if cell["held_out"] is None else float(cell["held_out"])
+
+
+def steps_to(losses: Sequence[float], steps: Sequence[int], wanted: float) -> float:
+    """Steps at which a loss that falls with them is `wanted`, straight in log steps; nan outside of what was run."""
+    order = np.argsort(losses)
+    low, high = min(losses), max(losses)
+    if not low <= wanted <= high:
+        return float("nan")
+    return float(np.exp(np.interp(wanted, np.asarray(losses)[order], np.log(steps)[order])))
+
+
+def compare(sweeps: Sequence[Sweep], size: Size) -> np.ndarray:
+    """[seeds]: steps of the challenger to the tuned loss of AdamW, over AdamW's steps."""
+    reference = next(sweep for sweep in sweeps if sweep.optimizer == "adamw")
+    others = [sweep for sweep in sweeps if sweep is not reference]
+    found = [
+        steps_to([sweep.tuned(size)[seed] for sweep in others], [sweep.steps for sweep in others], wanted)
+        for seed, wanted in enumerate(reference.tuned(size))
+    ]
+    return np.array(found) / reference.steps
+
+
+def draw(sweeps: Sequence[Sweep], path: Path) -> Path:
+    """Left: loss over rate at the reference's length, a colour a size. Right: the share of steps over the width."""
+    pyplot = offscreen_pyplot()
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10.5, 4.2))
+    reference = next(sweep for sweep in sweeps if sweep.optimizer == "adamw")
+    sizes = list(reference.losses)
+    for sweep, style in zip(_equally_long(sweeps, reference), (":", "-"), strict=True):
+        for size, colour in zip(sizes, shades(len(sizes)), strict=True):
+            label = f"{sweep.optimizer}, width {size[0]}"
+            means = sweep.losses[size].mean(axis=0)
+            left.plot(sweep.rates, means, linestyle=style, marker="o", markersize=4, color=colour, label=label)
+    left.set_xscale("log", base=2)
+    rates = sorted({rate for sweep in _equally_long(sweeps, reference) for rate in sweep.rates})
+    left.set_xticks(rates, [f"{rate:.3g}" for rate in rates], fontsize=8)
+    left.set_xlabel("base learning rate")
+    left.set_ylabel(VALIDATION_LOSS)
+    legend_beside(left)
+    widths = [size[0] for size in sizes]
+    shares = [compare(sweeps, size) for size in sizes]
+    right.plot(widths, [share.mean() for share in shares], marker="o", linewidth=1)
+    for width, share in zip(widths, shares, strict=True):
+        right.plot([width] * len(share), share, linestyle="", marker=".", markersize=4, color="tab:gray")
+    right.axhline(1, linestyle="--", linewidth=0.8, color="tab:gray")
+    right.set_xscale("log", base=2)
+    right.set_xticks(widths, [str(width) for width in widths])
+    right.set_xlabel("width")
+    right.set_ylabel("steps to AdamW's tuned loss / AdamW's steps")
+    return save_picture(figure, path)
+
+
+def _equally_long(sweeps: Sequence[Sweep], reference: Sweep) -> list[Sweep]:
+    return [reference, *(each for each in sweeps if each is not reference and each.steps == reference.steps)]
+
+
+def main() -> int:
+    """Print the table of sizes, and how far best rates move; draw the picture if asked to."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="of the sweeps")
+    parser.add_argument("--picture", type=Path, help="PNG to draw")
+    options = parser.parse_args()
+    sweeps = [read_sweep(path.parent) for path in sorted(options.folder.glob("*/results.json"))]
+    reference = next((sweep for sweep in sweeps if sweep.optimizer == "adamw"), None)
+    if reference is None or len(sweeps) < 2:
+        print(f"error: {options.folder}: no sweeps adamw-STEPS and OPTIMIZER-STEPS", file=sys.stderr)
+        return 2
+    rows = _equally_long(sweeps, reference)
+    heads = [f"{each.optimizer}: best rate | loss" for each in rows]
+    print(f"| width x layers | {' | '.join(heads)} | steps to AdamW's loss / {reference.steps}, and of each seed |")
+    print("| --- " * (2 + 2 * len(rows)) + "|")
+    for size in reference.losses:
+        cells = [f"{each.best_rate(size):.4f} | {each.tuned(size).mean():.4f}" for each in rows]
+        share = compare(sweeps, size)
+        told = f"{share.mean():.2f} ({', '.join(f'{each:.2f}' for each in share)})"
+        print(f"| {size[0]}x{size[1]} | {' | '.join(cells)} | {told} |")
+    for each in rows:
+        best = np.log2([each.best_rate(size) for size in reference.losses])
+        print(f"{each.optimizer}: best rates within {best.max() - best.min():.2f} octaves; a grid step is 1")
+    if options.picture:
+        print(f"picture: {draw(sweeps, options.picture)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
