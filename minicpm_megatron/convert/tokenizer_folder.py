@@ -101,7 +101,7 @@ def open_tokenizer(folder: Path, *, to_publish: bool) -> TokenizerFolder:
     """
     fast = _load_fast((folder / FAST).read_bytes(), folder / FAST) if (folder / FAST).is_file() else None
     slow = _load_sentencepiece(folder / SENTENCEPIECE) if (folder / SENTENCEPIECE).is_file() else None
-    fix = "give the folder that tools/train_tokenizer.py wrote"
+    fix = "give the folder that minicpm train-tokenizer wrote"
     if fast is None and slow is None:
         if not has_tokenizer(folder):
             raise UserError(f"neither {SENTENCEPIECE} nor {FAST}", where=str(folder), fix=fix)

@@ -179,7 +179,7 @@ class TokenDataset:
             raise UserError(
                 f"document {document} holds id {wrong}, outside of the vocabulary of {self.vocab_size}",
                 where=str(bin_path(self.prefix)),
-                fix="make it again with tools/preprocess_data.py",
+                fix="make it again with minicpm preprocess",
             )
         return ids
 

@@ -61,7 +61,7 @@ class Haystack:
 
     @classmethod
     def read(cls, inputs: Sequence[str], tokenizer: Tokenizer, *, key: str, max_bytes: int) -> Haystack:
-        """The first `max_bytes` of text of files or folders in any format that tools/preprocess_data.py reads.
+        """The first `max_bytes` of text of files or folders in any format that minicpm preprocess reads.
 
         Raises:
             UserError: no such input, or no text in it.

@@ -29,7 +29,7 @@ DTYPES: dict[int, np.dtype] = {
 _HEADER = struct.Struct("<9sQBQQ")
 # Megatron's DType.optimal_dtype
 _UINT16_VOCABULARY = 65500
-_REMAKE = "make it again with tools/preprocess_data.py"
+_REMAKE = "make it again with minicpm preprocess"
 
 
 def token_dtype(vocab_size: int) -> np.dtype:

@@ -209,7 +209,7 @@ def build_sample(
     raise UserError(
         f"{length} tokens cannot be met exactly with this tokenizer",
         where=str(haystack.tokenizer.path),
-        fix="give one of tools/train_tokenizer.py",
+        fix="give one of minicpm train-tokenizer",
     )
 
 

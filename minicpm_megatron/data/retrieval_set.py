@@ -105,7 +105,7 @@ def build_set(plan: Plan, haystack: Haystack, output: Path, *, show_progress: bo
 def write_training_text(
     plan: Plan, haystack: Haystack, prefix: Path, *, samples: int, show_progress: bool = True
 ) -> Path:
-    """PREFIX.jsonl: questions with their answers as documents that tools/preprocess_data.py reads.
+    """PREFIX.jsonl: questions with their answers as documents that minicpm preprocess reads.
 
     Never a sample of the set: other draws, and for qa other sentences; lengths and depths come in turn, so that any
     part of the file has all of them. PREFIX.retrieval.json says what they are; where it says the same, the file stays.
@@ -181,7 +181,7 @@ def open_set(folder: Path) -> RetrievalSet:
         UserError: there is none, or it was not finished.
     """
     if not (folder / SET).is_file():
-        fix = "run tools/build_retrieval_set.py again" if (folder / PLAN).is_file() else "give its --output"
+        fix = "run minicpm build-retrieval-set again" if (folder / PLAN).is_file() else "give its --output"
         raise UserError("no finished set", where=str(folder), fix=fix)
     content = _read_json(folder / SET)
     try:

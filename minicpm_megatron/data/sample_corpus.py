@@ -277,7 +277,7 @@ def _readme(counts: dict[str, dict[str, int]], sources: list[dict[str, str | int
     lines = [
         "# Sample corpus",
         "",
-        "Built by tools/build_sample_corpus.py from what this machine has installed.",
+        "Built by minicpm build-sample-corpus from what this machine has installed.",
         'One `{"text", "source"}` a line; `.valid` is held out by the hash of the document.',
         "",
         "| file | documents | bytes of text |",

@@ -143,7 +143,7 @@ def _check_convertible(model: ModelDescription, where: str) -> None:
     }
     for fault, found in faults.items():
         if found:
-            raise UserError(f"the tokenizer {fault}", where=where, fix="train one with tools/train_tokenizer.py")
+            raise UserError(f"the tokenizer {fault}", where=where, fix="train one with minicpm train-tokenizer")
 
 
 def _merges(normal: dict[str, tuple[int, float]]) -> list[tuple[str, str]]:

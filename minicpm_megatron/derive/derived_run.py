@@ -152,7 +152,7 @@ def write_run(
         raise UserError(
             "the optimizer state would be left behind",
             where=str(source.folder),
-            fix="make a checkpoint of ours of it first: tools/convert_checkpoint.py --to megatron",
+            fix="make a checkpoint of ours of it first: minicpm convert --to megatron",
         )
     manifest = _manifest(source)
     step = _state_of(source).step

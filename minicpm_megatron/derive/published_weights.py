@@ -21,7 +21,7 @@ def open_published_weights(folder: Path) -> Published:
         raise UserError(
             f"a folder in the format {found}, which has optimizer state beside its weights",
             where=str(folder),
-            fix="give RUN@STEP; tools/convert_checkpoint.py --to megatron makes a checkpoint of a torch_dist one",
+            fix="give RUN@STEP; minicpm convert --to megatron makes a checkpoint of a torch_dist one",
         )
     source = open_source(folder)
     return Published(source.model, SourceShards(source), source.text.state())

@@ -23,6 +23,11 @@ from minicpm_megatron.recipe.sizes import model_of_size, parse_size
 from minicpm_megatron.registry import OPTIMIZERS, SCHEDULES, Registry
 
 S = TypeVar("S", bound=Section)
+# section -> which of its keys names the entry whose options it holds, and where that entry is registered
+_WITH_OPTIONS: dict[str, tuple[str, Registry[Any]]] = {
+    "schedule": ("shape", SCHEDULES),
+    "optimizer": ("name", OPTIMIZERS),
+}
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, saved: bool = False) -> Recipe:
@@ -72,7 +77,7 @@ def build(fields: Any, *, origins: Mapping[str, str] | None = None) -> Recipe:
             model = {key: value for key, value in model.items() if key != "size"}
             merged["model"], size = model, fields["model"]["size"]
         _refuse_unknown_keys(Recipe, merged, "")
-        for key, naming, registry in (("schedule", "shape", SCHEDULES), ("optimizer", "name", OPTIMIZERS)):
+        for key, (naming, registry) in _WITH_OPTIONS.items():
             if key in merged:
                 merged[key] = _with_options(key, merged[key], naming, registry)
         preset = merged.get("preset")
@@ -233,6 +238,8 @@ def _refuse_unknown_keys(section: type[Section], fields: Mapping[str, Any], pref
 
 def _suggestion(section: type[Section], key: str, prefix: str) -> str:
     key = key.lower()
+    if (optional := _option(key, prefix)) is not None:
+        return optional
     near = difflib.get_close_matches(key, section.model_fields, n=1, cutoff=0.5)  # "rl" must still find "lr"
     if near:
         return f"did you mean {prefix}{near[0]}?"
@@ -245,6 +252,17 @@ def _suggestion(section: type[Section], key: str, prefix: str) -> str:
     if not section.model_fields:
         return f"leave it out: {prefix.rstrip('.')} has no keys here"
     return f"known here are {', '.join(section.model_fields)}"
+
+
+def _option(key: str, prefix: str) -> str | None:
+    """Where a key belongs that is one of the options of an entry of this section, written a level too high."""
+    if prefix.removesuffix(".") not in _WITH_OPTIONS:
+        return None
+    naming, registry = _WITH_OPTIONS[prefix.removesuffix(".")]
+    for name in registry.names():
+        if key in registry.get(name).options.model_fields:
+            return f"did you mean {prefix}options.{key}, of {prefix}{naming}={name}?"
+    return None
 
 
 def _validate[S: Section](section: type[S], fields: dict[str, Any]) -> S:

@@ -193,7 +193,7 @@ class DataSource(Section):
     """One tokenised corpus and its share of the training tokens."""
 
     prefix: PathText
-    """PREFIX.bin and PREFIX.idx as tools/preprocess_data.py writes them; relative to the working directory."""
+    """PREFIX.bin and PREFIX.idx as minicpm preprocess writes them; relative to the working directory."""
     weight: Positive = 1.0
     """Share of the samples relative to the other sources' weights."""
 

@@ -113,8 +113,8 @@ def initial_weights(recipe: Recipe, reference: str, open_folder: Callable[[Path]
         raise UserError(
             f"is {getattr(recipe.model, key)!r}, and {getattr(saved, key)!r} in {reference}",
             where=f"model.{key}",
-            fix="a stage can change RoPE, lengths and weights of auxiliary losses; tools/upcycle.py and"
-            " tools/convert_checkpoint.py --untie do more",
+            fix="a stage can change RoPE, lengths and weights of auxiliary losses; minicpm upcycle and"
+            " minicpm convert --untie do more",
         )
     return Origin(folder, int(manifest["step"]), reference, False)
 

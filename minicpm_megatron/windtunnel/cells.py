@@ -165,7 +165,7 @@ def check_loss_per_byte(base: Recipe) -> None:
             raise UserError(
                 "the loss per byte needs the bytes of the tokens that are read, and they are not known",
                 where=f"data.validation.{name}",
-                fix="give data.tokenizer" if ours else "make the tokens with tools/preprocess_data.py",
+                fix="give data.tokenizer" if ours else "make the tokens with minicpm preprocess",
             )
 
 

@@ -208,7 +208,7 @@ CASES: dict[str, Mistake] = {
         TOOL,
         BACK,
         forget_the_model,
-        "does not contain MiniCPM's multipliers; give tools/convert_checkpoint.py",
+        "does not contain MiniCPM's multipliers; give minicpm convert",
     ),
     "another, by arguments": (TOOL, BACK | {"--preset": "minicpm-nano"}, untouched, "hidden_size is 96 in the arg"),
     "another width": (TOOL, TOLD, another_model(hidden_size=192), "has shape [400, 96], the model says [400, 192]"),

@@ -20,7 +20,8 @@ def texts(count: int = 400) -> list[str]:
     chinese = [text.text for _, text in zip(range(count // 2), sample_corpus.chinese(), strict=False)]
     source = Path(sample_corpus.__file__).read_text(encoding="utf-8")
     step = max(1, len(source) // (count // 2))
-    return chinese + [source[first : first + 2 * step] for first in range(0, len(source), step)]
+    pieces = [source[first : first + 2 * step] for first in range(0, len(source), step)]
+    return chinese + [piece for piece in pieces if piece.strip()]  # the last may be the end of a line
 
 
 def write_jsonl(path: Path, documents: list[str]) -> Path:

@@ -139,7 +139,7 @@ def test_an_interrupted_build_goes_on_to_the_same_bytes(
             build_set(PLAN_OF_TESTS, mixed, tmp_path / "cut", show_progress=False)
     assert len(list((tmp_path / "cut").glob("length-*.jsonl"))) == 2
     assert sorted(path.name for path in (tmp_path / "cut").glob("*.json")) == [PLAN]
-    with pytest.raises(UserError, match=r"no finished set; run tools/build_retrieval_set\.py again"):
+    with pytest.raises(UserError, match=r"no finished set; run minicpm build-retrieval-set again"):
         open_set(tmp_path / "cut")
     assert build_set(PLAN_OF_TESTS, mixed, tmp_path / "cut", show_progress=False) == 2
     assert tree(tmp_path / "cut") == tree(tmp_path / "whole")

@@ -126,6 +126,8 @@ def test_the_typo_test_meets_every_key_there_is() -> None:
         ("preset=3", "preset: 3 is refused"),
         ("lr=0.1", "unknown key lr; did you mean optimizer.lr?"),
         ("LR=0.1", "unknown key LR; did you mean optimizer.lr?"),
+        ("schedule.exponent=0.5", "did you mean schedule.options.exponent, of schedule.shape=power?"),
+        ("optimizer.ns_steps=6", "did you mean optimizer.options.ns_steps, of optimizer.name=muon?"),
         ("TRAINING.SEED=7", "unknown key TRAINING; did you mean training?"),
         ("xyzzy.plugh=1", "unknown key xyzzy; known here are name, preset, model"),
         ("seed", "not of the form section.key=value"),

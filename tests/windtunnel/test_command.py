@@ -178,7 +178,8 @@ def results(content: str) -> Callable[[Path], None]:
 REPORT = ["report", "--runs", "out"]
 MISTAKES: dict[str, tuple[list[str], Callable[[Path], object], str]] = {
     "no subcommand": ([], untouched, "SUBCOMMAND"),
-    "no such subcommand": (["fly"], untouched, "invalid choice: 'fly'"),
+    "no such subcommand": (["fly"], untouched, "no subcommand 'fly'; there are lr, batch-size"),
+    "a mistyped subcommand": (["batch_sizes"], untouched, "no subcommand 'batch_sizes'; did you mean batch-size?"),
     "an unknown option": ([*LR, "--sise", "3"], untouched, "unrecognized arguments: --sise"),
     "report: an override": (["report", "--runs", "out", "--output", "x", "a=1"], untouched, "unrecognized"),
     "no recipe": (["lr", "--recipe", "no.yaml", "--output", "out", "--sizes", "32x1"], untouched, "no.yaml: cannot"),

@@ -1,1 +1,1 @@
-"""The command line of tools/windtunnel.py: one module a subcommand."""
+"""The command line of minicpm windtunnel: one module a subcommand."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from minicpm_megatron.cli import launched
 from minicpm_megatron.cli.arguments import Parser
+from minicpm_megatron.errors import UserError
 
 if TYPE_CHECKING:
     from minicpm_megatron.cli.windtunnel.options import Run
@@ -71,9 +73,13 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Options of the command line.
 
     Raises:
-        UserError: an argument is unknown, missing or cannot be read.
+        UserError: a subcommand or an argument is unknown, missing or cannot be read.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if words and not words[0].startswith("-") and words[0] not in SUBCOMMANDS:
+        near = difflib.get_close_matches(words[0].lower().replace("_", "-"), SUBCOMMANDS, n=1)
+        fix = f"did you mean {near[0]}?" if near else f"there are {', '.join(SUBCOMMANDS)}"
+        raise UserError(f"no subcommand {words[0]!r}", where="windtunnel", fix=fix)
     command = parser(words[0] if words else None)
     options, left = command.parse_known_args(words)
     # overrides that stand apart; argparse itself takes only those that stand together

@@ -30,7 +30,7 @@ from minicpm_megatron.convert.torch_dist.placement import (
 from minicpm_megatron.errors import UserError
 from minicpm_megatron.recipe import ModelRecipe, build_section, count_parameters
 
-_NO_MODEL = "give tools/convert_checkpoint.py the --preset or --recipe of the model that was trained"
+_NO_MODEL = "give minicpm convert the --preset or --recipe of the model that was trained"
 
 
 class PlacedTensors:

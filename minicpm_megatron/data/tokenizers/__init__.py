@@ -20,7 +20,7 @@ from minicpm_megatron.errors import UserError
 from minicpm_megatron.storage.checksum import file_sha256
 
 _LARGEST = 256 << 20
-_MAKE_ONE = "make one with tools/train_tokenizer.py, or give a folder with tokenizer.json"
+_MAKE_ONE = "make one with minicpm train-tokenizer, or give a folder with tokenizer.json"
 
 
 class Tokenizer(ABC):

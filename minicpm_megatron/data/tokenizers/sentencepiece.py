@@ -41,7 +41,7 @@ class SentencePieceTokenizer(Tokenizer):
     """
 
     file = MODEL_NAME
-    # made from the model by tools/train_tokenizer.py, with the same ids
+    # made from the model by minicpm train-tokenizer, with the same ids
     companions = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
     def __init__(self, path: str | Path) -> None:
