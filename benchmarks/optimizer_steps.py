@@ -3,10 +3,10 @@
     bash examples/windtunnel.sh muon
     python -m benchmarks.optimizer_steps runs/windtunnel/muon --picture docs/images/muon.png
 
-FOLDER holds one learning-rate sweep a subfolder (`minicpm windtunnel lr`), called OPTIMIZER-STEPS, each with a schedule
-of its own length. Every sweep is tuned: its loss is that of the rate whose mean over seeds is least. Between two
-lengths of the challenger its loss is read straight in log steps, a seed at a time. Sizes, seeds, data and batch are the
-same throughout.
+FOLDER holds a learning-rate sweep (`minicpm windtunnel lr --parametrizations mup`) a subfolder, called OPTIMIZER-STEPS:
+one of AdamW, and several of one challenger, each with a schedule of its own length. Every sweep is tuned: its loss is
+that of the rate whose mean over seeds is least. Between two lengths the challenger's loss is interpolated linearly in
+log steps, for each seed. Sizes, seeds, data and batch are the same throughout.
 """
 
 from __future__ import annotations
@@ -46,7 +46,10 @@ class Sweep:
     def tuned(self, size: Size) -> np.ndarray:
         """[seeds]: the loss at the rate of the grid whose mean over seeds is least."""
         table = self.losses[size]
-        return table[:, int(np.nanargmin(table.mean(axis=0)))]
+        means = table.mean(axis=0)
+        if np.isnan(means).all():
+            return np.full(len(table), np.nan)
+        return table[:, int(np.nanargmin(means))]
 
     def best_rate(self, size: Size) -> float:
         """Minimum of a parabola of the loss over log2 of the rate; nan where it lies at an end of the grid."""
@@ -60,13 +63,15 @@ def read_sweep(folder: Path) -> Sweep:
     """One sweep.
 
     Raises:
-        UserError: its name is not OPTIMIZER-STEPS, or it has no results of a learning-rate sweep.
+        UserError: its name is not OPTIMIZER-STEPS, or it has no results of a learning-rate sweep under muP alone.
     """
     named = re.fullmatch(r"(.+)-(\d+)", folder.name)
     require(named is not None, str(folder), "not called OPTIMIZER-STEPS")
     assert named is not None
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     require(results.get("kind") == "lr", str(folder), "not a learning-rate sweep")
+    alone = {cell["labels"]["parametrization"] for cell in results["cells"]} == {"mup"}
+    require(alone, str(folder), "has other parametrizations than muP", "sweep with --parametrizations mup")
     cells = {
         (cell["labels"]["width"], cell["labels"]["layers"], cell["labels"]["seed"], cell["labels"]["rate"]): cell
         for cell in results["cells"]
@@ -84,44 +89,87 @@ def _held_out(cell: dict[str, Any]) -> float:
 
 
 def steps_to(losses: Sequence[float], steps: Sequence[int], wanted: float) -> float:
-    """Steps at which a loss that falls with them is `wanted`, straight in log steps; nan outside of what was run."""
-    order = np.argsort(losses)
-    low, high = min(losses), max(losses)
-    if not low <= wanted <= high:
-        return float("nan")
-    return float(np.exp(np.interp(wanted, np.asarray(losses)[order], np.log(steps)[order])))
+    """Steps at which a loss first is `wanted` or less, straight in log steps; nan outside of what was run.
+
+    Args:
+        steps: rising.
+    """
+    for number in range(1, len(steps)):
+        before, after = losses[number - 1], losses[number]
+        if before >= wanted >= after:
+            share = (before - wanted) / (before - after) if before > after else 0.0
+            first, second = np.log(steps[number - 1 : number + 1])
+            return float(np.exp(first + share * (second - first)))
+    return float("nan")
 
 
-def compare(sweeps: Sequence[Sweep], size: Size) -> np.ndarray:
-    """[seeds]: steps of the challenger to the tuned loss of AdamW, over AdamW's steps."""
-    reference = next(sweep for sweep in sweeps if sweep.optimizer == "adamw")
-    others = [sweep for sweep in sweeps if sweep is not reference]
-    found = [
-        steps_to([sweep.tuned(size)[seed] for sweep in others], [sweep.steps for sweep in others], wanted)
-        for seed, wanted in enumerate(reference.tuned(size))
-    ]
-    return np.array(found) / reference.steps
+@dataclass(frozen=True)
+class Comparison:
+    """AdamW's sweep and the challenger's, by rising steps."""
+
+    reference: Sweep
+    challenger: tuple[Sweep, ...]
+
+    @classmethod
+    def of(cls, folder: Path) -> Comparison:
+        """The sweeps of a folder.
+
+        Raises:
+            UserError: they are not one of AdamW and two or more of one other optimizer, of which one is as long.
+        """
+        sweeps = [read_sweep(path.parent) for path in sorted(folder.glob("*/results.json"))]
+        references = [sweep for sweep in sweeps if sweep.optimizer == "adamw"]
+        others = sorted((sweep for sweep in sweeps if sweep.optimizer != "adamw"), key=lambda sweep: sweep.steps)
+        require(
+            len(references) == 1, str(folder), f"{len(references)} sweeps called adamw-STEPS", "one is compared with"
+        )
+        same = len(others) >= 2 and len({sweep.optimizer for sweep in others}) == 1
+        require(same, str(folder), "not two or more sweeps of one other optimizer")
+        [reference] = references
+        alike = all(
+            sweep.losses.keys() == reference.losses.keys()
+            and all(len(sweep.losses[size]) == len(reference.losses[size]) for size in sweep.losses)
+            for sweep in others
+        )
+        require(alike, str(folder), "sweeps of different sizes or seeds")
+        equal = any(sweep.steps == reference.steps for sweep in others)
+        require(equal, str(folder), f"no other sweep of {reference.steps} steps")
+        return cls(reference, tuple(others))
+
+    @property
+    def equally_long(self) -> tuple[Sweep, Sweep]:
+        """AdamW's sweep and the challenger's of as many steps."""
+        return self.reference, next(sweep for sweep in self.challenger if sweep.steps == self.reference.steps)
+
+    def shares(self, size: Size) -> np.ndarray:
+        """[seeds]: steps of the challenger to the tuned loss of AdamW, over AdamW's steps."""
+        tuned = [sweep.tuned(size) for sweep in self.challenger]
+        steps = [sweep.steps for sweep in self.challenger]
+        found = [
+            steps_to([losses[seed] for losses in tuned], steps, wanted)
+            for seed, wanted in enumerate(self.reference.tuned(size))
+        ]
+        return np.array(found) / self.reference.steps
 
 
-def draw(sweeps: Sequence[Sweep], path: Path) -> Path:
+def draw(comparison: Comparison, path: Path) -> Path:
     """Left: loss over rate at the reference's length, a colour a size. Right: the share of steps over the width."""
     pyplot = offscreen_pyplot()
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10.5, 4.2))
-    reference = next(sweep for sweep in sweeps if sweep.optimizer == "adamw")
-    sizes = list(reference.losses)
-    for sweep, style in zip(_equally_long(sweeps, reference), (":", "-"), strict=True):
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11.5, 4.2))
+    sizes = list(comparison.reference.losses)
+    for sweep, style in zip(comparison.equally_long, (":", "-"), strict=True):
         for size, colour in zip(sizes, shades(len(sizes)), strict=True):
             label = f"{sweep.optimizer}, width {size[0]}"
             means = sweep.losses[size].mean(axis=0)
             left.plot(sweep.rates, means, linestyle=style, marker="o", markersize=4, color=colour, label=label)
     left.set_xscale("log", base=2)
-    rates = sorted({rate for sweep in _equally_long(sweeps, reference) for rate in sweep.rates})
+    rates = sorted({rate for sweep in comparison.equally_long for rate in sweep.rates})
     left.set_xticks(rates, [f"{rate:.3g}" for rate in rates], fontsize=8)
     left.set_xlabel("base learning rate")
     left.set_ylabel(VALIDATION_LOSS)
     legend_beside(left)
     widths = [size[0] for size in sizes]
-    shares = [compare(sweeps, size) for size in sizes]
+    shares = [comparison.shares(size) for size in sizes]
     right.plot(widths, [share.mean() for share in shares], marker="o", linewidth=1)
     for width, share in zip(widths, shares, strict=True):
         right.plot([width] * len(share), share, linestyle="", marker=".", markersize=4, color="tab:gray")
@@ -133,35 +181,32 @@ def draw(sweeps: Sequence[Sweep], path: Path) -> Path:
     return save_picture(figure, path)
 
 
-def _equally_long(sweeps: Sequence[Sweep], reference: Sweep) -> list[Sweep]:
-    return [reference, *(each for each in sweeps if each is not reference and each.steps == reference.steps)]
-
-
 def main() -> int:
     """Print the table of sizes, and how far best rates move; draw the picture if asked to."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="of the sweeps")
     parser.add_argument("--picture", type=Path, help="PNG to draw")
     options = parser.parse_args()
-    sweeps = [read_sweep(path.parent) for path in sorted(options.folder.glob("*/results.json"))]
-    reference = next((sweep for sweep in sweeps if sweep.optimizer == "adamw"), None)
-    if reference is None or len(sweeps) < 2:
-        print(f"error: {options.folder}: no sweeps adamw-STEPS and OPTIMIZER-STEPS", file=sys.stderr)
+    try:
+        comparison = Comparison.of(options.folder)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
         return 2
-    rows = _equally_long(sweeps, reference)
+    rows, sizes = comparison.equally_long, list(comparison.reference.losses)
     heads = [f"{each.optimizer}: best rate | loss" for each in rows]
-    print(f"| width x layers | {' | '.join(heads)} | steps to AdamW's loss / {reference.steps}, and of each seed |")
+    steps = comparison.reference.steps
+    print(f"| width x layers | {' | '.join(heads)} | steps to AdamW's loss / {steps}, and of each seed |")
     print("| --- " * (2 + 2 * len(rows)) + "|")
-    for size in reference.losses:
+    for size in sizes:
         cells = [f"{each.best_rate(size):.4f} | {each.tuned(size).mean():.4f}" for each in rows]
-        share = compare(sweeps, size)
+        share = comparison.shares(size)
         told = f"{share.mean():.2f} ({', '.join(f'{each:.2f}' for each in share)})"
         print(f"| {size[0]}x{size[1]} | {' | '.join(cells)} | {told} |")
     for each in rows:
-        best = np.log2([each.best_rate(size) for size in reference.losses])
+        best = np.log2([each.best_rate(size) for size in sizes])
         print(f"{each.optimizer}: best rates within {best.max() - best.min():.2f} octaves; a grid step is 1")
     if options.picture:
-        print(f"picture: {draw(sweeps, options.picture)}")
+        print(f"picture: {draw(comparison, options.picture)}")
     return 0
 
 

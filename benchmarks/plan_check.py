@@ -20,7 +20,7 @@ import sys
 import tempfile
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +168,7 @@ class Recorder(TorchDispatchMode):
     Attributes:
         level, peak: bytes of all tensors now, and the most there were since it was last set.
         sent: bytes by kind since it was last cleared.
+        kind: of all that is sent now; None: operator and group tell it.
     """
 
     def __init__(self) -> None:
@@ -175,6 +176,7 @@ class Recorder(TorchDispatchMode):
         self.level = self.peak = 0
         self.alive: set[int] = set()
         self.sent: Counter[str] = Counter()
+        self.kind: str | None = None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         results = func(*args, **(kwargs or {}))
@@ -212,7 +214,7 @@ class Recorder(TorchDispatchMode):
             size = size * (ranks - 1) // ranks
         if operator == "allreduce_":
             size *= 2
-        self.sent[_kind(operator, group)] += size
+        self.sent[self.kind or _kind(operator, group)] += size
 
 
 def _tensors(argument: Any) -> Iterator[torch.Tensor]:
@@ -224,9 +226,6 @@ def _tensors(argument: Any) -> Iterator[torch.Tensor]:
 
 
 def _kind(operator: str, group: dist.ProcessGroup) -> str:
-    stage = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
-    if operator == "alltoall_base_" and group.group_name == stage.group_name:
-        return "matrices"
     if operator == "alltoall_base_" and parallel_state.get_expert_model_parallel_world_size() > 1:
         return "expert"
     if operator == "alltoall_base_" or (operator == "send" and parallel_state.get_context_parallel_world_size() > 1):
@@ -274,6 +273,8 @@ def _train(recipe: Recipe) -> dict[str, Any]:
         model = build_model(config, recipe)
         initialize_parameters(model, config, seed=1)
         engine = build_engine(model, config, recipe, layout)
+        if (matrices := getattr(engine.zero.inner, "matrices", None)) is not None:
+            matrices.transform = _counted_as(recorder, "matrices", matrices.transform)
         engine.train()
         count = layout.gradient_accumulation_steps[0]
         shape = (layout.micro_batch_size, recipe.data.sequence_length // layout.context_parallel_size)
@@ -286,6 +287,15 @@ def _train(recipe: Recipe) -> dict[str, Any]:
             engine.accumulate(iter([(each, each) for each in tokens]), count)
             engine.step()
     return {"peak": recorder.peak, "resident": _status("VmHWM") - resident, "sent": dict(recorder.sent)}
+
+
+def _counted_as(recorder: Recorder, kind: str, function: Callable[..., None]) -> Callable[..., None]:
+    def counted(*arguments: Any) -> None:
+        recorder.kind = kind
+        function(*arguments)
+        recorder.kind = None
+
+    return counted
 
 
 def _status(name: str) -> int:

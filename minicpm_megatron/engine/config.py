@@ -41,6 +41,12 @@ REFUSED = {
 # ZeRO++'s quantization (arXiv 2306.10209); its hierarchical partition needs nothing
 ON_CUDA = tuple(f"zero_optimization.zero_quantized_{what}" for what in ("weights", "nontrainable_weights", "gradients"))
 ROUND_ROBIN = "zero_optimization.round_robin_gradients"
+# what divides the optimizer's state between devices, where checkpoints would not find it: key -> all that is accepted
+DIVIDED = {
+    "zero_optimization.offload_optimizer.ratio": 1.0,
+    "zero_optimization.offload_optimizer.super_offload": False,
+}
+ZENFLOW = "zero_optimization.zenflow."
 OFFLOADED = ("offload_optimizer", "offload_param")
 NO_REPORT = 1_000_000_000  # steps between DeepSpeed's own progress lines: ours say more
 
@@ -127,6 +133,12 @@ def _overlay(ours: dict[str, Any], theirs: dict[str, Any], path: str) -> dict[st
             # master weights under the names of others. Accept it once the orders agree.
             raise UserError(
                 f"{dotted} mixes up which weights are whose in DeepSpeed 0.19.8, and so in every checkpoint",
+                where=path,
+                fix="remove it",
+            )
+        if DIVIDED.get(dotted, value) != value or dotted.startswith(ZENFLOW):
+            raise UserError(
+                f"{dotted} divides the optimizer's state between devices, and checkpoints would hold a part of it",
                 where=path,
                 fix="remove it",
             )

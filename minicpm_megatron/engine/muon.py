@@ -9,10 +9,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from minicpm_megatron.errors import require
+
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""Of Jordan et al. 2024: chosen so that five iterations bring singular values from 0.003 to 1 into 0.68 to 1.14, not
-closer; the largest slope at 0 that still does so."""
-SMALLEST = 1e-30  # Frobenius norm; below it a matrix counts as zero
+"""Of Jordan et al. 2024. Five iterations bring singular values from 0.003 to 1 into 0.68 to 1.21, not closer."""
 
 
 class Matrices(Protocol):
@@ -59,8 +59,10 @@ def newton_schulz(matrix: Tensor, steps: int) -> Tensor:
     """
     a, b, c = COEFFICIENTS
     wide = matrix.mT if matrix.size(0) > matrix.size(1) else matrix  # the smaller of the two Gram matrices
-    # the Frobenius norm bounds the spectral one
-    x = wide / wide.norm(dtype=torch.float32).clamp_min(SMALLEST).to(wide.dtype)
+    # by the largest element first: squares of elements below 1e-19 are no fp32 numbers any more
+    x = wide / wide.abs().amax().clamp_min(torch.finfo(wide.dtype).tiny)
+    # the Frobenius norm bounds the spectral one; below 1 it is that of a matrix of zeros, or nearly so
+    x = x / x.norm(dtype=torch.float32).clamp_min(1.0).to(wide.dtype)
     for _ in range(steps):
         gram = x @ x.mT
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
@@ -75,17 +77,21 @@ class Muon(torch.optim.Optimizer):
         M <- momentum M + (1 - momentum) G,  N = momentum M + (1 - momentum) G (Nesterov), otherwise M
         W <- W - lr weight_decay W - lr update_rms update_norm sqrt(fan_out / fan_in) newton_schulz(N)
 
-    A gradient that is missing counts as zero, because every rank must take part in every exchange. Gradients are
-    overwritten.
+    A missing gradient counts as zero: every rank must take part in every exchange. `step` overwrites the gradients of
+    Muon's groups. The size of an update does not depend on that of its gradients, so that a matrix whose gradients are
+    all zero, an expert without tokens, goes on in its last direction.
 
     Args:
-        groups: those of `mup_param_groups`; of Muon's groups `update_norm` is read, 1 where it is not given.
+        groups: those of `mup_param_groups`; Muon's have an `update_norm`.
         roles: names of Muon's groups.
         lr, betas, eps: AdamW's; groups have a learning rate of their own.
         momentum, nesterov, ns_steps, update_rms: as in `optimizers.muon.MuonOptions`.
 
     Attributes:
         matrices: what brings whole matrices together, and says in which dtype Newton-Schulz runs.
+
+    Raises:
+        UserError: a group of Muon's has no `update_norm`.
     """
 
     def __init__(
@@ -101,16 +107,23 @@ class Muon(torch.optim.Optimizer):
         ns_steps: int,
         update_rms: float,
     ) -> None:
+        for group in groups:
+            require(
+                group["name"] not in roles or group.get("update_norm") is not None,
+                "optimizer",
+                f"group {group['name']!r} has no update_norm",
+                "build the groups with mup_param_groups and muon's lr_rules",
+            )
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
         self.roles, self.momentum, self.nesterov = frozenset(roles), momentum, nesterov
         self.ns_steps, self.update_rms = ns_steps, update_rms
         self.matrices: Matrices = OwnMatrices()
         self._adamw = torch.optim.AdamW(self.param_groups, lr=lr, betas=betas, eps=eps, fused=True)
-        self._adamw.state = self.state  # one state for both, under the tensors that both step
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:  # torch's overloads return a float with a closure, which is ignored
         """Step every group that has parameters."""
+        self._adamw.state = self.state  # one state for both, under the tensors that both step
         # DeepSpeed hides groups and replaces parameters between steps, so that both halves are found anew
         self._adamw.param_groups = [group for group in self.param_groups if group["name"] not in self.roles]
         self._adamw.step()
@@ -119,7 +132,7 @@ class Muon(torch.optim.Optimizer):
         if updates:
             self.matrices.transform(updates, self._orthogonal)
         for group in groups:
-            scale = group["lr"] * self.update_rms * group.get("update_norm", 1.0)
+            scale = group["lr"] * self.update_rms * group["update_norm"]
             for parameter in group["params"]:
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
                 parameter.add_(updates[parameter].view_as(parameter), alpha=-scale)

@@ -1,9 +1,10 @@
 """Whole matrices for an optimizer whose ranks hold parts of them, under TP, EP, PP, CP and ZeRO 0 to 3.
 
-Every weight has one rank that computes its update: the parts go there, the parts of the result come back. Weights are
-dealt out over all ranks of a pipeline stage, the costly first, so that no product is made twice and all ranks are busy.
-A round exchanges one weight a rank, which bounds the buffers. Without ZeRO replicas have the same parts: one sends, all
-receive. Where a part is, each rank tells the others once.
+Every weight has one rank that computes its update: the parts go there, and the parts of the result come back. Weights
+are dealt out over all ranks of a pipeline stage, the costly first, so that no product is made twice and all ranks are
+busy. A round exchanges one weight a rank, so that no rank holds more than about three weights. Without ZeRO, replicas
+hold the same parts: one of them sends its part and passes the result on to the others. Each rank tells the others once
+which parts it holds.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ class Part:
         unit: number of the tensor that the rank's optimizer steps, among those that hold parts of such weights.
         offset: first element in that tensor, flat.
         spec: the shard.
-        start, length: the range in the flat shard; length 0 says only that the tensor steps the weight.
+        start, length: the range in the flat shard. Length 0: this rank holds nothing of the weight, but its optimizer
+            steps the tensor at the same time as others do, and so takes part in the exchange.
     """
 
     unit: int
@@ -55,14 +57,19 @@ class Task:
         name, shape: of the whole weight.
         owner: rank in the group that computes.
         senders: (rank, part) that together are the whole weight, each element once, by rank.
-        receivers: (rank, part) of all that hold a part, by rank.
+        replicas: for each sender the (rank, part) of all that hold the same as it does, the sender among them.
     """
 
     name: str
     shape: tuple[int, ...]
     owner: int
     senders: tuple[tuple[int, Part], ...]
-    receivers: tuple[tuple[int, Part], ...]
+    replicas: tuple[tuple[tuple[int, Part], ...], ...]
+
+    @property
+    def at_home(self) -> bool:
+        """Whether the owner holds the whole weight."""
+        return all(rank == self.owner for rank, _ in self.senders)
 
 
 class WholeMatrices:
@@ -110,6 +117,13 @@ class WholeMatrices:
             for part in parts:
                 self._holders[part.spec.name].append((rank, part))
         self._rounds = cache(self._plan)
+        self._replica_groups: dict[tuple[int, ...], Any] = {}  # ranks that hold the same -> their group
+        for group in (
+            parallel_state.get_data_parallel_group(with_context_parallel=True),
+            parallel_state.get_expert_data_parallel_group(),
+        ):
+            ranks = sorted(dist.get_group_rank(self.group, rank) for rank in dist.get_process_group_ranks(group))
+            self._replica_groups[tuple(ranks)] = group
 
     @torch.no_grad()
     def transform(self, updates: Mapping[Tensor, Tensor], function: Callable[[str, Tensor], Tensor]) -> None:
@@ -135,48 +149,68 @@ class WholeMatrices:
         return rows * columns * min(rows, columns)
 
     def _task(self, name: str, owner: int) -> Task:
-        holders = [(rank, part) for rank, part in self._holders[name] if part.length]
-        replicas: dict[tuple[Any, ...], list[tuple[int, Part]]] = defaultdict(list)
-        for rank, part in holders:
-            replicas[part.spec.ranges, part.start, part.length].append((rank, part))
-        # of equal parts the owner's own, or else that of a rank that is another one for another owner
-        senders = [
-            next((held for held in same if held[0] == owner), same[owner % len(same)]) for same in replicas.values()
+        by_part: dict[tuple[Any, ...], list[tuple[int, Part]]] = defaultdict(list)
+        for rank, part in self._holders[name]:
+            if part.length:
+                by_part[part.spec.ranges, part.start, part.length].append((rank, part))
+        # of equal parts the owner takes its own; otherwise replicas take turns, so that none sends to all owners
+        chosen = [
+            (next((held for held in same if held[0] == owner), same[owner % len(same)]), tuple(same))
+            for same in by_part.values()
         ]
+        chosen.sort(key=lambda pair: pair[0][0])
+        senders, replicas = tuple(held for held, _ in chosen), tuple(same for _, same in chosen)
         shape = self._holders[name][0][1].spec.global_shape
-        return Task(name, shape, owner, tuple(sorted(senders, key=lambda held: held[0])), tuple(holders))
+        found = sum(part.length for _, part in senders)
+        if found != math.prod(shape):
+            raise RuntimeError(f"ranks hold {found} of the {math.prod(shape)} elements of {name}")
+        return Task(name, shape, owner, senders, replicas)
 
     def _round(
         self, tasks: Sequence[Task], updates: Mapping[int, Tensor], function: Callable[[str, Tensor], Tensor]
     ) -> None:
-        me = self._rank
-        own = next((task for task in tasks if task.owner == me), None)
-        sent = [[_place(updates, part) for rank, part in task.senders if rank == me] for task in tasks]
-        received = self._exchange(_by_owner(tasks, sent, self._size), _lengths(own.senders if own else (), self._size))
+        own = next((task for task in tasks if task.owner == self._rank), None)
+        moves = not all(task.at_home for task in tasks)
+        places = [[_place(updates, part) for rank, part in task.senders if rank == self._rank] for task in tasks]
+        by_owner = _by_owner(tasks, places, self._size)
+        lengths = [sum(place.numel() for place in each) for each in by_owner]
+        received = self._exchange(by_owner, _lengths(own.senders if own else (), self._size), moves)
         back: list[list[Tensor]] = [[] for _ in range(self._size)]
         if own is not None:
             whole = _assemble(own, received)
             del received
             self._map(own.name, whole, function)
             shards: dict[tuple[Any, ...], Tensor] = {}
-            for rank, part in own.receivers:
+            for rank, part in own.senders:
                 if part.spec.ranges not in shards:
                     shards[part.spec.ranges] = part.spec.take(whole).reshape(-1)
                 back[rank].append(shards[part.spec.ranges].narrow(0, part.start, part.length))
             del whole, shards  # as large as the weight each, and not needed while the results are on their way
-        places = [[_place(updates, part) for rank, part in task.receivers if rank == me] for task in tasks]
-        by_owner = _by_owner(tasks, places, self._size)
+        results = self._exchange(back, lengths, moves)
         mine = _flat(by_owner)
-        results = self._exchange(back, [sum(place.numel() for place in each) for each in by_owner])
         for place, result in zip(mine, results.split([place.numel() for place in mine]), strict=True):
             place.copy_(result)
+        for task in tasks:
+            self._pass_on(task, updates)
 
-    def _exchange(self, sent: Sequence[Sequence[Tensor]], lengths: Sequence[int]) -> Tensor:
-        """Send the tensors of `sent` to each rank, and return those from each rank, `lengths` elements, in one."""
+    def _pass_on(self, task: Task, updates: Mapping[int, Tensor]) -> None:
+        """Give what a sender of the task got back to its replicas."""
+        for (sender, _), same in zip(task.senders, task.replicas, strict=True):
+            mine = next((part for rank, part in same if rank == self._rank), None)
+            if len(same) > 1 and mine is not None:
+                group = self._replica_groups[tuple(rank for rank, _ in same)]
+                dist.broadcast(_place(updates, mine), dist.get_global_rank(self.group, sender), group=group)
+
+    def _exchange(self, sent: Sequence[Sequence[Tensor]], lengths: Sequence[int], moves: bool) -> Tensor:
+        """Send the tensors of `sent` to each rank, and return those from each rank, `lengths` elements, in one.
+
+        Args:
+            moves: whether any rank sends to another.
+        """
         here = device.device()
         joined = [tensor.to(here) for tensor in _flat(sent)]
         outgoing = torch.cat(joined) if joined else torch.empty(0, device=here)
-        if self._size == 1:
+        if not moves:
             return outgoing
         incoming = torch.empty(sum(lengths), device=here)
         counts = [sum(tensor.numel() for tensor in each) for each in sent]

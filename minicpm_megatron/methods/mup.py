@@ -22,12 +22,12 @@ layer's output the same at every width, which asks for a change of the weight wh
 sqrt(fan_out / fan_in) (Yang, Simon and Bernstein, arXiv 2310.17813):
 
     rule        an update at learning rate 1           its spectral norm                      learning rate
-    entries     entries of size 1 (Adam, signs)        about m: rows agree (Tensor Programs)  1 / m
+    entries     entries of size 1 (Adam, signs)        grows as m (Tensor Programs)           1 / m
     spectral    c sqrt(fan_out / fan_in) U V^T (Muon)  c sqrt(fan_out / fan_in)               1
 
 c = sqrt(d_base) gives the entries of a square matrix of width d_base the root mean square 1, so that one base learning
-rate serves both rules there (Moonlight, arXiv 2502.16982, matches the root mean square to AdamW's at every width, which
-standard parametrization wants: there c is sqrt(hidden_size)).
+rate serves both rules there. In standard parametrization c is sqrt(hidden_size): the root mean square is then the same
+at every width, as in Moonlight (arXiv 2502.16982).
 """
 
 from __future__ import annotations

@@ -234,21 +234,29 @@ def data_parallel(work: Work) -> tuple[Traffic, Traffic]:
 
 
 def whole_matrices(work: Work) -> Traffic:
-    """Once a step, for an optimizer of whole matrices: the n = tp cp dp ranks of a stage send fp32 parts of each
-    such weight to the rank that computes its update, and that rank sends the parts of the update back.
+    """Once a step, for an optimizer of whole matrices, fp32 parts of weights and of their updates.
 
-    With w elements of the weights dealt to the busiest rank, and p elements that a rank holds: 4 (w + p) (n - 1) / n.
+    With N = tp cp dp ranks in a stage, w elements of the weights dealt to the busiest rank and p elements that a rank
+    holds: the parts of each weight are sent to the rank that computes its update, and those of the update back,
+    4 (w + p) (N - 1) / N. Without ZeRO the n ranks that hold the same have one of them take part, which passes the
+    result on: 8 w (N - 1) / N, nothing where each rank has whole weights, and 4 p (n - 1) / n.
     """
     recipe, layout, spec = work.recipe, work.layout, OPTIMIZERS.get(work.recipe.optimizer.name)
-    ranks, zero = work.ranks_of_stage, recipe.deepspeed.zero_stage
-    held = sum(
-        count / (replicas if zero >= 1 else 1)
-        for role, count, replicas in parameters_by_role(recipe.model, layout, work.stage)
-        if role in spec.whole_matrices
-    )
+    ranks, divided = work.ranks_of_stage, recipe.deepspeed.zero_stage >= 1
     dealt = sum(weight.elements for weight in dealt_weights(work))
-    sent = FP32 * (dealt + held) * (ranks - 1) / ranks
-    return Traffic("matrices", step_bytes=sent, step_seconds=work.cluster.all_to_all_seconds(sent, ranks, 1))
+    held = passed_on = 0.0
+    for role, count, replicas in parameters_by_role(recipe.model, layout, work.stage):
+        if role in spec.whole_matrices:
+            held += count / replicas if divided else 0.0
+            passed_on += 0.0 if divided else count * (replicas - 1) / replicas
+    if not divided:
+        whole = layout.tensor_model_parallel_size == layout.expert_model_parallel_size == 1
+        dealt, held = (0, 0.0) if whole else (dealt, dealt)
+    exchanged = FP32 * (dealt + held) * (ranks - 1) / ranks
+    seconds = work.cluster.all_to_all_seconds(exchanged, ranks, 1)
+    tp, replicas = layout.tensor_model_parallel_size, ranks // layout.tensor_model_parallel_size
+    seconds += work.cluster.gather_seconds(FP32 * passed_on, replicas, tp)
+    return Traffic("matrices", step_bytes=exchanged + FP32 * passed_on, step_seconds=seconds)
 
 
 def dealt_weights(work: Work) -> list[Weight]:

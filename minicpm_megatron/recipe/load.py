@@ -260,7 +260,11 @@ def _option(key: str, prefix: str) -> str | None:
         return None
     naming, registry = _WITH_OPTIONS[prefix.removesuffix(".")]
     for name in registry.names():
-        if key in registry.get(name).options.model_fields:
+        try:
+            options = registry.get(name).options
+        except UserError:  # a package that is broken disturbs nobody who did not ask for it
+            continue
+        if key in options.model_fields:
             return f"did you mean {prefix}options.{key}, of {prefix}{naming}={name}?"
     return None
 

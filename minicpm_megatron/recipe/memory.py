@@ -163,7 +163,7 @@ def _statistics_bytes(recipe: Recipe) -> int:
 
 
 def parameters_on_rank(model: ModelRecipe, layout: Layout, stage: Stage) -> list[tuple[float, int]]:
-    """(parameters, ranks that hold the same) for dense and for expert parameters; see `parameters_by_role`."""
+    """(parameters, ranks that hold the same) for dense and for expert parameters."""
     roles = parameters_by_role(model, layout, stage)
     dense = [(count, replicas) for role, count, replicas in roles if role != "expert"]
     experts = [(count, replicas) for role, count, replicas in roles if role == "expert"]

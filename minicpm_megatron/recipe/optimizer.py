@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from minicpm_megatron.methods.mup import LR_RULES, ROLES
 from minicpm_megatron.recipe.schema import OptimizerOptions, OptimizerRecipe
 
 FP32 = 4
@@ -23,8 +24,8 @@ class Optimizer:
         moments: names of the fp32 tensors in a parameter's state, each as large as the parameter.
         moments_of: muP role -> names in the place of `moments` for parameters of that role.
         options: keys of its own, below `optimizer.options`.
-        lr_rules: muP role -> the rule by which its learning rate follows the width, where that is not Adam's
-            (`methods.mup`).
+        lr_rules: muP role -> one of `methods.mup.LR_RULES`, by which its learning rate follows the width; roles left
+            out follow Adam's.
         whole_matrices: muP roles whose updates need whole matrices. What `build` returns then has an attribute
             `matrices`, which the engine sets to an `engine.whole_matrices.WholeMatrices` before the first step: it
             brings the parts that ranks hold together, has a function map each whole matrix, and takes the parts back.
@@ -63,6 +64,9 @@ def as_optimizer(entry: Any) -> Optimizer:
     for names in (entry.moments, *entry.moments_of.values()):
         if not isinstance(names, tuple) or not all(isinstance(name, str) for name in names):
             raise TypeError(f"moments are a tuple of names, not {names!r}")
+    roles = {*entry.moments_of, *entry.lr_rules, *entry.whole_matrices}
+    if not roles <= set(ROLES) or not set(entry.lr_rules.values()) <= set(LR_RULES):
+        raise TypeError(f"roles are of {ROLES} and rules of {LR_RULES}, not {sorted(roles)}, {dict(entry.lr_rules)}")
     if not (isinstance(entry.options, type) and issubclass(entry.options, OptimizerOptions)):
         raise TypeError(f"options are a subclass of OptimizerOptions, not {entry.options!r}")
     return entry

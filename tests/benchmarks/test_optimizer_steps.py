@@ -35,9 +35,9 @@ def test_the_share_of_steps_is_that_of_the_law(
     write_sweep(tmp_path, "adamw", 200)
     for steps in (100, 150, 200):
         write_sweep(tmp_path, "muon", steps)
-    sweeps = [optimizer_steps.read_sweep(folder) for folder in sorted(tmp_path.iterdir())]
+    comparison = optimizer_steps.Comparison.of(tmp_path)
     for size, share in FASTER.items():
-        assert optimizer_steps.compare(sweeps, size) == pytest.approx([share] * 2, rel=1e-9)
+        assert comparison.shares(size) == pytest.approx([share] * 2, rel=1e-9)
     monkeypatch.setattr("sys.argv", ["optimizer_steps", str(tmp_path), "--picture", str(tmp_path / "steps.png")])
     assert optimizer_steps.main() == 0
     printed = capsys.readouterr().out
@@ -47,6 +47,25 @@ def test_the_share_of_steps_is_that_of_the_law(
     assert (tmp_path / "steps.png").stat().st_size > 10_000
 
 
-def test_a_loss_that_was_not_reached_has_no_steps(tmp_path: Path) -> None:
+def test_a_loss_that_was_not_reached_has_no_steps() -> None:
     assert math.isnan(optimizer_steps.steps_to([4.0, 3.5], [100, 200], 3.4))
     assert optimizer_steps.steps_to([4.0, 3.5], [100, 200], 3.75) == pytest.approx(100 * math.sqrt(2))
+    # the first time, where noise lets the loss rise again
+    assert 100 < optimizer_steps.steps_to([3.5, 3.3, 3.4], [100, 150, 200], 3.35) < 150
+
+
+def test_what_cannot_be_compared_is_refused_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["optimizer_steps", str(tmp_path)])
+    faults = {
+        ("adamw", 200): "not two or more sweeps of one other optimizer",
+        ("muon", 100): "not two or more sweeps of one other optimizer",
+        ("muon", 150): "no other sweep of 200 steps",
+        ("adamw", 150): "2 sweeps called adamw-STEPS",
+    }
+    for sweep, fault in faults.items():
+        write_sweep(tmp_path, *sweep)
+        assert optimizer_steps.main() == 2
+        [line] = capsys.readouterr().err.splitlines()
+        assert fault in line

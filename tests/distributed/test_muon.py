@@ -1,6 +1,6 @@
 """Muon is one run under every layout, and orthogonalises each hidden matrix once a step and nothing else.
 
-Newton-Schulz steepens small singular values by 3.4^5 = 480, so that rounding of gradients comes back that much larger.
+Newton-Schulz multiplies small singular values by 3.4445^5 = 485, and rounding errors of gradients with them.
 """
 
 from __future__ import annotations
@@ -47,7 +47,10 @@ OF_EXPERTS = {
     "ZeRO 3": {"zero": 3},
     "TP2 SP": {"tp": 2, "sp": True},
 }
-OF_EXPERTS_FOUR = {"TP2 SP EP2 ZeRO 1": {"tp": 2, "sp": True, "ep": 2, "zero": 1}}
+OF_EXPERTS_FOUR = {
+    "TP2 SP EP2 ZeRO 1": {"tp": 2, "sp": True, "ep": 2, "zero": 1},
+    "EP2 DP4": {"ep": 2},  # replicas of experts are other ranks than those of all else
+}
 
 
 class Orthogonalised:

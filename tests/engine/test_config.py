@@ -63,6 +63,8 @@ def test_a_users_file_is_laid_over_ours(tmp_path):
         ({"fp16": {"enabled": True}}, "fp16.enabled is True, but training.precision"),
         ({"bf16": {"enabled": False}}, "bf16.enabled is False, but training.precision"),
         ({"zero_optimization": {"offload_param": {"device": "cpu"}}}, "device is 'cpu', but deepspeed.offload_param"),
+        ({"zero_optimization": {"offload_optimizer": {"ratio": 0.5}}}, "ratio divides the optimizer's state"),
+        ({"zero_optimization": {"zenflow": {"topk_ratio": 0.1}}}, "zenflow.topk_ratio divides the optimizer's state"),
         ({"zero_optimization": {"round_robin_gradients": True}}, "round_robin_gradients mixes up which weights"),
         ({"scheduler": {"type": "WarmupLR"}}, "a 'scheduler' block is not accepted"),
         ({"optimizer": {"type": "AdamW"}}, "a 'optimizer' block is not accepted"),

@@ -56,6 +56,7 @@ def _engine(case: dict[str, Any], **keywords: Any) -> Engine:
                 "lr": LR,
                 "weight_decay": DECAY,
                 "weight_decay_mode": case.get("mode", "tied"),
+                "options": case.get("options", {}),
             },
             "schedule": {"shape": "constant", "total": 10},
             "deepspeed": {"zero_stage": case["stage"], "config": case.get("config")},

@@ -30,7 +30,8 @@ def test_the_state_is_as_declared(name: str) -> None:
     entry = OPTIMIZERS.get(name)
     parameters = {role: torch.nn.Parameter(torch.ones(4, 4)) for role in ROLES}
     groups = [
-        {"name": role, "params": [parameter], "lr": 0.5, "weight_decay": 0.0} for role, parameter in parameters.items()
+        {"name": role, "params": [parameter], "lr": 0.5, "weight_decay": 0.0, "update_norm": 1.0}
+        for role, parameter in parameters.items()
     ]
     optimizer = entry.build(groups, OptimizerRecipe(name=name), False)
     for parameter in parameters.values():
@@ -63,7 +64,18 @@ def test_the_plan_counts_what_it_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
     assert offloaded_bytes(offloading, layout) == pytest.approx(host * 12 / 16, abs=1)
 
 
-@pytest.mark.parametrize("entry", [object(), Optimizer(build=None, moments=()), Optimizer(build=print, moments="m")])
+NOT_ONE = [
+    object(),
+    Optimizer(build=None, moments=()),
+    Optimizer(build=print, moments="m"),
+    Optimizer(build=print, moments=(), lr_rules={"hidden": "spectrl"}),
+    Optimizer(build=print, moments=(), lr_rules={"matrix": "spectral"}),
+    Optimizer(build=print, moments=(), whole_matrices=("matrices",)),
+    Optimizer(build=print, moments=(), moments_of={"norm": ()}),
+]
+
+
+@pytest.mark.parametrize("entry", NOT_ONE)
 def test_what_is_no_optimizer_is_refused(entry: Any) -> None:
     with pytest.raises(TypeError):
         as_optimizer(entry)

@@ -53,6 +53,7 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list
         "longer resumed": nano.case(recipe, "longer-cut", *weights, *LONGER),
         "other model": nano.case(recipe, "other", *weights, "model.num_layers=3"),
         "both ways": nano.case(recipe, "both", *weights, "--from", "whole@10"),
+        "other optimizer": nano.case(recipe, "other-optimizer", *weights, "optimizer.name=muon"),
         "other weights": nano.case(recipe, "longer", "--init-from", "whole@20", *LONGER),
     }
     outcomes = run_forked("tests.training.nano:train", list(cases.values()))
@@ -137,6 +138,7 @@ def test_a_killed_stage_goes_on_when_started_again(jobs):
     ("name", "words"),
     [
         ("other model", "model.num_layers: is 3, and 2 in whole@10"),
+        ("other optimizer", "optimizer.name: whole@10 was trained with adamw, whose moments muon has no use for"),
         ("both ways", "--from and --init-from: a run starts in one way; give one of them"),
         ("other weights", "has checkpoints already, and is from"),
     ],

@@ -2,7 +2,8 @@
 
 A hidden matrix, an expert's too, steps by its momentum with all singular values brought near 1. Query, key, value, gate
 and up are matrices of their own, though Megatron-Core keeps them in fused weights. Learning rates follow the spectral
-rule of `methods.mup`; `update_rms` has one base learning rate serve both halves (Moonlight, arXiv 2502.16982).
+rule of `methods.mup`; `update_rms` scales its updates so that one base learning rate serves both halves (Moonlight,
+arXiv 2502.16982).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class MuonOptions(OptimizerOptions):
     momentum: Fraction = 0.95
     """Decay rate of the momentum of hidden matrices (Jordan et al. 2024)."""
     nesterov: bool = True
-    """Step by the momentum as it will be once the gradient is added again (Jordan et al. 2024)."""
+    """Nesterov's momentum: step by momentum x M + (1 - momentum) x gradient instead of M (Jordan et al. 2024)."""
     ns_steps: Annotated[int, Field(ge=1, le=20)] = 5
     """Newton-Schulz iterations (Jordan et al. 2024)."""
     update_rms: Positive = 0.2
