@@ -103,7 +103,13 @@ def mup_table(shape: Shape, lr_rules: Mapping[str, str] = NO_RULES) -> dict[str,
 
     Args:
         lr_rules: role -> one of `LR_RULES`, where the optimizer's is not that of entries.
+
+    Raises:
+        UserError: an unknown role or rule.
     """
+    for role, rule in lr_rules.items():
+        known = f"roles are {', '.join(ROLES)}, rules {', '.join(LR_RULES)}"
+        require(role in ROLES and rule in LR_RULES, "lr_rules", f"{role}={rule} is none", known)
     m = width_multiplier(shape)
     matrix = RoleRule(shape.init_method_std / math.sqrt(m), 1.0 / m, decays=True)
     ends = matrix if shape.embedding_role == "matrix" else RoleRule(shape.init_method_std, 1.0, decays=True)

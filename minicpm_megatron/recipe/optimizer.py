@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from minicpm_megatron.methods.mup import LR_RULES, ROLES
 from minicpm_megatron.recipe.schema import OptimizerOptions, OptimizerRecipe
 
 FP32 = 4
@@ -64,9 +63,6 @@ def as_optimizer(entry: Any) -> Optimizer:
     for names in (entry.moments, *entry.moments_of.values()):
         if not isinstance(names, tuple) or not all(isinstance(name, str) for name in names):
             raise TypeError(f"moments are a tuple of names, not {names!r}")
-    roles = {*entry.moments_of, *entry.lr_rules, *entry.whole_matrices}
-    if not roles <= set(ROLES) or not set(entry.lr_rules.values()) <= set(LR_RULES):
-        raise TypeError(f"roles are of {ROLES} and rules of {LR_RULES}, not {sorted(roles)}, {dict(entry.lr_rules)}")
     if not (isinstance(entry.options, type) and issubclass(entry.options, OptimizerOptions)):
         raise TypeError(f"options are a subclass of OptimizerOptions, not {entry.options!r}")
     return entry

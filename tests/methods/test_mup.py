@@ -240,3 +240,9 @@ def test_the_rates_of_a_checkpoint_must_stand_in_the_ratios_of_the_table():
             ledger.check_saved(rates | {name: rates[name] * 1.01})
     with pytest.raises(UserError, match="no such group"):
         ledger.check_saved({name: ledger.rate(name, 0.5) for name in groups()} | {"bias": 0.5})
+
+
+@pytest.mark.parametrize("rules", [{"hidden": "spectrl"}, {"matrix": "spectral"}, {"matrix": "entries"}])
+def test_a_misspelt_rule_is_no_other_learning_rate(rules: dict[str, str]) -> None:
+    with pytest.raises(UserError, match="is none"):
+        mup_table(SHAPE, rules)
