@@ -2,7 +2,7 @@
 # A small model trained on 256 tokens and extended to 1,024 and to 4,096 (section 7.2 of the paper): adjusted base
 # frequency, then NTK-aware scaling with a curriculum, 44 % long data, batch in tokens constant, head untied in between.
 # Then what each stage makes of texts of up to 4,096 tokens: the pass key it finds, and its loss by position.
-# Two CPU cores take about 45 minutes. What is there is kept: interrupted and started again, it goes on.
+# Two CPU cores take about 35 minutes. What is there is kept: interrupted and started again, it goes on.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
