@@ -122,7 +122,10 @@ MISTAKES: dict[str, tuple[str | bytes, str]] = {
     "another key": (PLAN + "more: 1\n", "plan.yaml: not a plan"),
     "no experiments": ("recipe: recipe.yaml\nexperiments: {}", "experiments: not a mapping of experiments"),
     "no options": ("recipe: recipe.yaml\nexperiments: {lr: 3}", "experiments: not a mapping of experiments"),
-    "an unknown subcommand": ("recipe: recipe.yaml\nexperiments: {fly: {}}", "plan.yaml: fly: windtunnel: no subcommand 'fly'"),
+    "an unknown subcommand": (
+        "recipe: recipe.yaml\nexperiments: {fly: {}}",
+        "plan.yaml: fly: windtunnel: no subcommand 'fly'",
+    ),
     "no experiment": (
         "recipe: recipe.yaml\nexperiments: {report: {runs: a}}",
         "plan.yaml: report: windtunnel.py: unrecognized arguments: --recipe",
