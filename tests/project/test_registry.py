@@ -67,6 +67,15 @@ def test_broken_plugins_do_not_disturb_others(install) -> None:
     assert build(minimal_fields()).preset == "minicpm-nano"
 
 
+def test_a_broken_optimizer_does_not_disturb_a_mistyped_key(install) -> None:
+    """The line looks through the options of all optimizers for the key."""
+    install("broken_optimizer", "raise SystemExit(3)", {"minicpm_megatron.optimizers": "noisy = broken_optimizer:it"})
+    with pytest.raises(UserError, match=r"unknown key optimizer.momentum; did you mean optimizer.options.momentum"):
+        build(minimal_fields(optimizer={"momentum": 0.9}))
+    with pytest.raises(UserError, match="unknown key optimizer.lerning_rate"):
+        build(minimal_fields(optimizer={"lerning_rate": 0.9}))
+
+
 def test_a_name_cannot_be_taken_twice() -> None:
     registry: Registry[int] = Registry("number", "tests.numbers")
     registry.add("one", 1)
