@@ -33,7 +33,7 @@ def start_from(run: Run, origin: Origin) -> None:
     """Begin from the checkpoint of another run, or from a published folder.
 
     Raises:
-        UserError: the checkpoint is damaged, or was trained with other muP factors or by another optimizer.
+        UserError: the checkpoint is damaged, or was trained with other muP factors.
     """
     if origin.published is not None:
         _start_with(run, origin, origin.published)
@@ -43,7 +43,6 @@ def start_from(run: Run, origin: Origin) -> None:
         load(run, loaded)
         said = f"branching from {origin.reference} ({origin.folder}) at step {run.step}"
     else:
-        _check_optimizer(run, loaded, origin)
         run.engine.ledger.check_saved(loaded.state.rates)
         run.engine_state.load(loaded.reader, loaded.state.updates or 0, _ticking(run))
         run.evaluation_due = run.recipe.evaluation.interval is not None
@@ -51,18 +50,6 @@ def start_from(run: Run, origin: Origin) -> None:
     run.origin = {"run": str(origin.folder.parent.parent), "step": origin.step}
     run.text = loaded.state.text
     _say(said)
-
-
-def _check_optimizer(run: Run, loaded: LoadedCheckpoint, origin: Origin) -> None:
-    """Refuse moments that are those of another optimizer; checkpoints from before it had a name are AdamW's."""
-    section = (loaded.manifest.get("recipe") or {}).get("optimizer") or {}
-    was, wanted = section.get("name", "adamw"), run.recipe.optimizer.name
-    if was != wanted:
-        raise UserError(
-            f"{origin.reference} was trained with {was}, whose moments {wanted} has no use for",
-            where="optimizer.name",
-            fix=f"set it to {was}, or export the weights and start with the exported folder",
-        )
 
 
 def _start_with(run: Run, origin: Origin, open_folder: Callable[[], Published]) -> None:

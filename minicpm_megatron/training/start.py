@@ -88,8 +88,8 @@ def initial_weights(recipe: Recipe, reference: str, open_folder: Callable[[Path]
         open_folder: opens such a folder.
 
     Raises:
-        UserError: no such checkpoint or folder, one of another model (but for `ADAPTABLE`), or the run has checkpoints
-            already and did not begin so.
+        UserError: no such checkpoint or folder, one of another model (but for `ADAPTABLE`) or another optimizer, or the
+            run has checkpoints already and did not begin so.
     """
     if Path(reference).is_dir() or "@" not in reference:
         published = functools.cache(lambda: _open_same_model(recipe.model, reference, open_folder))
@@ -116,7 +116,26 @@ def initial_weights(recipe: Recipe, reference: str, open_folder: Callable[[Path]
             fix="a stage can change RoPE, lengths and weights of auxiliary losses; minicpm upcycle and"
             " minicpm convert --untie do more",
         )
+    _check_optimizer(recipe, manifest.get("recipe"), reference)
     return Origin(folder, int(manifest["step"]), reference, False)
+
+
+def _check_optimizer(recipe: Recipe, saved: Mapping[str, Any] | None, reference: str) -> None:
+    """Refuse a checkpoint whose moments are those of another optimizer.
+
+    Args:
+        saved: the recipe in the checkpoint's manifest; None: the checkpoint was converted, and has none.
+    """
+    if saved is None:
+        return
+    # the key is younger than AdamW
+    was, wanted = (saved.get("optimizer") or {}).get("name", "adamw"), recipe.optimizer.name
+    require(
+        was == wanted,
+        "optimizer.name",
+        f"{reference} was trained with {was}, whose moments {wanted} has no use for",
+        f"set it to {was}, or export the weights and start with the exported folder",
+    )
 
 
 def _open_same_model(asked: ModelRecipe, reference: str, open_folder: Callable[[Path], Published]) -> Published:

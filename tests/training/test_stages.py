@@ -10,8 +10,11 @@ import numpy as np
 import pytest
 import torch
 
+from minicpm_megatron.errors import UserError
+from minicpm_megatron.recipe import load_recipe
 from minicpm_megatron.training.batches import BatchReader
 from minicpm_megatron.training.metrics import METRICS, read_metrics
+from minicpm_megatron.training.start import initial_weights
 from tests.distributed.forked import Outcome, run_forked
 from tests.training import nano
 
@@ -148,6 +151,14 @@ def test_what_cannot_be_is_refused_in_one_line(name, words, jobs):
     nano.check(outcomes[name], 2, 2)
     errors = [line for line in outcomes[name][0].log.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and words in errors[0] and "Traceback" not in outcomes[name][0].log
+
+
+def test_another_optimizer_is_refused_before_anything_is_built(jobs):
+    """So a dry run refuses it, too."""
+    runs, _ = jobs
+    recipe = load_recipe(runs / "whole" / "recipe.yaml", ["name=dry", "optimizer.name=muon"])
+    with pytest.raises(UserError, match="optimizer.name: whole@10 was trained with adamw"):
+        initial_weights(recipe, "whole@10", lambda folder: pytest.fail("no folder of another format"))
 
 
 @pytest.mark.parametrize("row", [4, 8, 16])
