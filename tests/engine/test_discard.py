@@ -23,10 +23,13 @@ from tests.device import deterministic, on_cuda, put, ranks
 from tests.distributed.forked import Outcome, run_forked
 
 ACCUMULATION = 2
-COMBINATIONS = [(stage, precision, 1, "none") for stage in range(4) for precision in ("fp32", "bf16")]
+COMBINATIONS = [(stage, precision, 1, "none", "adamw") for stage in range(4) for precision in ("fp32", "bf16")]
+COMBINATIONS += [(0, "fp32", 1, "none", "muon"), (1, "bf16", 1, "none", "muon")]
+COMBINATIONS += [(2, "fp32", 1, "none", "muon"), (3, "fp32", 1, "none", "muon")]
 if not on_cuda():  # where DeepSpeed compiles an Adam for the host, and two stages want two GPUs
-    COMBINATIONS += [(stage, precision, 1, "cpu") for stage in (1, 2, 3) for precision in ("fp32", "bf16")]
-    COMBINATIONS += [(0, "fp32", 2, "none"), (1, "fp32", 2, "none"), (1, "bf16", 2, "none"), (1, "fp32", 2, "cpu")]
+    COMBINATIONS += [(stage, precision, 1, "cpu", "adamw") for stage in (1, 2, 3) for precision in ("fp32", "bf16")]
+    COMBINATIONS += [(0, "fp32", 2, "none", "adamw"), (1, "fp32", 2, "none", "adamw")]
+    COMBINATIONS += [(1, "bf16", 2, "none", "adamw"), (1, "fp32", 2, "cpu", "adamw"), (1, "fp32", 2, "none", "muon")]
 
 
 def _engine(case: dict[str, Any]) -> Engine:
@@ -42,6 +45,7 @@ def _engine(case: dict[str, Any]) -> Engine:
                 "precision": case["precision"],
                 "gradient_clipping": 0.5,
             },
+            "optimizer": {"name": case["optimizer"]},
             "schedule": {"shape": "constant", "total": 10},
             "parallel": {"pipeline_model_parallel_size": case["stages"]},
             "deepspeed": {"zero_stage": case["stage"], "offload_optimizer": case["offload"]},
@@ -111,14 +115,14 @@ def worker(rank: int, case: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def jobs() -> dict[tuple[int, str, int, str], list[Outcome]]:
-    keys = ("stage", "precision", "stages", "offload")
+def jobs() -> dict[tuple[int, str, int, str, str], list[Outcome]]:
+    keys = ("stage", "precision", "stages", "offload", "optimizer")
     cases = [dict(zip(keys, combination, strict=True), ranks=ranks(2)) for combination in COMBINATIONS]
     return dict(zip(COMBINATIONS, run_forked("tests.engine.test_discard:worker", cases), strict=True))
 
 
 @pytest.mark.parametrize("combination", COMBINATIONS)
-def test_a_discarded_batch_leaves_no_trace(combination: tuple[int, str, int, str], jobs: Any) -> None:
+def test_a_discarded_batch_leaves_no_trace(combination: tuple[int, str, int, str, str], jobs: Any) -> None:
     outcome = jobs[combination]
     assert [rank.status for rank in outcome] == [0] * ranks(2), "".join(rank.log for rank in outcome)
     for rank in outcome:

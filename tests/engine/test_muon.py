@@ -80,9 +80,7 @@ def test_newton_schulz_does_not_depend_on_the_size_of_its_matrix(dtype: torch.dt
 def test_a_matrix_without_gradients_stays_finite() -> None:
     """An expert to which no token came for a thousand steps."""
     weight = torch.nn.Parameter(torch.zeros(16, 32))
-    keys: dict[str, Any] = {"momentum": 0.9, "nesterov": True, "ns_steps": 5, "update_rms": 0.2}
-    group = {"name": "expert", "params": [weight], "lr": 1e-3, "weight_decay": 0.0, "update_norm": 1.0}
-    optimizer = Muon([group], ["expert"], lr=0.1, betas=(0.9, 0.95), eps=1e-8, **keys)
+    optimizer = of_one(weight, update_norm=1.0)
     for step in range(1000):
         weight.grad = torch.randn(16, 32) * 1e-4 if step < 5 else torch.zeros(16, 32)
         optimizer.step()
@@ -90,17 +88,19 @@ def test_a_matrix_without_gradients_stays_finite() -> None:
 
 
 def test_a_group_without_its_scale_is_refused() -> None:
-    group = {"name": "hidden", "params": [torch.nn.Parameter(torch.ones(4, 4))], "lr": 0.1, "weight_decay": 0.0}
-    keys: dict[str, Any] = {"momentum": 0.9, "nesterov": True, "ns_steps": 5, "update_rms": 0.2}
     with pytest.raises(UserError, match="group 'hidden' has no update_norm"):
-        Muon([group], ["hidden"], lr=0.1, betas=(0.9, 0.95), eps=1e-8, **keys)
+        of_one(torch.nn.Parameter(torch.ones(4, 4)))
+
+
+def of_one(weight: torch.nn.Parameter, **group: Any) -> Muon:
+    """The optimizer of one hidden matrix."""
+    groups = [{"name": "hidden", "params": [weight], "lr": 1e-3, "weight_decay": 0.0, **group}]
+    keys: dict[str, Any] = {"momentum": 0.9, "nesterov": True, "ns_steps": 5, "update_rms": 0.2}
+    return Muon(groups, ["hidden"], lr=0.1, betas=(0.9, 0.95), eps=1e-8, **keys)
 
 
 def test_a_vector_is_not_taken_for_a_matrix() -> None:
-    weight = torch.nn.Parameter(torch.ones(16))
-    group = {"name": "hidden", "params": [weight], "lr": 0.1, "weight_decay": 0.0, "update_norm": 1.0}
-    keys: dict[str, Any] = {"momentum": 0.9, "nesterov": True, "ns_steps": 5, "update_rms": 0.2}
-    optimizer = Muon([group], ["hidden"], lr=0.1, betas=(0.9, 0.95), eps=1e-8, **keys)
+    optimizer = of_one(torch.nn.Parameter(torch.ones(16)), update_norm=1.0)
     with pytest.raises(RuntimeError, match="set `matrices` before stepping"):
         optimizer.step()
 
@@ -242,30 +242,6 @@ def test_a_resumed_run_is_the_same_run() -> None:
             for weight, kinds in rank.result["kinds"].items():
                 muon = "linear_" in weight and "layernorm" not in weight
                 assert kinds == (["momentum_buffer", "param"] if muon else ["exp_avg", "exp_avg_sq", "param"]), weight
-
-
-def skip(rank: int, case: dict[str, Any]) -> bool:
-    """Whether a step whose gradients are dropped leaves weights, moments and what follows as they were."""
-    deterministic()
-    first, dropped, second = batches(3)
-    ends = []
-    for steps in ((first, second), (first, dropped, second)):
-        engine = _engine(case)
-        for step in steps:
-            if step is dropped:
-                mine = step[parallel_state.get_data_parallel_rank() :: parallel_state.get_data_parallel_world_size()]
-                engine.accumulate(mine, len(mine))
-                engine.discard()
-            else:
-                go(engine, [step])
-        ends.append(Gathered(engine).tensors)
-    return ends[0].keys() == ends[1].keys() and all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
-
-
-def test_a_step_that_is_dropped_leaves_no_trace() -> None:
-    cases = [layout(0), layout(1, "bf16"), layout(2), layout(3)]
-    for case, outcome in zip(cases, run_forked("tests.engine.test_muon:skip", cases), strict=True):
-        assert [(rank.status, rank.result) for rank in outcome] == [(0, True)] * 2, (case, outcome[0].log)
 
 
 def test_options_are_typed_written_out_and_part_of_the_run() -> None:
