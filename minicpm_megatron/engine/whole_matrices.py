@@ -2,9 +2,9 @@
 
 Every weight has one rank that computes its update: the parts go there, and the parts of the result come back. Weights
 are dealt out over all ranks of a pipeline stage, the costly first, so that no product is made twice and all ranks are
-busy. A round exchanges one weight a rank, so that no rank holds more than about three weights. Without ZeRO, replicas
-hold the same parts: one of them sends its part and passes the result on to the others. Each rank tells the others once
-which parts it holds.
+busy. A round exchanges one weight a rank, so that no rank holds more than about three weights. Without ZeRO,
+data-parallel replicas hold the same parts: one replica exchanges its part with the owner, then broadcasts the result to
+the other replicas. At start-up all ranks exchange lists of the parts that they hold.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from minicpm_megatron.model.config import MiniCPMConfig
 from minicpm_megatron.model.fused_matrices import matrices_in
 from minicpm_megatron.model.sharding import shard_spec
 from minicpm_megatron.parallel import device
+from minicpm_megatron.recipe.matrices import update_cost
 from minicpm_megatron.storage.sharded import ShardSpec
 
 
@@ -68,7 +69,7 @@ class Task:
 
     @property
     def at_home(self) -> bool:
-        """Whether the owner holds the whole weight."""
+        """True if the owner holds all parts of the weight, so that no rank needs to send any."""
         return all(rank == self.owner for rank, _ in self.senders)
 
 
@@ -146,7 +147,7 @@ class WholeMatrices:
 
     def _cost(self, name: str) -> int:
         rows, columns = self._holders[name][0][1].spec.global_shape
-        return rows * columns * min(rows, columns)
+        return update_cost(rows, columns)
 
     def _task(self, name: str, owner: int) -> Task:
         by_part: dict[tuple[Any, ...], list[tuple[int, Part]]] = defaultdict(list)

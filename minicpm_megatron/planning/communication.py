@@ -263,7 +263,7 @@ def dealt_weights(work: Work) -> list[Weight]:
     """Weights of which the busiest rank of a stage computes the updates; dealt out as `engine.whole_matrices` does."""
     roles = OPTIMIZERS.get(work.recipe.optimizer.name).whole_matrices
     weights = weights_of_roles(work.recipe.model, work.stage.layers, roles)
-    weights.sort(key=lambda each: each.elements * min(sum(each.rows), each.columns), reverse=True)
+    weights.sort(key=lambda weight: weight.cost, reverse=True)
     return weights[:: work.ranks_of_stage]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 from minicpm_megatron.planning.cluster import Cluster
@@ -146,8 +147,8 @@ def _gradient_sum_bytes(recipe: Recipe, replicas: int) -> float:
 
 def optimizer_seconds(work: Work) -> float:
     """An update reads and writes the moments (Adam's two) and the fp32 weights, reads an fp32 gradient and writes the
-    new weight: Adam 28 + e bytes for each parameter the rank updates. What it computes of whole matrices is added, on
-    the busiest rank."""
+    new weight: Adam 28 + e bytes for each parameter the rank updates. An optimizer of whole matrices computes them
+    besides; the busiest rank counts."""
     optimizer = work.recipe.optimizer
     spec = OPTIMIZERS.get(optimizer.name)
     divided = work.recipe.deepspeed.zero_stage >= 1
@@ -157,7 +158,7 @@ def optimizer_seconds(work: Work) -> float:
     )
     flops = 0.0
     if spec.matrix_flops is not None:
-        flops = sum(
-            spec.matrix_flops(rows, weight.columns, optimizer) for weight in dealt_weights(work) for rows in weight.rows
-        )
+        # layers repeat a handful of shapes
+        shapes = Counter((rows, weight.columns) for weight in dealt_weights(work) for rows in weight.rows)
+        flops = sum(count * spec.matrix_flops(*shape, optimizer) for shape, count in shapes.items())
     return work.cluster.memory_seconds(moved) + work.cluster.product_seconds(flops)

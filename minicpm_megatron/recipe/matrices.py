@@ -1,4 +1,4 @@
-"""Which weights are matrices, and which matrices each of them fuses, by a recipe alone."""
+"""Weights that are matrices, and the matrices that Megatron-Core fuses in each, from a recipe alone."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ class Weight:
     """One weight of the whole model, as Megatron-Core keeps it.
 
     Attributes:
-        rows: of each matrix in it: query, key and value; gate and up.
-        columns: of all of them.
+        rows: one number for each fused matrix: query, key and value; gate and up.
+        columns: the same number for every fused matrix.
     """
 
     rows: tuple[int, ...]
@@ -25,9 +25,22 @@ class Weight:
         """Elements of the whole weight."""
         return sum(self.rows) * self.columns
 
+    @property
+    def cost(self) -> int:
+        """As `update_cost`."""
+        return update_cost(sum(self.rows), self.columns)
+
+
+def update_cost(rows: int, columns: int) -> int:
+    """Return what the update of a whole weight costs, up to a factor: the products of its smaller Gram matrix.
+
+    `engine.whole_matrices` deals weights out by it, and `planning.communication` predicts how.
+    """
+    return rows * columns * min(rows, columns)
+
 
 def weights_of_roles(model: ModelRecipe, layers: int, roles: Collection[str]) -> list[Weight]:
-    """Every weight with a muP role of `roles`, "hidden" or "expert", in so many layers; of all experts."""
+    """Return every weight of `layers` layers whose muP role, "hidden" or "expert", is in `roles`, of all experts."""
     queries, keys = model.num_attention_heads * model.kv_channels, model.num_query_groups * model.kv_channels
     attention = [Weight((queries, keys, keys), model.hidden_size), Weight((model.hidden_size,), queries)]
     mlp = [Weight((model.mlp_width, model.mlp_width), model.hidden_size), Weight((model.hidden_size,), model.mlp_width)]
