@@ -44,7 +44,7 @@ class Sweep:
     losses: dict[Size, np.ndarray]
 
     def tuned(self, size: Size) -> np.ndarray:
-        """[seeds]: the loss at the rate of the grid whose mean over seeds is least."""
+        """Return [seeds], the losses at the learning rate of the grid whose mean loss over seeds is least."""
         table = self.losses[size]
         means = table.mean(axis=0)
         if np.isnan(means).all():
@@ -52,7 +52,7 @@ class Sweep:
         return table[:, int(np.nanargmin(means))]
 
     def best_rate(self, size: Size) -> float:
-        """Minimum of a parabola of the loss over log2 of the rate; nan where it lies at an end of the grid."""
+        """Return the minimum of a parabola of the loss over log2 of the learning rate; nan at an end of the grid."""
         try:
             return optimal_rate(self.rates, self.losses[size]).rate
         except UserError:
@@ -60,14 +60,14 @@ class Sweep:
 
 
 def read_sweep(folder: Path) -> Sweep:
-    """One sweep.
+    """Read the results of one sweep.
 
     Raises:
         UserError: its name is not OPTIMIZER-STEPS, or it has no results of a learning-rate sweep under muP alone.
     """
     named = re.fullmatch(r"(.+)-(\d+)", folder.name)
-    require(named is not None, str(folder), "not called OPTIMIZER-STEPS")
-    assert named is not None
+    if named is None:
+        raise UserError("not called OPTIMIZER-STEPS", where=str(folder), fix="rename it, for instance muon-200")
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     require(results.get("kind") == "lr", str(folder), "not a learning-rate sweep")
     alone = {cell["labels"]["parametrization"] for cell in results["cells"]} == {"mup"}
@@ -89,7 +89,7 @@ def _held_out(cell: dict[str, Any]) -> float:
 
 
 def steps_to(losses: Sequence[float], steps: Sequence[int], wanted: float) -> float:
-    """Steps at which a loss first is `wanted` or less, straight in log steps; nan outside of what was run.
+    """Return the steps at which the loss first falls to `wanted`, interpolated in log steps; nan outside the runs.
 
     Args:
         steps: rising.
@@ -112,7 +112,7 @@ class Comparison:
 
     @classmethod
     def of(cls, folder: Path) -> Comparison:
-        """The sweeps of a folder.
+        """Read and check the sweeps of a folder.
 
         Raises:
             UserError: they are not one of AdamW and two or more of one other optimizer, of which one is as long.
@@ -142,7 +142,7 @@ class Comparison:
         return self.reference, next(sweep for sweep in self.challenger if sweep.steps == self.reference.steps)
 
     def shares(self, size: Size) -> np.ndarray:
-        """[seeds]: steps of the challenger to the tuned loss of AdamW, over AdamW's steps."""
+        """Return [seeds]: the challenger's steps to the tuned loss of AdamW, divided by AdamW's steps."""
         tuned = [sweep.tuned(size) for sweep in self.challenger]
         steps = [sweep.steps for sweep in self.challenger]
         found = [
@@ -153,7 +153,7 @@ class Comparison:
 
 
 def draw(comparison: Comparison, path: Path) -> Path:
-    """Left: loss over rate at the reference's length, a colour a size. Right: the share of steps over the width."""
+    """Draw the loss over the learning rate, one colour for each size, and the share of steps over the width."""
     pyplot = offscreen_pyplot()
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11.5, 4.2))
     sizes = list(comparison.reference.losses)

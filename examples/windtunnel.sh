@@ -2,6 +2,7 @@
 # Every experiment of sections 3 and 4 of the paper on models of 0.02M to 6M parameters, unattended, with one report at the end.
 #   bash examples/windtunnel.sh          about an hour and a half on two CPU cores (measured: 83 minutes)
 #   bash examples/windtunnel.sh smoke    minutes: every command once, findings of no worth
+#   bash examples/windtunnel.sh muon     Muon beside AdamW, 228 runs; benchmarks/optimizer_steps.py reads them
 # What is there is kept: interrupted and started again, it goes on. WORKERS runs are at once (default: one a core).
 set -euo pipefail
 cd "$(dirname "$0")/.."

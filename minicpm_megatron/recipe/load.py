@@ -255,7 +255,7 @@ def _suggestion(section: type[Section], key: str, prefix: str) -> str:
 
 
 def _option(key: str, prefix: str) -> str | None:
-    """Where a key belongs that is one of the options of an entry of this section, written a level too high."""
+    """Return the suggestion for a key that belongs one level deeper, into the options of an entry; else None."""
     if prefix.removesuffix(".") not in _WITH_OPTIONS:
         return None
     naming, registry = _WITH_OPTIONS[prefix.removesuffix(".")]
